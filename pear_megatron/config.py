@@ -1,0 +1,59 @@
+"""PearConfig: which weights PEAR puts on the tokens of an offline trajectory."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from pear_megatron.schema import StrictModel
+
+# exp() of more than this is inf in float32; weights are clipped before exp, so it bounds the clip.
+_MAX_LOG_WEIGHT = 80.0
+
+
+class PearConfig(StrictModel):
+    """How the SFT loss is reweighted (METHOD: Weights, Loss; paper arXiv 2602.01058, section 4).
+
+    Attributes:
+        variant: ``token`` weighs decision t by the ratios of the decisions after it, ``block`` shares
+            one weight within each block of decisions, ``sequence`` gives the whole trajectory one
+            weight, ``none`` is plain SFT through the same kernels.
+        gamma: discount per decision, in (0, 1]; not used by ``sequence`` and ``none``.
+        block_size: decisions in a block, >= 1; used by ``block`` alone.
+        log_ratio_clip: bounds (lo, hi) of each log ratio ``lp - lb``.
+        log_weight_clip: bounds (lo, hi) of each log weight, applied before ``exp``.
+        baseline: ``sequence_mean`` subtracts the trajectory's mean log ratio before clipping.
+        normalize: ``sequence`` divides the weights by their mean over the trajectory's decisions.
+        negative_scale: factor on the reward of trajectories whose reward is below zero, >= 0.
+
+    Raises:
+        pydantic.ValidationError: (a ``ValueError``) on an unknown key or a bad value.
+    """
+
+    variant: Literal["token", "block", "sequence", "none"] = "token"
+    gamma: float = Field(default=0.999, gt=0.0, le=1.0)
+    block_size: int = Field(default=4, ge=1)
+    log_ratio_clip: tuple[float, float] = (-0.08, 0.3)
+    log_weight_clip: tuple[float, float] = (-10.0, 5.0)
+    baseline: Literal["none", "sequence_mean"] = "none"
+    normalize: Literal["none", "sequence"] = "none"
+    negative_scale: float = Field(default=1.0, ge=0.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("log_ratio_clip", "log_weight_clip"):
+            low, high = getattr(self, name)
+            if not low < high:
+                raise ValueError(f"{name} must be (low, high) with low < high, got ({low}, {high})")
+        if self.log_weight_clip[1] > _MAX_LOG_WEIGHT:
+            raise ValueError(
+                f"log_weight_clip: the upper bound {self.log_weight_clip[1]} overflows float32 after exp; "
+                f"use at most {_MAX_LOG_WEIGHT:g} (the default is 5)"
+            )
+        if self.variant == "sequence" and self.normalize == "sequence":
+            raise ValueError(
+                "normalize='sequence' divides by the trajectory's mean weight, which with variant='sequence' "
+                "makes every weight 1; use normalize='none', or variant='token' or 'block'"
+            )
+        return self

@@ -1,0 +1,60 @@
+"""Builds csrc/ into pear_megatron._C: always the C++ ops, the CUDA ops where torch and nvcc have CUDA.
+
+    pip install --no-build-isolation .            # build against the torch that is installed
+    PEAR_MEGATRON_CUDA=0 pip install ...          # leave the CUDA ops out
+    PEAR_MEGATRON_CUDA=1 pip install ...          # fail if they cannot be built
+
+Set TORCH_CUDA_ARCH_LIST ("8.0;9.0") to choose architectures, MAX_JOBS to bound compiler processes.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def with_cuda() -> bool:
+    """Whether to build csrc/cuda, from PEAR_MEGATRON_CUDA or from what is installed."""
+    wanted = os.environ.get("PEAR_MEGATRON_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"PEAR_MEGATRON_CUDA={wanted!r}: expected 0, 1 or unset")
+    nvcc = CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists()
+    possible = torch.version.cuda is not None and nvcc
+    if wanted == "1" and not possible:
+        raise SystemExit(
+            "PEAR_MEGATRON_CUDA=1, but the CUDA ops cannot be built: torch "
+            f"{torch.__version__} has CUDA {torch.version.cuda}, nvcc is {'in ' + str(CUDA_HOME) if nvcc else 'not found'}"
+            ". Install a CUDA build of torch and set CUDA_HOME."
+        )
+    return possible and wanted != "0"
+
+
+def sources(folder: str, pattern: str) -> list[str]:
+    """Files of csrc/folder, relative to this one, as setuptools wants them."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).glob(pattern))
+
+
+def extension() -> CppExtension:
+    """The one extension module."""
+    cxx = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    files = ["csrc/bindings.cpp", *sources("cpu", "*.cpp")]
+    headers = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[hi]*")]
+    common = {"include_dirs": [str(ROOT / "csrc")], "extra_link_args": ["-fopenmp"], "depends": headers}
+    if not with_cuda():
+        return CppExtension("pear_megatron._C", files, extra_compile_args={"cxx": cxx}, **common)
+    # sm_80 and sm_90 machine code, and PTX that newer cards compile for themselves.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "--expt-extended-lambda", "-Xptxas=-v"]
+    return CUDAExtension(
+        "pear_megatron._C",
+        files + sources("cuda", "*.cu") + sources("cuda", "*.cpp"),
+        extra_compile_args={"cxx": [*cxx, "-DPEAR_MEGATRON_CUDA"], "nvcc": nvcc},
+        **common,
+    )
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
