@@ -23,7 +23,7 @@ def with_cuda() -> bool:
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"PEAR_MEGATRON_CUDA={wanted!r}: expected 0, 1 or unset")
     nvcc = CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists()
-    possible = torch.version.cuda is not None and nvcc
+    possible = torch.version.cuda is not None and nvcc and bool(sources("cuda", "*.cu"))
     if wanted == "1" and not possible:
         raise SystemExit(
             "PEAR_MEGATRON_CUDA=1, but the CUDA ops cannot be built: torch "
@@ -40,7 +40,16 @@ def sources(folder: str, pattern: str) -> list[str]:
 
 def extension() -> CppExtension:
     """The one extension module."""
-    cxx = ["-O3", "-std=c++20", "-fopenmp", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    cxx = [
+        "-O3",
+        "-g0",
+        "-std=c++20",
+        "-fopenmp",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-Wno-psabi",
+        "-ffp-contract=fast",
+    ]
     files = ["csrc/bindings.cpp", *sources("cpu", "*.cpp")]
     headers = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[hi]*")]
     common = {"include_dirs": [str(ROOT / "csrc")], "extra_link_args": ["-fopenmp"], "depends": headers}

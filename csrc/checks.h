@@ -1,0 +1,79 @@
+// Shape and dtype checks shared by the CPU and CUDA ops, a line each.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+
+#include "ops.h"
+
+namespace pear {
+
+// The part of the vocabulary that one rank's logits hold.
+struct VocabShard {
+  int64_t start;    // global id of column 0
+  int64_t columns;  // columns that are tokens; the rest is padding
+};
+
+inline VocabShard vocab_shard(int64_t V, int64_t vocab_start, int64_t vocab_size) {
+  TORCH_CHECK_VALUE(vocab_start >= 0, "vocab_start must be >= 0, got ", vocab_start);
+  TORCH_CHECK_VALUE(vocab_size > 0, "vocab_size must be > 0, got ", vocab_size);
+  return {vocab_start, std::clamp<int64_t>(vocab_size - vocab_start, 0, V)};
+}
+
+inline void check_vector(const Tensor& x, const char* name, int64_t T, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(x.dim() == 1 && x.size(0) == T, name, " must have shape [", T, "], got ",
+                    x.sizes());
+  TORCH_CHECK_VALUE(x.scalar_type() == dtype, name, " must be ", dtype, ", got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.is_contiguous(), name, " must be contiguous");
+}
+
+inline void check_same_device(const Tensor& x, const char* name, const Tensor& as) {
+  TORCH_CHECK_VALUE(x.device() == as.device(), name, " is on ", x.device(), ", expected ",
+                    as.device());
+}
+
+inline void check_mask(const OptionalTensor& mask, int64_t T, const Tensor& as) {
+  if (!mask) return;
+  check_vector(*mask, "mask", T, at::kBool);
+  check_same_device(*mask, "mask", as);
+}
+
+inline void check_logits(const Tensor& logits, const Tensor& target, const OptionalTensor& mask) {
+  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must be [T, V], got ", logits.sizes());
+  const auto dtype = logits.scalar_type();
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+                    "logits must be float32, bfloat16 or float16, got ", dtype);
+  TORCH_CHECK_VALUE(logits.size(1) > 0, "logits must have at least one column");
+  TORCH_CHECK_VALUE(logits.stride(1) == 1 || logits.size(1) == 1,
+                    "logits must be contiguous in the last dimension, got strides ",
+                    logits.strides());
+  check_vector(target, "target", logits.size(0), at::kLong);
+  check_same_device(target, "target", logits);
+  check_mask(mask, logits.size(0), logits);
+}
+
+inline void check_cu_seqlens(const Tensor& cu_seqlens, const Tensor& as) {
+  TORCH_CHECK_VALUE(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1,
+                    "cu_seqlens must have shape [segments + 1], got ", cu_seqlens.sizes());
+  TORCH_CHECK_VALUE(cu_seqlens.scalar_type() == at::kInt, "cu_seqlens must be int32, got ",
+                    cu_seqlens.scalar_type());
+  TORCH_CHECK_VALUE(cu_seqlens.is_contiguous(), "cu_seqlens must be contiguous");
+  check_same_device(cu_seqlens, "cu_seqlens", as);
+}
+
+// Calls f with a zero of the logits' element type: f(auto zero) { using T = decltype(zero); ... }.
+template <typename F>
+void for_logits_dtype(const Tensor& logits, F&& f) {
+  switch (logits.scalar_type()) {
+    case at::kFloat:
+      return f(0.0f);
+    case at::kBFloat16:
+      return f(c10::BFloat16(0.0f));
+    default:
+      return f(c10::Half(0.0f));
+  }
+}
+
+}  // namespace pear

@@ -1,0 +1,35 @@
+// Which compiled copy of the vectorised CPU kernels this machine runs.
+//
+// Each copy is the same source (logprob_kernel.inl), compiled for one instruction set; the choice
+// is made once, at run time, so that one wheel runs on every node of a cluster.
+#pragma once
+
+#include <string>
+
+namespace pear::cpu {
+
+enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
+
+inline InstructionSet detect_instruction_set() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) {
+    return InstructionSet::kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return InstructionSet::kAvx2;
+#endif
+  return InstructionSet::kBaseline;
+}
+
+inline std::string instruction_set() {
+  switch (detect_instruction_set()) {
+    case InstructionSet::kAvx512:
+      return "avx512";
+    case InstructionSet::kAvx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+}  // namespace pear::cpu

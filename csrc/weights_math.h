@@ -1,0 +1,53 @@
+// METHOD.md's weights, one decision at a time: the arithmetic that the CPU and CUDA kernels share.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "host_device.h"
+#include "ops.h"
+
+namespace pear {
+
+struct WeightParams {
+  Variant variant;
+  double log_gamma;
+  int64_t block_size;  // 1 for the token variant
+  double ratio_low, ratio_high;
+  double weight_low, weight_high;
+  bool subtract_mean, normalize;
+};
+
+inline WeightParams weight_params(int64_t variant, double gamma, int64_t block_size,
+                                  double ratio_low, double ratio_high, double weight_low,
+                                  double weight_high, bool subtract_mean, bool normalize) {
+  TORCH_CHECK_VALUE(0 <= variant && variant <= 3, "variant must be 0..3, got ", variant);
+  TORCH_CHECK_VALUE(gamma > 0.0 && gamma <= 1.0, "gamma must be in (0, 1], got ", gamma);
+  TORCH_CHECK_VALUE(block_size >= 1, "block_size must be >= 1, got ", block_size);
+  const auto which = static_cast<Variant>(variant);
+  return {which,       std::log(gamma), which == Variant::kToken ? 1 : block_size,
+          ratio_low,   ratio_high,      weight_low,
+          weight_high, subtract_mean,   normalize};
+}
+
+// Comparisons with NaN are false, so NaN passes through and stays visible.
+PEAR_HOST_DEVICE double clip(double x, double low, double high) {
+  return x < low ? low : (x > high ? high : x);
+}
+
+// What decision j adds to the log weight of every decision before it.
+PEAR_HOST_DEVICE double discounted_log_ratio(double log_ratio, const WeightParams& p) {
+  const double clipped = clip(log_ratio, p.ratio_low, p.ratio_high);
+  return p.variant == Variant::kSequence ? clipped : clipped + p.log_gamma;
+}
+
+PEAR_HOST_DEVICE double weight_of(double log_weight, const WeightParams& p) {
+  return exp(clip(log_weight, p.weight_low, p.weight_high));
+}
+
+// Whether decision k of n closes a block: log weights are taken there and shared by its block.
+PEAR_HOST_DEVICE bool ends_block(int64_t k, int64_t n, int64_t block_size) {
+  return k == n - 1 || (k + 1) % block_size == 0;
+}
+
+}  // namespace pear

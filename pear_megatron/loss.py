@@ -1,0 +1,103 @@
+"""pear_loss: logits and offline trajectories in, Megatron's (loss_sum, num_tokens, report) out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pear_megatron.config import PearConfig
+from pear_megatron.ops.logprob import vocab_parallel_logprob
+from pear_megatron.ops.suffix_sum import as_cu_seqlens
+from pear_megatron.weights import importance_weights
+
+
+def _reward_per_token(
+    reward: Tensor, cu_seqlens: Tensor, config: PearConfig, tokens: int, cp_size: int
+) -> Tensor:
+    """[segments] or [T] -> [T] float32, negative examples scaled."""
+    reward = reward.detach().to(device=cu_seqlens.device, dtype=torch.float32).flatten()
+    reward = torch.where(reward < 0, reward * config.negative_scale, reward)
+    segments = cu_seqlens.numel() - 1
+    if reward.numel() == tokens and tokens != segments:
+        return reward
+    if reward.numel() != segments:
+        raise ValueError(
+            f"reward has {reward.numel()} entries; give one per trajectory ({segments}) or per token ({tokens})"
+        )
+    return reward.repeat_interleave(cu_seqlens.diff() // cp_size, output_size=tokens)
+
+
+def pear_loss(
+    logits: Tensor,
+    target: Tensor,
+    behavior_logprobs: Tensor | None,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    config: PearConfig,
+    *,
+    reward: Tensor | None = None,
+    tp_group: torch.distributed.ProcessGroup | None = None,
+    cp_group: torch.distributed.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The reweighted SFT loss of one micro-batch (METHOD: Loss).
+
+    ``target``, ``behavior_logprobs`` and ``mask`` are aligned with the logits: entry i belongs to the
+    token that logits[i] predict (data files are aligned with ``input_ids``; the loader shifts, once).
+
+    Args:
+        logits: [T, V_local] or [B, S, V_local] float32, bfloat16 or float16.
+        target: [T] or [B, S] int64, global token ids; anything off the mask.
+        behavior_logprobs: [T] or [B, S] floating; may be None with ``variant: none``.
+        mask: [T] or [B, S] bool, True on decisions.
+        cu_seqlens: [segments + 1] integer over the flat tokens of the whole pack.
+        config: how the loss is reweighted.
+        reward: [segments] (one per trajectory) or [T]; default 1. Below zero = negative example.
+        tp_group: ranks that share the vocabulary; None = whole.
+        cp_group: ranks that share each trajectory in zigzag chunks; None = whole.
+        vocab_size: number of real tokens, where the vocabulary is padded.
+        inplace_backward: let backward write over the logits.
+
+    Returns:
+        loss_sum: scalar float32, the sum over this rank's decisions; divide by the global number of
+            decisions (Megatron does under ``calculate_per_token_loss``).
+        num_tokens: scalar int32, this rank's decisions.
+        report: name -> [sum, count] float32, to be added over micro-batches and ranks: ``loss``,
+            ``nll`` (unweighted), and ``pear/...`` (see importance_weights).
+
+    Raises:
+        ValueError, IndexError: see vocab_parallel_logprob and importance_weights.
+    """
+    logprob = vocab_parallel_logprob(
+        logits,
+        target,
+        mask=mask,
+        tp_group=tp_group,
+        vocab_size=vocab_size,
+        inplace_backward=inplace_backward,
+    ).reshape(-1)  # [T]
+    if behavior_logprobs is None:
+        if config.variant != "none":
+            raise ValueError(f"variant {config.variant!r} needs behavior_logprobs; only 'none' does without")
+        behavior = logprob.detach()
+    else:
+        behavior = behavior_logprobs.reshape(-1)
+    decisions = mask.reshape(-1)
+    weights, stats = importance_weights(logprob, behavior, decisions, cu_seqlens, config, cp_group=cp_group)
+
+    coefficient = weights
+    if reward is not None:
+        cp_size = 1 if cp_group is None else cp_group.size()
+        cu = as_cu_seqlens(cu_seqlens, weights.device)
+        coefficient = weights * _reward_per_token(reward, cu, config, weights.numel(), cp_size)
+    loss_sum = -torch.dot(coefficient, logprob)
+    num_tokens = decisions.sum(dtype=torch.int32)
+
+    count = num_tokens.float()
+    report = {
+        "loss": torch.stack([loss_sum.detach(), count]),
+        "nll": torch.stack([-logprob.detach().sum(), count]),
+    }
+    report.update({f"pear/{name}": value for name, value in stats.items()})
+    return loss_sum, num_tokens, report

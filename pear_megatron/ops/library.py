@@ -1,0 +1,87 @@
+"""Loads the extension and describes its ops' outputs without running them (meta kernels)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from pear_megatron import _C
+except ImportError as error:
+    raise ImportError(
+        "pear_megatron's compiled ops (pear_megatron._C) cannot be loaded: "
+        f"{error}. Build them against the installed torch {torch.__version__} with: "
+        "pip install --no-build-isolation ."
+    ) from error
+
+ops = torch.ops.pear_megatron
+with_cuda: bool = _C.with_cuda
+cpu_instruction_set: str = _C.cpu_instruction_set()
+
+LOGPROB_STATISTICS = 3
+WEIGHT_STATISTICS = 7
+
+
+@torch.library.register_fake("pear_megatron::logprob_forward")
+def _(logits: Tensor, target: Tensor, mask: Tensor | None, vocab_start: int, vocab_size: int) -> Tensor:
+    return logits.new_empty((LOGPROB_STATISTICS, logits.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("pear_megatron::logprob_combine")
+def _(stats: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    return stats.new_empty(stats.shape[2]), stats.new_empty(stats.shape[2])
+
+
+@torch.library.register_fake("pear_megatron::logprob_backward")
+def _(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    grad: Tensor,
+    vocab_start: int,
+    vocab_size: int,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("pear_megatron::logprob_backward_")
+def _(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    grad: Tensor,
+    vocab_start: int,
+    vocab_size: int,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("pear_megatron::segmented_suffix_sum")
+def _(x: Tensor, cu_seqlens: Tensor, carry: Tensor | None, exclusive: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("pear_megatron::segment_sum")
+def _(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return x.new_empty(cu_seqlens.shape[0] - 1)
+
+
+@torch.library.register_fake("pear_megatron::pear_weights")
+def _(
+    logprobs: Tensor,
+    behavior_logprobs: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    variant: int,
+    gamma: float,
+    block_size: int,
+    ratio_low: float,
+    ratio_high: float,
+    weight_low: float,
+    weight_high: float,
+    subtract_mean: bool,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(logprobs), logprobs.new_empty((WEIGHT_STATISTICS, 2))

@@ -1,0 +1,124 @@
+"""Log-probability of each target token from vocabulary-sharded logits, and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pear_megatron.ops.library import ops
+
+
+class _VocabParallelLogprob(torch.autograd.Function):
+    """logits [T, V_local] -> logprob [T]; the only saved tensors are the logits and [T] vectors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        mask: Tensor | None,
+        tp_group: torch.distributed.ProcessGroup | None,
+        vocab_start: int,
+        vocab_size: int,
+        inplace_backward: bool,
+    ) -> Tensor:
+        stats = ops.logprob_forward(logits, target, mask, vocab_start, vocab_size)  # [3, T]
+        logprob, lse = ops.logprob_combine(_gather_ranks(stats, tp_group), mask)
+        ctx.save_for_backward(logits, target, mask, lse)
+        ctx.vocab_start, ctx.vocab_size, ctx.inplace = vocab_start, vocab_size, inplace_backward
+        return logprob
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, mask, lse = ctx.saved_tensors
+        args = (target, mask, lse, grad.float().contiguous(), ctx.vocab_start, ctx.vocab_size)
+        if ctx.inplace:
+            # The version counter moves on, so a second backward through these logits is an error.
+            ops.logprob_backward_(logits, *args)
+            grad_logits = logits
+        else:
+            grad_logits = ops.logprob_backward(logits, *args)
+        return grad_logits, None, None, None, None, None, None
+
+
+def _gather_ranks(stats: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+    """[3, T] of this rank -> [ranks, 3, T]: the one collective, 12 bytes a token."""
+    ranks = 1 if group is None else group.size()
+    if ranks == 1:
+        return stats.unsqueeze(0)
+    gathered = stats.new_empty((ranks, *stats.shape))
+    torch.distributed.all_gather_into_tensor(gathered, stats, group=group)
+    return gathered
+
+
+def _memory_order(logits: Tensor) -> list[int]:
+    """Leading dimensions by falling stride, so that flattening them is a view: mcore's [s, b, v] comes
+    to its users transposed to [b, s, v]."""
+    return sorted(range(logits.dim() - 1), key=lambda d: (-logits.stride(d), d))
+
+
+def vocab_parallel_logprob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    mask: Tensor | None = None,
+    tp_group: torch.distributed.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """log softmax(logits)[target], with the vocabulary split over a tensor-parallel group.
+
+    One pass over the logits, one all-gather of three float32 numbers a token, no copy of the logits in
+    forward. Differentiable once, with respect to ``logits`` (DESIGN: Public API; METHOD: Words, lp_t).
+
+    Args:
+        logits: [..., V_local] float32, bfloat16 or float16; rank r of n holds the columns
+            [r * V_local, (r + 1) * V_local) of the vocabulary.
+        target: [...] int64, global token ids; ids off the mask may be anything (-100).
+        mask: [...] bool, True = wanted. Other rows are not read, give 0 and get gradient 0.
+        tp_group: the ranks that share the vocabulary; None = the vocabulary is whole.
+        vocab_size: number of real tokens; columns from there on are padding and stay out of the
+            softmax. None = every column is a token.
+        inplace_backward: let backward write the gradient over the logits (no second tensor of their
+            size). For callers to whom the logits are of no use after the loss.
+
+    Returns:
+        [...] float32 log-probabilities.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        IndexError: a target outside the vocabulary where the mask is True (CPU; on CUDA a device-side
+            assertion, since reading it back would stall the stream).
+    """
+    if logits.dim() < 1:
+        raise ValueError(f"logits must be [..., V], got shape {tuple(logits.shape)}")
+    shape = logits.shape[:-1]
+    for name, x in (("target", target), ("mask", mask)):
+        if x is not None and x.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, but logits {tuple(logits.shape)} want {tuple(shape)}"
+            )
+    local = logits.shape[-1]
+    ranks, rank = (1, 0) if tp_group is None else (tp_group.size(), tp_group.rank())
+    if vocab_size is None:
+        vocab_size = local * ranks
+    elif not 0 < vocab_size <= local * ranks:
+        raise ValueError(
+            f"vocab_size {vocab_size} does not fit: {ranks} rank(s) x {local} columns hold {local * ranks} ids"
+        )
+
+    order = _memory_order(logits)
+    rows = logits.permute(*order, -1).reshape(-1, local)
+    if rows.stride(1) != 1 and local > 1:
+        rows = rows.contiguous()
+    flat_target = target.permute(order).reshape(-1)
+    flat_mask = None if mask is None else mask.permute(order).reshape(-1)
+    logprob = _VocabParallelLogprob.apply(
+        rows, flat_target, flat_mask, tp_group, rank * local, vocab_size, inplace_backward
+    )
+    permuted = logprob.view([shape[d] for d in order])
+    return permuted.permute([order.index(d) for d in range(len(order))])

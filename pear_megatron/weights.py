@@ -1,0 +1,79 @@
+"""importance_weights: what each decision of a packed batch counts in the loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pear_megatron.config import PearConfig
+from pear_megatron.ops.context_parallel import all_gather, check_divisible, shard_positions
+from pear_megatron.ops.suffix_sum import as_cu_seqlens
+from pear_megatron.ops.weights import STATISTICS, pear_weights
+
+
+def importance_weights(
+    logprobs: Tensor,
+    behavior_logprobs: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    config: PearConfig,
+    *,
+    cp_group: torch.distributed.ProcessGroup | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PEAR's weights for packed trajectories (METHOD: Weights). No gradient flows through them.
+
+    With a context-parallel group each rank holds the zigzag chunks of every trajectory. One all-gather
+    of 12 bytes a token gives every rank the whole pack, and each computes all weights and keeps its
+    own: the answer is bit for bit the one-rank answer for every variant, baseline and normaliser,
+    where exchanging totals would take a collective for each.
+
+    Args:
+        logprobs: [T] floating, log pi_theta of each token; any value off the mask.
+        behavior_logprobs: [T] floating (not float16), log pi_beta of the same tokens.
+        mask: [T] bool, True on decisions.
+        cu_seqlens: [segments + 1] integer, boundaries of the trajectories of the whole pack.
+        config: variant, clips, baseline, normaliser.
+        cp_group: context-parallel ranks, zigzag layout; None = the tensors are whole.
+
+    Returns:
+        weights [T] float32, 0 off the mask, and statistics: name -> [sum, count] float32, to be added
+        over micro-batches and data-parallel and context-parallel ranks (a rank of n context-parallel
+        ones reports 1/n of the pack's sums and counts). Means: ``log_ratio``, ``weight``,
+        ``effective_sample_size`` (per trajectory, in (0, 1]); shares of decisions:
+        ``ratio_clipped_low``, ``ratio_clipped_high``, ``weight_at_floor``, ``weight_at_ceiling``.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, float16 behaviour log-probs, lengths that the
+            context-parallel ranks cannot share.
+    """
+    tokens = logprobs.shape
+    for name, x in (("behavior_logprobs", behavior_logprobs), ("mask", mask)):
+        if logprobs.dim() != 1 or x.shape != tokens:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)} and logprobs {tuple(tokens)}; both must be [T], "
+                "flat over the packed tokens"
+            )
+    if behavior_logprobs.dtype == torch.float16:
+        raise ValueError(
+            "behavior_logprobs are float16, which is too coarse for ratios clipped at -0.08 and 0.3; "
+            "store them as float32"
+        )
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool (True on decisions), got {mask.dtype}")
+    cu = as_cu_seqlens(cu_seqlens, logprobs.device)
+    lp = logprobs.detach().float().contiguous()
+    lb = behavior_logprobs.detach().to(device=lp.device, dtype=torch.float32).contiguous()
+    mask = mask.contiguous()
+
+    if cp_group is None or cp_group.size() == 1:
+        weights, stats = pear_weights(lp, lb, mask, cu, config)
+        return weights, dict(zip(STATISTICS, stats, strict=True))
+
+    ranks = cp_group.size()
+    check_divisible(cu, ranks, "zigzag")
+    positions = shard_positions(cu, ranks, "zigzag", lp.numel())  # [ranks, T]
+    shards = all_gather(torch.stack([lp, lb, mask.float()]), cp_group)  # [ranks, 3, T]
+    whole = shards.new_empty((3, ranks * lp.numel()))
+    whole[:, positions.flatten()] = shards.transpose(0, 1).flatten(1)
+    weights, stats = pear_weights(whole[0], whole[1], whole[2].bool(), cu, config)
+    return weights[positions[cp_group.rank()]], dict(zip(STATISTICS, stats / ranks, strict=True))
