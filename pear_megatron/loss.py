@@ -8,7 +8,11 @@ from torch import Tensor
 from pear_megatron.config import PearConfig
 from pear_megatron.ops.logprob import vocab_parallel_logprob
 from pear_megatron.ops.suffix_sum import as_cu_seqlens
+from pear_megatron.ops.weights import STATISTICS
 from pear_megatron.weights import importance_weights
+
+# The report's keys, in a fixed order: a pipeline stage without logits must know them to reduce them.
+REPORT_KEYS = ("loss", "nll", *(f"pear/{name}" for name in STATISTICS))
 
 
 def _reward_per_token(

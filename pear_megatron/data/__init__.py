@@ -1,0 +1,32 @@
+"""Offline trajectories, from JSONL and Parquet files to the micro-batches of a training step.
+
+files -> validate (fields, chat, tokenizer) -> store, tied together by prepare; then packing -> loader ->
+batches.
+"""
+
+from pear_megatron.data.batches import PackedBatch, collate
+from pear_megatron.data.config import DataConfig
+from pear_megatron.data.errors import DataError
+from pear_megatron.data.loader import micro_batches, num_micro_batches
+from pear_megatron.data.packing import BatchPlan, plan_epoch
+from pear_megatron.data.prepare import cache_path, prepare
+from pear_megatron.data.store import TrajectoryDataset
+from pear_megatron.data.tokenizer import load_tokenizer, tokenizer_hash
+from pear_megatron.data.trajectory import Trajectory
+
+__all__ = [
+    "BatchPlan",
+    "DataConfig",
+    "DataError",
+    "PackedBatch",
+    "Trajectory",
+    "TrajectoryDataset",
+    "cache_path",
+    "collate",
+    "load_tokenizer",
+    "micro_batches",
+    "num_micro_batches",
+    "plan_epoch",
+    "prepare",
+    "tokenizer_hash",
+]

@@ -1,0 +1,127 @@
+"""PackedBatch: rows of trajectories as the tensors a Megatron model and the PEAR loss take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pear_megatron.data.trajectory import Trajectory
+
+_NO_LABEL = -100  # what Megatron and torch ignore
+
+
+class Trajectories(Protocol):
+    """What ``collate`` reads from: a TrajectoryDataset, or a list."""
+
+    def __getitem__(self, index: int, /) -> Trajectory:
+        """The trajectory of an index."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """A micro-batch of B rows of S positions, shifted: position p is scored against ``labels[p]``.
+
+    Every trajectory is a segment of the flat B*S positions, and so is the padding at the end of a row.
+
+    Attributes:
+        tokens: int64 [B, S], 0 on padding.
+        labels: int64 [B, S], the token after each position where that is a decision, else -100.
+        loss_mask: bool [B, S], aligned with ``labels``.
+        behavior_logprobs: float32 [B, S], aligned with ``labels``, 0 off the decisions.
+        position_ids: int64 [B, S], from 0 in every segment.
+        cu_seqlens: int32 [n + 1], the segments' ends over B*S; ``cu_seqlens[-1] == B * S``.
+        reward: float32 [n], one per segment, 1 on padding.
+        trajectory_index: int64 [n], the dataset's index, -1 on padding.
+        max_seqlen: length of the longest segment.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    behavior_logprobs: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    reward: torch.Tensor
+    trajectory_index: torch.Tensor
+    max_seqlen: int
+
+    def attention_mask(self) -> torch.Tensor:
+        """Block-diagonal causal mask, bool [B, 1, S, S], True = masked out (Megatron's convention).
+
+        Padding attends to its own segment, so that no row of a softmax is empty.
+        """
+        batch, length = self.tokens.shape
+        segments = torch.arange(len(self.reward), device=self.tokens.device)
+        lengths = self.cu_seqlens.diff().long()
+        segment = segments.repeat_interleave(lengths, output_size=batch * length).view(batch, length)
+        apart = segment[:, :, None] != segment[:, None, :]  # [B, S, S]
+        later = torch.ones(length, length, dtype=torch.bool, device=apart.device).triu(1)
+        return (apart | later)[:, None]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
+        """The same batch on another device."""
+        names = [field.name for field in fields(self) if field.name != "max_seqlen"]
+        return replace(
+            self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        )
+
+
+def collate(trajectories: Trajectories, rows: Sequence[Sequence[int]], seq_length: int) -> PackedBatch:
+    """Build the batch of some rows of trajectory indices; an empty row is all padding.
+
+    A trajectory of n tokens takes n - 1 positions: inputs are its first n - 1 tokens, labels its last. This
+    is the one place where the shift happens (METHOD: Where it goes wrong, off by one).
+
+    Args:
+        trajectories: where the indices point.
+        rows: B lists of indices, in the order they stand in the row.
+        seq_length: S.
+
+    Raises:
+        ValueError: a row holds more than ``seq_length`` positions.
+    """
+    shape = (len(rows), seq_length)
+    tokens = np.zeros(shape, dtype=np.int64)
+    labels = np.full(shape, _NO_LABEL, dtype=np.int64)
+    loss_mask = np.zeros(shape, dtype=bool)
+    behavior = np.zeros(shape, dtype=np.float32)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    lengths, rewards, indices = [], [], []
+    for r, row in enumerate(rows):
+        start = 0
+        for index in row:
+            trajectory = trajectories[index]
+            n = len(trajectory.input_ids) - 1
+            if start + n > seq_length:
+                raise ValueError(f"row {list(row)} takes more than seq_length = {seq_length} positions")
+            here = (r, slice(start, start + n))
+            decisions = trajectory.loss_mask[1:]
+            tokens[here] = trajectory.input_ids[:-1]
+            labels[here] = np.where(decisions, trajectory.input_ids[1:], _NO_LABEL)
+            loss_mask[here] = decisions
+            behavior[here] = np.where(decisions, trajectory.behavior_logprobs[1:], 0.0)
+            position_ids[here] = np.arange(n)
+            lengths.append(n)
+            rewards.append(trajectory.reward)
+            indices.append(index)
+            start += n
+        if start < seq_length:
+            position_ids[r, start:] = np.arange(seq_length - start)
+            lengths.append(seq_length - start)
+            rewards.append(1.0)
+            indices.append(-1)
+    return PackedBatch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        loss_mask=torch.from_numpy(loss_mask),
+        behavior_logprobs=torch.from_numpy(behavior),
+        position_ids=torch.from_numpy(position_ids),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        reward=torch.tensor(rewards, dtype=torch.float32),
+        trajectory_index=torch.tensor(indices, dtype=torch.int64),
+        max_seqlen=max(lengths, default=0),
+    )

@@ -1,0 +1,132 @@
+"""The fields a row may have, and the types of their values."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from pear_megatron.data.errors import RowProblem
+
+# The three ways to give the tokens of a trajectory; a row uses one.
+FORMS = (("input_ids", "loss_mask"), ("messages",), ("prompt", "response"))
+_MAX_FLOAT32 = 3.4e38
+KNOWN_FIELDS = (
+    *(name for form in FORMS for name in form),
+    "behavior_logprobs",
+    "reward",
+    "id",
+    "tokenizer_hash",
+    "temperature",
+    "truncated",
+    "metadata",
+)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise RowProblem on a field nobody reads, with the nearest known one."""
+    for name in names:
+        if name not in KNOWN_FIELDS:
+            near = difflib.get_close_matches(str(name), KNOWN_FIELDS, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(KNOWN_FIELDS)}"
+            raise RowProblem(f"unknown field {name!r}; {hint} (anything of your own goes under 'metadata')")
+
+
+def form_of(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """The one of FORMS that the row uses; RowProblem if none, several, or half of one."""
+    used = [form for form in FORMS if any(name in fields for name in form)]
+    if len(used) != 1:
+        found = " and ".join("+".join(form) for form in used) or "none of them"
+        raise RowProblem(
+            f"a row has one of input_ids+loss_mask, messages, or prompt+response; this one has {found}"
+        )
+    for name in used[0]:
+        if name not in fields:
+            other = next(other for other in used[0] if other in fields)
+            raise RowProblem(f"missing field {name!r}: {other!r} does not come without it; add it")
+    return used[0]
+
+
+def get_number(fields: Mapping[str, Any], name: str, default: float) -> float:
+    """A number that is finite in float32, or ``default`` where the field is absent."""
+    value = fields.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < _MAX_FLOAT32:
+        raise RowProblem(f"{name} = {value!r} is not a finite number; give one, or leave the field out")
+    return float(value)
+
+
+def get_flag(fields: Mapping[str, Any], name: str) -> bool:
+    """A boolean, False where the field is absent."""
+    value = fields.get(name, False)
+    if not isinstance(value, bool):
+        raise RowProblem(f"{name} = {value!r} is not a boolean; write true or false")
+    return value
+
+
+def get_text(fields: Mapping[str, Any], name: str) -> str:
+    """A string that must be there."""
+    value = fields[name]
+    if not isinstance(value, str):
+        raise RowProblem(f"{name} = {short(value)} is a {type(value).__name__}; it must be a string")
+    return value
+
+
+def get_integers(fields: Mapping[str, Any], name: str) -> np.ndarray:
+    """A list of integers, as int64 [n]."""
+    values = _flat_list(fields[name], name, {int}, "a list of integers")
+    try:
+        return np.asarray(values, dtype=np.int64)
+    except OverflowError:
+        raise RowProblem(f"{name} holds {max(values, key=abs)}, which is too large for a token id") from None
+
+
+def get_mask(fields: Mapping[str, Any], name: str) -> np.ndarray:
+    """A list of 0/1 or true/false, as bool [n]."""
+    wanted = "1 or true on decisions, 0 or false elsewhere"
+    array = np.asarray(_flat_list(fields[name], name, {bool, int, float}, wanted))
+    wrong = np.flatnonzero((array != 0) & (array != 1))
+    if len(wrong):
+        value = array[wrong[0]].item()
+        raise RowProblem(
+            f"{name}[{wrong[0]}] = {value!r}; it must be {wanted} (a weight goes into 'reward', one a row)"
+        )
+    return array.astype(bool)
+
+
+def get_nullable_floats(fields: Mapping[str, Any], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A list of numbers and nulls, as (float64 [n] with NaN for null, bool [n] True where null)."""
+    values = _flat_list(fields[name], name, {int, float, type(None)}, "a list of numbers or null")
+    if isinstance(values, np.ndarray):
+        if values.dtype == np.float16:
+            raise RowProblem(f"{name} is float16, {HALF_WAY_OUT}")
+        return values.astype(np.float64), np.zeros(len(values), dtype=bool)
+    return np.array(values, dtype=np.float64), np.array([value is None for value in values], dtype=bool)
+
+
+HALF_WAY_OUT = (
+    "whose rounding is as large as the ratios it is compared in; compute and store float32 "
+    "(`pear-megatron score` does)"
+)
+_NUMPY_KINDS = {"b": bool, "i": int, "u": int, "f": float}
+
+
+def _flat_list(value: Any, name: str, types: set[type], wanted: str) -> Any:
+    """``value`` as it is, if it is a list whose items have exactly these types, or such an array."""
+    if isinstance(value, np.ndarray):
+        if _NUMPY_KINDS.get(value.dtype.kind) in types:
+            return value
+        value = value.tolist()
+    if not isinstance(value, list):
+        raise RowProblem(f"{name} = {short(value)} is a {type(value).__name__}; it must be {wanted}")
+    if not set(map(type, value)) <= types:
+        i = next(i for i, item in enumerate(value) if type(item) not in types)
+        raise RowProblem(f"{name}[{i}] = {short(value[i])}; it must be {wanted}")
+    return value
+
+
+def short(value: Any) -> str:
+    """repr, cut to what fits into a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,150 @@
+"""Reading rows from JSONL and Parquet files, one at a time, each with the place it came from."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from pear_megatron.data.errors import Problems, RowProblem
+from pear_megatron.data.fields import HALF_WAY_OUT, check_names, short
+
+_PARQUET_BATCH = 256  # rows in memory at a time
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as it stands in the file: ``where`` is FILE:LINE (FILE:ROW for Parquet), both from 1.
+
+    ``fields`` leaves out what is null. ``size`` is the number of bytes of the file it took, for progress.
+    """
+
+    where: str
+    fields: dict[str, Any]
+    size: float
+
+
+def expand_files(patterns: list[str], problems: Problems) -> list[Path]:
+    """The files that paths and globs name, in order, globs sorted; what is missing goes to ``problems``."""
+    files: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        if not found:
+            problems.add(pattern, "no such file; check data.train (paths are relative to where you start)")
+        for file in found:
+            if file in files:
+                problems.add(str(file), "listed twice; name it once in data.train")
+            elif file.is_dir():
+                problems.add(str(file), f"is a folder; name its files, for example {file}/*.jsonl")
+            files[file] = None
+    return list(files)
+
+
+def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
+    """The rows of one file; what cannot be read goes to ``problems``, with the line and the way out."""
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        rows = _read_jsonl(path, problems)
+    elif path.suffix == ".parquet":
+        rows = _read_parquet(path, problems)
+    else:
+        problems.add(str(path), f"ends in {path.suffix!r}; expected .jsonl, .jsonl.gz or .parquet")
+        return
+    before, empty = problems.total, True
+    for row in rows:
+        empty = False
+        yield row
+    if empty and problems.total == before:
+        problems.add(str(path), "has no rows; write one trajectory a row, or take it out of data.train")
+
+
+def _read_jsonl(path: Path, problems: Problems) -> Iterator[Row]:
+    number, position = 0, 0
+    with path.open("rb") as raw:
+        stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
+        lines = iter(stream)
+        while True:
+            number += 1
+            try:
+                line = next(lines, None)
+            except (EOFError, OSError, zlib.error) as error:
+                problems.add(f"{path}:{number}", f"cannot be read further ({error}); copy the file again")
+                return
+            if line is None:
+                return
+            size, position = raw.tell() - position, raw.tell()
+            if not line.strip():
+                continue
+            try:
+                yield Row(f"{path}:{number}", _parse(line), size)
+            except RowProblem as problem:
+                problems.add(f"{path}:{number}", problem)
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        if not line.endswith(b"\n"):
+            raise RowProblem(
+                f"the last line is cut off ({error}); the file was written or copied in part: write it again"
+            ) from None
+        raise RowProblem(f"not valid JSON: {error}; write one JSON object a line") from None
+    if not isinstance(value, dict):
+        raise RowProblem(f"{short(value)} is no JSON object; write one a line, {{...}}")
+    check_names(value)
+    return {name: v for name, v in value.items() if v is not None}
+
+
+def _read_parquet(path: Path, problems: Problems) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            try:
+                check_names(schema.names)
+                _refuse_half(schema)
+            except RowProblem as problem:
+                problems.add(str(path), problem)
+                return
+            size = path.stat().st_size / max(file.metadata.num_rows, 1)
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
+                columns = dict(zip(schema.names, batch.columns, strict=True))
+                for i in range(batch.num_rows):
+                    number += 1
+                    values = {name: _value(column[i]) for name, column in columns.items()}
+                    fields = {name: value for name, value in values.items() if value is not None}
+                    yield Row(f"{path}:{number}", fields, size)
+    except (pa.ArrowException, OSError) as error:
+        place = f"{path}:{number + 1}" if number else str(path)
+        problems.add(place, f"is not a whole Parquet file ({short(str(error))}); write or copy it again")
+
+
+def _refuse_half(schema: Any) -> None:
+    import pyarrow.types as types
+
+    if "behavior_logprobs" not in schema.names:
+        return
+    kind = schema.field("behavior_logprobs").type
+    if types.is_float16(getattr(kind, "value_type", kind)):
+        raise RowProblem(f"column behavior_logprobs is {kind}: float16, {HALF_WAY_OUT}")
+
+
+def _value(scalar: Any) -> Any:
+    # Lists of numbers stay arrays: building a Python object for every token is the slow part.
+    import pyarrow as pa
+
+    values = getattr(scalar, "values", None) if scalar.is_valid else None
+    if isinstance(values, pa.Array) and values.null_count == 0:
+        kind = values.type
+        if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+            return values.to_numpy(zero_copy_only=False)
+    return scalar.as_py()

@@ -1,0 +1,176 @@
+"""prepare: validate and tokenise the files of a recipe once, into a cache that every rank maps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pear_megatron.data.config import DataConfig
+from pear_megatron.data.errors import DataError, Problems, RowProblem
+from pear_megatron.data.files import expand_files, read_rows
+from pear_megatron.data.store import FORMAT_VERSION, TrajectoryDataset, TrajectoryWriter
+from pear_megatron.data.tokenizer import load_tokenizer, tokenizer_hash
+from pear_megatron.data.validate import Validator
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(
+    config: DataConfig,
+    *,
+    require_behavior_logprobs: bool = True,
+    vocab_size: int | None = None,
+    progress: bool = False,
+) -> Path:
+    """Make the cache of ``config.train``, unless it is there already, and return its folder.
+
+    For one process of a job; the others wait for it and pass the folder to ``TrajectoryDataset.open``.
+
+    Args:
+        config: the recipe's ``data:`` section.
+        require_behavior_logprobs: False for plain SFT (``pear.variant: none``).
+        vocab_size: true (unpadded) size of the model's vocabulary, to check token ids against.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        DataError: listing what is wrong with the data, by file and line, up to 20 problems.
+        ImportError: ``config.tokenizer`` is set and transformers is missing.
+    """
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
+    place = partial(
+        cache_path,
+        config,
+        require_behavior_logprobs=require_behavior_logprobs,
+        vocab_size=vocab_size,
+        tokenizer_hash=tokenizer_hash(tokenizer) if tokenizer is not None else None,
+    )
+    folder = place()
+    if folder.exists():
+        try:
+            _announce(TrajectoryDataset.open(folder).meta["counts"])
+            return folder
+        except DataError as error:
+            logger.warning("%s; preparing it again", error.problems[0])
+            shutil.rmtree(folder)
+    validator = Validator(
+        config,
+        require_behavior_logprobs=require_behavior_logprobs,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+    )
+    files = _files(config)
+    try:
+        writer = TrajectoryWriter(folder)
+    except OSError as error:
+        raise DataError(
+            [f"{folder.parent}: cannot be written to ({error}); set data.cache_dir to a folder that can, and "
+             "that every node sees"]
+        ) from error  # fmt: skip
+    with writer:
+        _fill(writer, validator, files, progress)
+        if place() != folder:
+            raise DataError(["data.train: a file changed while it was read; start again when it is written"])
+        writer.commit(
+            {
+                "counts": dict(validator.counts),
+                "tokenizer_hash": validator.tokenizer_hash,
+                "files": [str(file) for file in files],
+            }
+        )
+    _announce(validator.counts)
+    return folder
+
+
+def cache_path(
+    config: DataConfig,
+    *,
+    require_behavior_logprobs: bool,
+    vocab_size: int | None,
+    tokenizer_hash: str | None,
+) -> Path:
+    """The folder of the cache: its name changes with the files and with all that shapes the content.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    files = _files(config)
+    stats = [(str(file), str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    content = {
+        "format_version": FORMAT_VERSION,
+        "files": stats,
+        "seq_length": config.seq_length,
+        "overlong": config.overlong,
+        "truncated": config.truncated,
+        "require_behavior_logprobs": require_behavior_logprobs,
+        "vocab_size": vocab_size,
+        "tokenizer_hash": tokenizer_hash,
+    }
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    root = Path(config.cache_dir).expanduser() if config.cache_dir else files[0].parent / ".pear_cache"
+    return root / key
+
+
+def _files(config: DataConfig) -> list[Path]:
+    problems = Problems()
+    files = expand_files(config.train, problems)
+    problems.raise_if_any()
+    return files
+
+
+def _fill(writer: TrajectoryWriter, validator: Validator, files: list[Path], progress: bool) -> None:
+    problems = Problems()
+    with _progress_bar(files, progress) as advance:
+        for file in files:
+            for row in read_rows(file, problems):
+                try:
+                    trajectory = validator(row)
+                except RowProblem as problem:
+                    problems.add(row.where, problem)
+                else:
+                    if trajectory is not None and not problems.total:
+                        writer.append(trajectory)
+                advance(row.size)
+    if not problems.total and not validator.counts["trajectories"]:
+        problems.add("data.train", f"no trajectory is left: {_dropped(validator.counts)}")
+    problems.raise_if_any()
+
+
+def _announce(counts: Counter[str] | dict[str, int]) -> None:
+    if counts["dropped_truncated"] or counts["dropped_overlong"]:
+        logger.warning("data: kept %d trajectories; %s", counts["trajectories"], _dropped(counts))
+    if counts["half_precision"]:
+        logger.warning(
+            "data: the behavior_logprobs of %d of %d trajectories look rounded to float16 or bfloat16; their "
+            "error is as large as the log ratios they go into: compute and store them in float32",
+            counts["half_precision"],
+            counts["trajectories"],
+        )
+
+
+def _dropped(counts: Counter[str] | dict[str, int]) -> str:
+    return (
+        f"dropped {counts['dropped_truncated']} marked truncated (data.truncated=drop) and "
+        f"{counts['dropped_overlong']} longer than data.seq_length (data.overlong=drop)"
+    )
+
+
+@contextmanager
+def _progress_bar(files: list[Path], show: bool) -> Iterator[Callable[[float], Any]]:
+    if not show:
+        yield lambda size: None
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), rich.DownloadColumn()]
+    with rich.Progress(*columns, rich.TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("reading trajectories", total=sum(file.stat().st_size for file in files))
+        yield lambda size: bar.advance(task, size)

@@ -1,0 +1,194 @@
+"""The cache on disk: trajectories as flat, memory-mapped .npy arrays, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from pear_megatron.data.errors import DataError
+from pear_megatron.data.trajectory import Trajectory
+
+FORMAT_VERSION = 1
+_META = "meta.json"
+# Per token, per trajectory, and per byte of an id; offsets have one more entry than there are trajectories.
+_DTYPES: dict[str, Any] = {
+    "input_ids": np.int32,
+    "loss_mask": np.bool_,
+    "behavior_logprobs": np.float32,
+    "offsets": np.int64,
+    "rewards": np.float32,
+    "num_decisions": np.int64,
+    "id_bytes": np.uint8,
+    "id_offsets": np.int64,
+}
+
+
+class TrajectoryDataset:
+    """Trajectories of a prepared cache, memory-mapped and read-only; open it with ``open``.
+
+    Attributes:
+        meta: what ``prepare`` wrote down: counts, files, ``tokenizer_hash``.
+        lengths: int64 [N], tokens of each trajectory (a trajectory of n tokens takes n - 1 positions).
+        num_decisions: int64 [N], decisions of each trajectory.
+        rewards: float32 [N].
+    """
+
+    def __init__(self, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+        self.meta = meta
+        self._arrays = arrays
+        self.lengths: np.ndarray = np.diff(arrays["offsets"])
+        self.num_decisions: np.ndarray = arrays["num_decisions"]
+        self.rewards: np.ndarray = arrays["rewards"]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Open a folder that ``prepare`` made; DataError if it is not a whole one."""
+        folder = Path(folder)
+        try:
+            meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+            if meta["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format {meta['format_version']}, this version reads {FORMAT_VERSION}")
+            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _DTYPES}
+            shapes = {name: list(array.shape) for name, array in arrays.items()}
+            if shapes != meta["shapes"]:
+                raise ValueError("the arrays do not have the sizes that meta.json says")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                [f"{folder}: not a whole data cache ({error}); delete the folder and prepare it again"]
+            ) from error
+        return cls(meta, arrays)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Trajectory:
+        n = len(self)
+        if not -n <= index < n:
+            raise IndexError(f"trajectory {index} of {n}")
+        i = index % n
+        arrays = self._arrays
+        tokens = slice(*arrays["offsets"][i : i + 2])
+        name = (
+            arrays["id_bytes"][slice(*arrays["id_offsets"][i : i + 2])]
+            .tobytes()
+            .decode("utf-8", "surrogatepass")
+        )
+        return Trajectory(
+            name,
+            arrays["input_ids"][tokens],
+            arrays["loss_mask"][tokens],
+            arrays["behavior_logprobs"][tokens],
+            float(arrays["rewards"][i]),
+        )
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return (self[i] for i in range(len(self)))
+
+
+class TrajectoryWriter:
+    """Writes a cache beside its place and renames it there when all of it is on the disk.
+
+    Use as a context manager; without ``commit`` nothing is left behind.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex}")
+        self._temporary.mkdir()
+        self._streams = {
+            name: _NpyStream(self._temporary / f"{name}.npy", dtype) for name, dtype in _DTYPES.items()
+        }
+        self._streams["offsets"].append([0])
+        self._streams["id_offsets"].append([0])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for stream in self._streams.values():
+            stream.file.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)  # gone already if it was committed
+
+    def append(self, trajectory: Trajectory) -> None:
+        """Add one trajectory."""
+        streams, name = (
+            self._streams,
+            np.frombuffer(trajectory.id.encode("utf-8", "surrogatepass"), dtype=np.uint8),
+        )
+        streams["input_ids"].append(trajectory.input_ids)
+        streams["loss_mask"].append(trajectory.loss_mask)
+        streams["behavior_logprobs"].append(trajectory.behavior_logprobs)
+        streams["offsets"].append([streams["input_ids"].length])
+        streams["rewards"].append([trajectory.reward])
+        streams["num_decisions"].append([trajectory.loss_mask.sum()])
+        streams["id_bytes"].append(name)
+        streams["id_offsets"].append([streams["id_bytes"].length])
+
+    def commit(self, meta: dict[str, Any]) -> None:
+        """Make the cache readable under its name, with ``meta`` in its meta.json."""
+        for stream in self._streams.values():
+            stream.finish()
+        shapes = {name: [stream.length] for name, stream in self._streams.items()}
+        with (self._temporary / _META).open("w", encoding="utf-8") as file:
+            json.dump({"format_version": FORMAT_VERSION, "shapes": shapes, **meta}, file, indent=1)
+            _sync(file)
+        _sync_folder(self._temporary)
+        try:
+            self._temporary.rename(self._folder)
+        except OSError:
+            if not self._folder.exists():
+                raise
+            TrajectoryDataset.open(self._folder)  # another run was faster with the same data: fine
+        _sync_folder(self._folder.parent)
+
+
+class _NpyStream:
+    """A one-dimensional .npy file that grows; its header gets the length at the end."""
+
+    def __init__(self, path: Path, dtype: Any) -> None:
+        self.file = path.open("wb")
+        self.length = 0
+        self._dtype = np.dtype(dtype)
+        self._write_header()
+        self._start = self.file.tell()
+
+    def append(self, values: Any) -> None:
+        array = np.ascontiguousarray(values, dtype=self._dtype)
+        self.file.write(array.data)
+        self.length += len(array)
+
+    def finish(self) -> None:
+        self.file.seek(0)
+        self._write_header()
+        if self.file.tell() != self._start:
+            raise RuntimeError("numpy no longer leaves room in .npy headers for a longer shape")
+        _sync(self.file)
+        self.file.close()
+
+    def _write_header(self) -> None:
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

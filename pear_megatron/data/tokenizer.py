@@ -1,0 +1,67 @@
+"""Loading a Hugging Face tokenizer, and the hash that tells two of them apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pear_megatron.data.errors import DataError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """Load the tokenizer of a Hugging Face model or local folder.
+
+    A folder without tokenizer files and with a single ``.gguf`` file gives the tokenizer inside it.
+
+    Raises:
+        ImportError: transformers is missing (extra ``hf``).
+        DataError: there is no such tokenizer, or it is not a fast one.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError(
+            "data.tokenizer needs Hugging Face transformers; pip install 'pear-megatron[hf]'"
+        ) from error
+    options = {}
+    path = Path(name_or_path).expanduser()
+    if path.is_dir() and not any((path / name).exists() for name in _TOKENIZER_FILES):
+        gguf = sorted(path.glob("*.gguf"))
+        if len(gguf) != 1:
+            raise DataError(
+                [f"data.tokenizer = {name_or_path!r}: the folder has no tokenizer.json and {len(gguf)} .gguf "
+                 "files; name a folder with a tokenizer, or with a single .gguf file"]
+            )  # fmt: skip
+        options["gguf_file"] = gguf[0].name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.exists() else name_or_path, **options)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise DataError(
+            [f"data.tokenizer = {name_or_path!r} was not found: it is no local folder with a tokenizer, and "
+             f"the Hugging Face hub did not give it ({first_line}); without network (HF_HUB_OFFLINE=1) name "
+             "a local folder, or download it first: hf download NAME"]
+        ) from error  # fmt: skip
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            [f"data.tokenizer = {name_or_path!r} has no fast (Rust) tokenizer; convert it: "
+             "AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(FOLDER)"]
+        )  # fmt: skip
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Sixteen hex characters that differ when a tokenizer would give other token ids.
+
+    SHA-256 over the fast tokenizer's serialised form, without its padding and truncation state, and over
+    the chat template; the same in every process and after ``save_pretrained`` and loading again (METHOD:
+    Where it goes wrong, the first item).
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["padding"] = state["truncation"] = None
+    content = json.dumps([state, tokenizer.chat_template], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

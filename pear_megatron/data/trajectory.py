@@ -1,0 +1,27 @@
+"""Trajectory: a prompt and a response as token ids, with what the behaviour policy thought of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """One offline trajectory of n tokens (METHOD: Words), not shifted.
+
+    Attributes:
+        id: the row's ``id``, or ``FILE:LINE``.
+        input_ids: int32 [n].
+        loss_mask: bool [n], True on decisions; never at 0, which has no context to be predicted from.
+        behavior_logprobs: float32 [n], entry i is log pi_beta(input_ids[i] | input_ids[:i]); 0 off the
+            decisions.
+        reward: finite; below 0 for a negative example.
+    """
+
+    id: str
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    behavior_logprobs: np.ndarray
+    reward: float = 1.0

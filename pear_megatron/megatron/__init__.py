@@ -1,0 +1,1 @@
+"""Everything that touches Megatron-Core's own API; nothing outside this folder imports ``megatron``."""

@@ -1,0 +1,121 @@
+"""Megatron-Core without a GPU: the one place that makes it run on CPU and gloo.
+
+mcore asks for CUDA by name: ``device="cuda"``, ``.cuda()``, ``torch.cuda.current_device()``, and checks
+like ``param.type() == "torch.cuda.FloatTensor"``. Where torch has no CUDA these ask for the CPU instead,
+so that its real layers, process groups, pipeline schedules, DDP, optimizers and checkpoints run, and
+every layout can be tested on a laptop. On a machine with a GPU this module does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint", "as_tensor")
+_enabled = False
+
+
+def enable() -> bool:
+    """Makes Megatron-Core run on CPU if torch has no CUDA. Call it before importing ``megatron``.
+
+    Returns:
+        True if this process runs Megatron-Core on CPU.
+    """
+    global _enabled
+    if torch.cuda.is_available():
+        return False
+    if not _enabled:
+        _redirect_devices()
+        _silence_streams()
+        _answer_type_checks()
+        _disable_cuda_rng()
+        _enabled = True
+    return True
+
+
+def _on_cpu(device: Any) -> Any:
+    """The CPU where ``device`` means a CUDA device (a string, a torch.device, or an index)."""
+    if device is None or (isinstance(device, str) and not device.startswith("cuda")):
+        return device
+    if isinstance(device, torch.device) and device.type != "cuda":
+        return device
+    return torch.device("cpu")
+
+
+def _redirect_devices() -> None:
+    def wrap(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def on_cpu(*args: Any, **kwargs: Any) -> Any:
+            if "device" in kwargs:
+                kwargs["device"] = _on_cpu(kwargs["device"])
+            return factory(*args, **kwargs)
+
+        return on_cpu
+
+    for name in _FACTORIES:
+        setattr(torch, name, wrap(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+
+
+def _silence_streams() -> None:
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    class Stream:
+        wait_stream = wait_event = synchronize = record_event = nothing
+
+    torch.cuda.synchronize = nothing
+    torch.cuda.empty_cache = nothing
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: Stream()  # type: ignore
+    torch.cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()  # type: ignore
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = nothing
+
+
+def _answer_type_checks() -> None:
+    """``tensor.type()`` says "torch.cuda.FloatTensor", which mcore's optimizers insist on."""
+    original = torch.Tensor.type
+
+    @functools.wraps(original)
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        if not args and not kwargs and isinstance(answer, str):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    torch.Tensor.type = type_name  # type: ignore[assignment]
+
+
+class _CpuRngTracker:
+    """Stands in for mcore's CUDA RNG tracker: one generator, no states to fork."""
+
+    @contextlib.contextmanager
+    def fork(self, name: str = "") -> Iterator[None]:
+        yield
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_states(self) -> dict[str, Any]:
+        return {}
+
+    def set_states(self, states: dict[str, Any]) -> None:
+        return None
+
+    def add(self, name: str, seed: int) -> None:
+        return None
+
+    def reset(self) -> None:
+        return None
+
+
+def _disable_cuda_rng() -> None:
+    from megatron.core.tensor_parallel import random
+
+    random._CUDA_RNG_STATE_TRACKER = _CpuRngTracker()
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True

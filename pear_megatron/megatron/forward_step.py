@@ -1,0 +1,128 @@
+"""PEAR's forward step: what a Megatron training loop calls for every micro-batch.
+
+``PearForwardStep`` is what ``get_forward_backward_func()`` takes as ``forward_step_func``; it works in
+this package's loop, in Megatron-LM's and in Megatron-Bridge's. Where mcore has
+``GPTModel.forward(output_processor=...)`` (0.19+) the loss is computed there, straight from the output
+layer's [s, b, V/tp] logits; otherwise from the logits that the model returns for ``labels=None``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pear_megatron.config import PearConfig
+from pear_megatron.data.batches import PackedBatch
+from pear_megatron.loss import pear_loss
+from pear_megatron.megatron.model import unwrap
+
+LossOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+
+def supports_output_processor(model: Any) -> bool:
+    """Whether the GPTModel inside ``model`` takes ``output_processor`` (megatron-core 0.19+)."""
+    return "output_processor" in inspect.signature(unwrap(model).forward).parameters
+
+
+def _wraps_precision(model: Any) -> bool:
+    from megatron.core.transformer.module import Float16Module
+
+    while True:
+        if isinstance(model, Float16Module):
+            return True
+        if not hasattr(model, "module"):
+            return False
+        model = model.module
+
+
+class PearForwardStep:
+    """``forward_step_func`` for Megatron-Core's schedules, under ``calculate_per_token_loss=True``.
+
+    Args:
+        config: how the loss is reweighted.
+        vocab_size: real tokens; columns beyond are Megatron's padding.
+        tp_group: tensor-parallel group of the model.
+        packed_attention: ``mask`` gives the model a block-diagonal attention mask (any layer spec);
+            ``thd`` gives Transformer Engine ``PackedSeqParams`` and one flat row of tokens.
+        use_output_processor: None = where mcore has it.
+    """
+
+    def __init__(
+        self,
+        config: PearConfig,
+        *,
+        vocab_size: int,
+        tp_group: torch.distributed.ProcessGroup | None = None,
+        packed_attention: str = "mask",
+        use_output_processor: bool | None = None,
+    ) -> None:
+        self.config = config
+        self.vocab_size = vocab_size
+        self.tp_group = tp_group
+        self.packed_attention = packed_attention
+        self.use_output_processor = use_output_processor
+
+    def __call__(
+        self, data_iterator: Iterator[PackedBatch], model: Any
+    ) -> tuple[Tensor, Callable[[Tensor], LossOutput]]:
+        """Runs the model on the next micro-batch; returns its output and the loss function for it."""
+        batch = next(data_iterator)
+        if self.use_output_processor is None:
+            self.use_output_processor = supports_output_processor(model)
+        inputs = self._inputs(batch)
+        if _wraps_precision(model):
+            inputs["fp32_output"] = False  # the loss reads bf16 logits; a float32 copy is not needed
+        if not self.use_output_processor:
+            return model(**inputs), lambda logits: self.loss(logits, batch)
+
+        results: list[LossOutput] = []
+
+        def processor(*, hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any) -> Tensor:
+            logits, _bias = output_layer(hidden_states, weight=output_weight)  # [s, b, V/tp]
+            results.append(self.loss(logits.transpose(0, 1), batch))
+            return results[0][0]
+
+        output = model(**inputs, output_processor=processor)
+        return output, lambda loss_sum: (loss_sum, *results[0][1:])
+
+    def loss(self, logits: Tensor, batch: PackedBatch) -> LossOutput:
+        """pear_loss of a micro-batch: [B, S, V/tp] logits (or one flat row) -> Megatron's loss tuple."""
+        return pear_loss(
+            logits,
+            batch.labels.view(logits.shape[:-1]),
+            batch.behavior_logprobs,
+            batch.loss_mask.view(logits.shape[:-1]),
+            batch.cu_seqlens,
+            self.config,
+            reward=batch.reward,
+            tp_group=self.tp_group,
+            vocab_size=self.vocab_size,
+            inplace_backward=True,
+        )
+
+    def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        if self.packed_attention == "mask":
+            return {
+                "input_ids": batch.tokens,
+                "position_ids": batch.position_ids,
+                "attention_mask": batch.attention_mask(),
+            }
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+        )
+        return {
+            "input_ids": batch.tokens.view(1, -1),
+            "position_ids": batch.position_ids.view(1, -1),
+            "attention_mask": None,
+            "packed_seq_params": packed,
+        }

@@ -1,0 +1,51 @@
+"""Megatron-Core's own optimizer and learning-rate scheduler, set from a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pear_megatron.recipe import Recipe
+
+
+def build_optimizer(recipe: Recipe, model: Any) -> Any:
+    """AdamW on float32 main parameters, gradient clipping over the whole model."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    settings = recipe.optimizer
+    bf16 = recipe.train.precision == "bf16"
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
+    )
+    return get_megatron_optimizer(config, [model])
+
+
+def build_scheduler(recipe: Recipe, optimizer: Any, total_steps: int) -> Any:
+    """Megatron's OptimizerParamScheduler, counted in optimizer steps."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    settings = recipe.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=min(settings.lr_warmup_steps, total_steps - 1),
+        lr_decay_steps=total_steps,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,75 @@
+"""Entry point: torchrun --nproc-per-node N -m pear_megatron.train --config RECIPE.yaml [key=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+
+_EXAMPLE = """\
+example:
+  torchrun --nproc-per-node 2 -m pear_megatron.train --config recipes/sft/tiny.yaml \\
+      data.train=trajectories.jsonl output_dir=results/tiny \\
+      parallel.tensor_model_parallel_size=2 train.max_steps=100
+"""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """--config and Hydra-style overrides."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pear_megatron.train",
+        description="PEAR (or plain SFT, with pear.variant=none) on Megatron-Core. Started by torchrun.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe's keys")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains; errors of the user's making are printed by rank 0 alone and end with exit code 1."""
+    args = parse_arguments(arguments)
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pear_megatron").setLevel(logging.INFO if is_main else logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+
+    from pear_megatron.megatron import layout as layouts
+
+    try:
+        _run(args)
+    except _user_errors() as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    finally:
+        layouts.shutdown()
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    from pear_megatron.data import DataError
+    from pear_megatron.megatron.checkpoint import CheckpointError
+    from pear_megatron.megatron.trainer import TrainingError
+    from pear_megatron.recipe import RecipeError
+
+    return (RecipeError, DataError, CheckpointError, TrainingError)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from pear_megatron.megatron import cpu
+    from pear_megatron.megatron import layout as layouts
+    from pear_megatron.recipe import load_recipe
+
+    recipe = load_recipe(args.config, args.overrides)
+    cpu.enable()
+    from pear_megatron.megatron.trainer import Trainer
+
+    layout = layouts.initialize(recipe.model, recipe.parallel, recipe.train)
+    Trainer(recipe, layout).train()
+
+
+if __name__ == "__main__":
+    main()
