@@ -35,7 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("pear_megatron").setLevel(logging.INFO if is_main else logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    for category in (UserWarning, FutureWarning, DeprecationWarning):  # of libraries, on every rank
+        warnings.filterwarnings("ignore", category=category)
 
     from pear_megatron.megatron import layout as layouts
 

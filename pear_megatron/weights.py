@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron.config import PearConfig
-from pear_megatron.ops.context_parallel import all_gather, check_divisible, shard_positions
+from pear_megatron.ops.context_parallel import all_gather, check_shards, shard_positions
 from pear_megatron.ops.suffix_sum import as_cu_seqlens
 from pear_megatron.ops.weights import STATISTICS, pear_weights
 
@@ -29,7 +29,7 @@ def importance_weights(
 
     Args:
         logprobs: [T] floating, log pi_theta of each token; any value off the mask.
-        behavior_logprobs: [T] floating (not float16), log pi_beta of the same tokens.
+        behavior_logprobs: [T] float32 or float64 (16 bits are refused), log pi_beta of the same tokens.
         mask: [T] bool, True on decisions.
         cu_seqlens: [segments + 1] integer, boundaries of the trajectories of the whole pack.
         config: variant, clips, baseline, normaliser.
@@ -43,7 +43,7 @@ def importance_weights(
         ``ratio_clipped_low``, ``ratio_clipped_high``, ``weight_at_floor``, ``weight_at_ceiling``.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, float16 behaviour log-probs, lengths that the
+        ValueError: shapes or dtypes that do not fit, 16-bit behaviour log-probs, lengths that the
             context-parallel ranks cannot share.
     """
     tokens = logprobs.shape
@@ -53,10 +53,10 @@ def importance_weights(
                 f"{name} has shape {tuple(x.shape)} and logprobs {tuple(tokens)}; both must be [T], "
                 "flat over the packed tokens"
             )
-    if behavior_logprobs.dtype == torch.float16:
+    if behavior_logprobs.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(
-            "behavior_logprobs are float16, which is too coarse for ratios clipped at -0.08 and 0.3; "
-            "store them as float32"
+            f"behavior_logprobs are {str(behavior_logprobs.dtype).removeprefix('torch.')}, which is too "
+            "coarse for ratios clipped at -0.08 and 0.3; store them as float32"
         )
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool (True on decisions), got {mask.dtype}")
@@ -70,7 +70,7 @@ def importance_weights(
         return weights, dict(zip(STATISTICS, stats, strict=True))
 
     ranks = cp_group.size()
-    check_divisible(cu, ranks, "zigzag")
+    check_shards(cu, ranks, "zigzag", lp.numel())
     positions = shard_positions(cu, ranks, "zigzag", lp.numel())  # [ranks, T]
     shards = all_gather(torch.stack([lp, lb, mask.float()]), cp_group)  # [ranks, 3, T]
     whole = shards.new_empty((3, ranks * lp.numel()))

@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "cpu/simd.h"
+#include "online_softmax.h"
 #include "ops.h"
 
 namespace pear::cpu {
@@ -160,40 +161,19 @@ Tensor logprob_forward(const Tensor& logits, const Tensor& target, const Optiona
 }
 
 std::tuple<Tensor, Tensor> logprob_combine(const Tensor& stats, const OptionalTensor& mask) {
-  TORCH_CHECK_VALUE(stats.dim() == 3 && stats.size(1) == kLogprobStatistics,
-                    "stats must be [ranks, 3, T], got ", stats.sizes());
-  TORCH_CHECK_VALUE(stats.scalar_type() == at::kFloat && stats.is_contiguous(),
-                    "stats must be contiguous float32");
+  check_stats(stats);
   const int64_t ranks = stats.size(0), T = stats.size(2);
   check_mask(mask, T, stats);
   Tensor logprob = at::empty({T}, stats.options()), lse = at::empty({T}, stats.options());
   const float* in = stats.const_data_ptr<float>();
   const bool* wanted = mask_data(mask);
   float *lp = logprob.mutable_data_ptr<float>(), *out_lse = lse.mutable_data_ptr<float>();
-  constexpr float inf = std::numeric_limits<float>::infinity();
   at::parallel_for(0, T, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      if (wanted && !wanted[t]) {
-        lp[t] = out_lse[t] = 0.0f;
-        continue;
-      }
-      const auto at = [&](int64_t rank, int64_t which) {
-        return in[(rank * kLogprobStatistics + which) * T + t];
-      };
-      float max = -inf, target = -inf;
-      for (int64_t r = 0; r < ranks; ++r) {
-        max = std::max(max, at(r, kRowMax));
-        // A NaN target logit must win: comparisons with it are false.
-        const float x = at(r, kTargetLogit);
-        if (!(x <= target)) target = x;
-      }
-      float sum = 0.0f;
-      for (int64_t r = 0; r < ranks; ++r) {
-        const float part = at(r, kRowSumExp), row_max = at(r, kRowMax);
-        sum += row_max == -inf ? part : part * std::exp(row_max - max);
-      }
-      out_lse[t] = max + std::log(sum);
-      lp[t] = target - out_lse[t];
+      Logprob token = {0.0f, 0.0f};
+      if (!wanted || wanted[t]) token = combine_ranks(in, ranks, T, t);
+      lp[t] = token.logprob;
+      out_lse[t] = token.lse;
     }
   });
   return {logprob, lse};

@@ -69,7 +69,11 @@ def _state(model: Any, optimizer: Any, scheduler: Any, *, loading: bool) -> dict
     model_state = unwrap(model).sharded_state_dict()
     state: dict[str, Any] = {"model": model_state}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=loading)
+        # The distributed optimizer's shards can be loaded on another data-parallel size.
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+        state["optimizer"] = optimizer.sharded_state_dict(
+            model_state, is_loading=loading, metadata=metadata
+        )
         state["scheduler"] = scheduler.state_dict()
     return state
 

@@ -32,7 +32,8 @@ def enable() -> bool:
         _redirect_devices()
         _silence_streams()
         _answer_type_checks()
-        _disable_cuda_rng()
+        with _without_compiler():
+            _disable_cuda_rng()
         _enabled = True
     return True
 
@@ -44,6 +45,17 @@ def _on_cpu(device: Any) -> Any:
     if isinstance(device, torch.device) and device.type != "cuda":
         return device
     return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """mcore wraps functions in torch.compile on import: seconds of start-up, and C++ compilation later."""
+    original = torch.compile
+    torch.compile = lambda model=None, **_: model if model is not None else lambda f: f  # type: ignore
+    try:
+        yield
+    finally:
+        torch.compile = original
 
 
 def _redirect_devices() -> None:

@@ -52,7 +52,6 @@ def transformer_config(model: ModelConfig, layout: Layout, train: TrainConfig) -
         pipeline_dtype=dtype,
         bf16=train.precision == "bf16",
         calculate_per_token_loss=True,
-        perform_initialization=False,  # initialize_weights does it, alike for every layout
         use_cpu_initialization=not on_gpu,
         batch_p2p_sync=False,
         persist_layer_norm=False,

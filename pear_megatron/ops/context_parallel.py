@@ -24,19 +24,31 @@ def chunk_owners(ranks: int, layout: Layout) -> list[list[int]]:
     return [[rank, 2 * ranks - 1 - rank] for rank in range(ranks)]
 
 
-def check_divisible(cu_seqlens: Tensor, ranks: int, layout: Layout) -> None:
-    """Segment lengths must split into equal chunks; checked where that costs no device sync."""
-    pieces = ranks * chunks_per_rank(layout)
+def check_shards(cu_seqlens: Tensor, ranks: int, layout: Layout, local_tokens: int) -> None:
+    """Every rank must hold equal chunks of every segment; checked where that costs no device sync."""
     if cu_seqlens.device.type != "cpu":
         return
     lengths = cu_seqlens.diff()
+    if int(cu_seqlens[0]) != 0 or bool((lengths < 0).any()):
+        raise ValueError(f"cu_seqlens must start at 0 and not decrease, got {_shorten(cu_seqlens)}")
+    pieces = ranks * chunks_per_rank(layout)
     bad = (lengths % pieces != 0).nonzero().flatten()
     if bad.numel():
         segment = int(bad[0])
         raise ValueError(
-            f"segment {segment} has {int(lengths[segment])} tokens, not divisible by {pieces} "
-            f"({ranks} context-parallel ranks, {layout} layout); pad each trajectory to a multiple of {pieces}"
+            f"segment {segment} has {int(lengths[segment])} tokens, not divisible by {pieces} ({ranks} "
+            f"context-parallel ranks, {layout} layout); pad each trajectory to a multiple of {pieces}"
         )
+    if int(cu_seqlens[-1]) != ranks * local_tokens:
+        raise ValueError(
+            f"cu_seqlens are those of the whole pack and must end at {ranks * local_tokens} ({ranks} "
+            f"context-parallel ranks x {local_tokens} tokens here), got {int(cu_seqlens[-1])}"
+        )
+
+
+def _shorten(cu_seqlens: Tensor) -> str:
+    values = [str(value) for value in cu_seqlens[:8].tolist()]
+    return f"[{', '.join(values)}{', ...' if cu_seqlens.numel() > 8 else ''}]"
 
 
 def shard_positions(cu_seqlens: Tensor, ranks: int, layout: Layout, local_tokens: int) -> Tensor:
@@ -67,6 +79,7 @@ def shard_positions(cu_seqlens: Tensor, ranks: int, layout: Layout, local_tokens
 
 def all_gather(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
     """[...] of this rank -> [ranks, ...] of all."""
-    gathered = x.new_empty((group.size(), *x.shape))
-    torch.distributed.all_gather_into_tensor(gathered, x.contiguous(), group=group)
-    return gathered
+    # Flat, because gloo joins along the first dimension and knows no leading dimension of ranks.
+    gathered = x.new_empty(group.size() * x.numel())
+    torch.distributed.all_gather_into_tensor(gathered, x.reshape(-1), group=group)
+    return gathered.view(group.size(), *x.shape)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pear_megatron.ops.context_parallel import all_gather
 from pear_megatron.ops.library import ops
 
 
@@ -37,8 +38,9 @@ class _VocabParallelLogprob(torch.autograd.Function):
         logits, target, mask, lse = ctx.saved_tensors
         args = (target, mask, lse, grad.float().contiguous(), ctx.vocab_start, ctx.vocab_size)
         if ctx.inplace:
-            # The version counter moves on, so a second backward through these logits is an error.
             ops.logprob_backward_(logits, *args)
+            # Whoever still wants these logits, a second backward included, gets an error, not gradients.
+            torch.autograd.graph.increment_version(logits)
             grad_logits = logits
         else:
             grad_logits = ops.logprob_backward(logits, *args)
@@ -47,12 +49,9 @@ class _VocabParallelLogprob(torch.autograd.Function):
 
 def _gather_ranks(stats: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
     """[3, T] of this rank -> [ranks, 3, T]: the one collective, 12 bytes a token."""
-    ranks = 1 if group is None else group.size()
-    if ranks == 1:
+    if group is None or group.size() == 1:
         return stats.unsqueeze(0)
-    gathered = stats.new_empty((ranks, *stats.shape))
-    torch.distributed.all_gather_into_tensor(gathered, stats, group=group)
-    return gathered
+    return all_gather(stats, group)
 
 
 def _memory_order(logits: Tensor) -> list[int]:
@@ -94,8 +93,8 @@ def vocab_parallel_logprob(
         IndexError: a target outside the vocabulary where the mask is True (CPU; on CUDA a device-side
             assertion, since reading it back would stall the stream).
     """
-    if logits.dim() < 1:
-        raise ValueError(f"logits must be [..., V], got shape {tuple(logits.shape)}")
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V] with V > 0, got shape {tuple(logits.shape)}")
     shape = logits.shape[:-1]
     for name, x in (("target", target), ("mask", mask)):
         if x is not None and x.shape != shape:
@@ -108,15 +107,16 @@ def vocab_parallel_logprob(
         vocab_size = local * ranks
     elif not 0 < vocab_size <= local * ranks:
         raise ValueError(
-            f"vocab_size {vocab_size} does not fit: {ranks} rank(s) x {local} columns hold {local * ranks} ids"
+            f"vocab_size {vocab_size} does not fit: {ranks} rank(s) x {local} columns hold "
+            f"{local * ranks} ids"
         )
 
     order = _memory_order(logits)
     rows = logits.permute(*order, -1).reshape(-1, local)
     if rows.stride(1) != 1 and local > 1:
         rows = rows.contiguous()
-    flat_target = target.permute(order).reshape(-1)
-    flat_mask = None if mask is None else mask.permute(order).reshape(-1)
+    flat_target = target.permute(order).reshape(-1).contiguous()
+    flat_mask = None if mask is None else mask.permute(order).reshape(-1).contiguous()
     logprob = _VocabParallelLogprob.apply(
         rows, flat_target, flat_mask, tp_group, rank * local, vocab_size, inplace_backward
     )

@@ -6,6 +6,7 @@ One trajectory at a time, plain indexing, no tricks. ``decision`` is the list of
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def suffix_sum(x: Tensor, cu_seqlens: Tensor, exclusive: bool = True) -> Tensor:
     """[T] -> [T] float64: within each segment, the sum of what follows."""
     out = torch.zeros_like(x, dtype=torch.float64)
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         for t in range(start, end):
             out[t] = x[t + exclusive : end].double().sum()
     return out
@@ -51,7 +52,7 @@ def trajectory_log_weights(log_ratio: list[float], config: PearConfig) -> list[f
 def weights(
     logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor, config: PearConfig
 ) -> tuple[Tensor, dict[str, tuple[float, float]]]:
-    """[T] inputs -> weights [T] float64 and (sum, count) statistics (METHOD: Weights; Ours, beyond the paper)."""
+    """[T] inputs -> weights [T] float64 and (sum, count) statistics (METHOD: Weights; Ours)."""
     out = torch.zeros(logprobs.shape, dtype=torch.float64)
     sums = dict.fromkeys(
         (
@@ -67,7 +68,7 @@ def weights(
     )
     decisions = trajectories = 0
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         decision = [t for t in range(start, end) if mask[t]]
         if not decision:
             continue

@@ -8,7 +8,7 @@ from torch import Tensor
 from pear_megatron.ops.context_parallel import (
     Layout,
     all_gather,
-    check_divisible,
+    check_shards,
     chunk_owners,
     chunks_per_rank,
 )
@@ -58,7 +58,7 @@ def segmented_suffix_sum(
     pieces = chunks_per_rank(layout)
     if group is None or ranks == 1:
         return ops.segmented_suffix_sum(x, cu, None, exclusive)
-    check_divisible(cu, ranks, layout)
+    check_shards(cu, ranks, layout, x.numel())
 
     # Each chunk is a segment of its own; what lies to its right in the trajectory comes in as carry.
     chunk_lengths = (cu.diff() // (ranks * pieces)).repeat_interleave(pieces)

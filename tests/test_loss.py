@@ -1,0 +1,273 @@
+"""pear_loss: value, gradient, reward, report; packed, batched, and over tensor and context parallel ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pear_megatron import PearConfig, importance_weights, pear_loss
+from pear_megatron.ops import STATISTICS, reference
+from tests.distributed import run_ranks, zigzag
+from tests.packs import CONFIGS, VARIANTS, config_id
+
+WORDS = 60
+
+
+@dataclass
+class Batch:
+    logits: Tensor  # [T, V]
+    target: Tensor
+    behavior_logprobs: Tensor
+    mask: Tensor
+    cu_seqlens: Tensor
+    reward: Tensor  # [S]
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        return self.logits, self.target, self.behavior_logprobs, self.mask, self.cu_seqlens
+
+
+def make_batch(lengths: list[int], dtype: torch.dtype = torch.float32) -> Batch:
+    tokens = sum(lengths)
+    logits = torch.randn(tokens, WORDS).to(dtype)
+    target = torch.randint(WORDS, (tokens,))
+    mask = torch.rand(tokens) < 0.7
+    logprob = reference.logprob(logits, target).float()
+    target[~mask] = -100
+    return Batch(
+        logits=logits,
+        target=target,
+        behavior_logprobs=logprob + 0.2 * torch.randn(tokens),
+        mask=mask,
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        reward=torch.tensor([1.0, -0.5, 2.0, 0.0, -1.0])[: len(lengths)],
+    )
+
+
+def loss_and_gradient(batch: Batch, config: PearConfig, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, dict]:
+    leaf = batch.logits.detach().clone().requires_grad_()
+    loss, num_tokens, report = pear_loss(leaf * 1.0, *batch.inputs()[1:], config, **kwargs)
+    loss.backward()
+    return loss.detach(), leaf.grad, num_tokens, report
+
+
+def float64_answer(batch: Batch, config: PearConfig, reward: Tensor | None) -> tuple[Tensor, Tensor]:
+    exact = batch.logits.double().requires_grad_()
+    loss = reference.loss_sum(exact, *batch.inputs()[1:], config, reward)
+    loss.backward()
+    return loss.detach(), exact.grad
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+@pytest.mark.parametrize("with_reward", [False, True])
+def test_value_and_gradient_equal_float64_autograd(config, with_reward):
+    config = PearConfig(**{**config.model_dump(), "negative_scale": 0.3})
+    batch = make_batch([12, 1, 20, 0, 9])
+    reward = batch.reward if with_reward else None
+    expected, exact = float64_answer(batch, config, reward)
+    for inplace in (False, True):
+        loss, grad, _, _ = loss_and_gradient(batch, config, reward=reward, inplace_backward=inplace)
+        assert loss.dtype == torch.float32
+        assert loss.shape == ()
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_logits_lose_only_the_rounding_of_the_gradient():
+    batch = make_batch([12, 9], torch.bfloat16)
+    expected, exact = float64_answer(batch, PearConfig(), None)
+    loss, grad, _, _ = loss_and_gradient(batch, PearConfig())
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    assert grad.dtype == torch.bfloat16
+    torch.testing.assert_close(grad.double(), exact, rtol=1.02 * 2**-8, atol=1e-9)
+
+
+def test_padded_vocabulary_stays_out_of_the_loss():
+    batch = make_batch([12, 9])
+    expected, exact = float64_answer(batch, PearConfig(), batch.reward)
+    batch.logits = torch.cat([batch.logits, torch.full((21, 4), float("nan"))], dim=1)
+    loss, grad, _, _ = loss_and_gradient(batch, PearConfig(), reward=batch.reward, vocab_size=WORDS)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad[:, :WORDS].double(), exact, rtol=1e-5, atol=1e-6)
+    assert not grad[:, WORDS:].any()
+
+
+def test_a_reward_for_every_token():
+    batch = make_batch([12, 9])
+    config, reward = PearConfig(negative_scale=0.5), torch.randn(21)
+    loss, _, _, _ = loss_and_gradient(batch, config, reward=reward)
+    logprob = reference.logprob(batch.logits, batch.target, batch.mask)
+    weights, _ = reference.weights(logprob, *batch.inputs()[2:], config)
+    scaled = torch.where(reward < 0, 0.5 * reward, reward).double()
+    torch.testing.assert_close(loss.double(), -(scaled * weights * logprob).sum(), rtol=1e-5, atol=1e-5)
+
+    per_trajectory = loss_and_gradient(batch, config, reward=batch.reward)
+    per_token = loss_and_gradient(batch, config, reward=batch.reward.repeat_interleave(torch.tensor([12, 9])))
+    assert torch.equal(per_token[0], per_trajectory[0])
+    assert torch.equal(per_token[1], per_trajectory[1])
+
+
+def test_a_negative_example_is_pushed_away():
+    batch = make_batch([6])
+    batch.mask[:] = True
+    batch.target = batch.target.clamp_min(0)
+    _, grad, _, _ = loss_and_gradient(batch, PearConfig(), reward=torch.tensor([-1.0]))
+    assert (grad[range(6), batch.target] > 0).all()  # a descent step lowers the token's logit
+    for scale, expected in ((0.0, 0.0), (0.5, 0.5)):
+        config = PearConfig(negative_scale=scale)
+        _, scaled, _, _ = loss_and_gradient(batch, config, reward=torch.tensor([-1.0]))
+        torch.testing.assert_close(scaled, expected * grad)
+
+
+@pytest.mark.parametrize("with_behavior", [True, False])
+def test_variant_none_is_torchs_cross_entropy(with_behavior):
+    batch = make_batch([12, 9])
+    if not with_behavior:
+        batch.behavior_logprobs = None
+    loss, grad, num_tokens, report = loss_and_gradient(batch, PearConfig(variant="none"))
+    leaf = batch.logits.clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(leaf, batch.target, ignore_index=-100, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, leaf.grad, rtol=1e-5, atol=1e-6)
+    assert report["pear/weight"].tolist() == [float(num_tokens)] * 2
+
+
+def test_weights_are_constants_of_the_gradient():
+    batch = make_batch([15])
+    config = PearConfig()
+    _, grad, _, _ = loss_and_gradient(batch, config)
+    logprob = reference.logprob(batch.logits, batch.target, batch.mask).float()
+    weights, _ = importance_weights(logprob, *batch.inputs()[2:], config)
+    leaf = batch.logits.clone().requires_grad_()
+    nll = torch.nn.functional.cross_entropy(leaf, batch.target, ignore_index=-100, reduction="none")
+    (weights * nll).sum().backward()
+    torch.testing.assert_close(grad, leaf.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+def test_packed_equals_unpacked(config):
+    lengths = [12, 1, 20, 0, 9]
+    batch = make_batch(lengths)
+    loss, grad, num_tokens, report = loss_and_gradient(batch, config, reward=batch.reward)
+    alone = []
+    for i, (start, length) in enumerate(zip(batch.cu_seqlens.tolist(), lengths, strict=False)):
+        one = slice(start, start + length)
+        part = Batch(
+            *(x[one] for x in batch.inputs()[:4]), torch.tensor([0, length]), batch.reward[i : i + 1]
+        )
+        alone.append(loss_and_gradient(part, config, reward=part.reward))
+    torch.testing.assert_close(sum(part[0] for part in alone), loss, rtol=1e-5, atol=1e-5)
+    assert torch.equal(torch.cat([part[1] for part in alone]), grad)
+    assert sum(part[2] for part in alone) == num_tokens
+    for name, value in report.items():
+        torch.testing.assert_close(sum(part[3][name] for part in alone), value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["b_s_v", "s_b_v"])
+def test_a_batch_of_rows_is_a_pack_of_equal_lengths(transposed):
+    batch = make_batch([10, 10, 10])
+    flat = loss_and_gradient(batch, PearConfig(), reward=batch.reward)
+    logits = batch.logits.view(3, 10, WORDS)
+    if transposed:  # as Megatron's model gives them: [s, b, v], seen as [b, s, v]
+        logits = logits.transpose(0, 1).contiguous().transpose(0, 1)
+    leaf = logits.requires_grad_()
+    tensors = (x.view(3, 10) for x in batch.inputs()[1:4])
+    loss, num_tokens, report = pear_loss(leaf, *tensors, batch.cu_seqlens, PearConfig(), reward=batch.reward)
+    loss.backward()
+    assert torch.equal(loss, flat[0])
+    assert torch.equal(leaf.grad.reshape(30, WORDS), flat[1])
+    assert torch.equal(num_tokens, flat[2])
+    assert all(torch.equal(report[name], flat[3][name]) for name in report)
+
+
+def test_the_report_holds_sums_and_counts():
+    batch = make_batch([12, 9])
+    config = PearConfig()
+    loss, _, num_tokens, report = loss_and_gradient(batch, config, reward=batch.reward)
+    assert num_tokens.dtype == torch.int32
+    assert num_tokens.shape == ()
+    assert num_tokens == batch.mask.sum()
+    assert set(report) == {"loss", "nll"} | {f"pear/{name}" for name in STATISTICS}
+    assert all(x.shape == (2,) and x.dtype == torch.float32 and not x.requires_grad for x in report.values())
+    logprob = reference.logprob(batch.logits, batch.target, batch.mask)
+    expected = {"loss": [loss, num_tokens], "nll": [-logprob.sum(), num_tokens]}
+    _, stats = reference.weights(logprob, *batch.inputs()[2:], config)
+    expected.update({f"pear/{name}": value for name, value in stats.items()})
+    for name, (total, count) in expected.items():
+        torch.testing.assert_close(report[name][0].item(), float(total), rtol=1e-5, atol=1e-5)
+        assert report[name][1] == count
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_micro_batch_without_decisions_is_zero_and_not_nan(variant):
+    batch = make_batch([12, 9])
+    batch.mask[:] = False
+    batch.logits[:] = float("nan")
+    loss, grad, num_tokens, report = loss_and_gradient(
+        batch, PearConfig(variant=variant), reward=batch.reward
+    )
+    assert loss == 0
+    assert not grad.any()
+    assert num_tokens == 0
+    assert all(value.tolist() == [0.0, 0.0] for value in report.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"behavior_logprobs": None}, "variant 'token' needs behavior_logprobs; only 'none' does without"),
+        (
+            {"reward": torch.ones(3)},
+            r"reward has 3 entries; give one per trajectory \(2\) or per token \(21\)",
+        ),
+        ({"mask": torch.ones(20).bool()}, r"mask has shape \(20,\), but logits \(21, 60\)"),
+        ({"behavior_logprobs": torch.zeros(20)}, r"behavior_logprobs has shape \(20,\)"),
+        ({"behavior_logprobs": torch.zeros(21).half()}, "behavior_logprobs are float16"),
+        ({"cu_seqlens": torch.tensor([0, 20])}, "cu_seqlens must end at the number of tokens 21, got 20"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(change, message):
+    inputs = {**vars(make_batch([12, 9])), **change}
+    with pytest.raises(ValueError, match=message):
+        pear_loss(config=PearConfig(), **inputs)
+
+
+def loss_of_a_shard(rank: int, batch: Batch, tp: int) -> list[tuple[Tensor, Tensor, Tensor, dict]]:
+    """Ranks tp-first, as Megatron orders them: rank = cp_rank * tp + tp_rank."""
+    ranks = torch.distributed.get_world_size()
+    cp = ranks // tp
+    tp_groups = [torch.distributed.new_group(list(range(i * tp, (i + 1) * tp))) for i in range(cp)]
+    cp_groups = [torch.distributed.new_group(list(range(i, ranks, tp))) for i in range(tp)]
+    cp_rank, tp_rank = divmod(rank, tp)
+    whole = (*batch.inputs()[:4],)
+    logits, target, behavior, mask = (zigzag(x, batch.cu_seqlens, cp_rank, cp) for x in whole)
+    shard = Batch(logits.chunk(tp, -1)[tp_rank], target, behavior, mask, batch.cu_seqlens, batch.reward)
+    return [
+        loss_and_gradient(
+            shard, config, reward=batch.reward, tp_group=tp_groups[cp_rank], cp_group=cp_groups[tp_rank]
+        )
+        for config in CONFIGS
+    ]
+
+
+@pytest.mark.parametrize(("tp", "cp"), [(2, 1), (1, 2), (2, 2)])
+def test_tensor_and_context_parallel_ranks_together_equal_one(tp, cp):
+    batch = make_batch([12, 8, 0, 24])
+    by_rank = run_ranks(tp * cp, loss_of_a_shard, batch, tp)
+    for i, config in enumerate(CONFIGS):
+        loss, grad, num_tokens, report = loss_and_gradient(batch, config, reward=batch.reward)
+        one_per_cp_rank = [by_rank[cp_rank * tp][i] for cp_rank in range(cp)]
+        torch.testing.assert_close(sum(r[0] for r in one_per_cp_rank), loss, rtol=1e-5, atol=1e-5)
+        assert sum(r[2] for r in one_per_cp_rank) == num_tokens
+        for name, value in report.items():
+            total = sum(r[3][name] for r in one_per_cp_rank)
+            torch.testing.assert_close(total, value, rtol=1e-5, atol=1e-5)
+        for rank, results in enumerate(by_rank):
+            cp_rank, tp_rank = divmod(rank, tp)
+            expected = zigzag(grad, batch.cu_seqlens, cp_rank, cp).chunk(tp, -1)[tp_rank]
+            torch.testing.assert_close(results[i][1], expected, rtol=1e-5, atol=1e-6)
+            assert torch.equal(results[i][0], one_per_cp_rank[cp_rank][0])  # alike on all TP ranks

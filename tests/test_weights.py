@@ -1,0 +1,306 @@
+"""importance_weights against golden vectors, cases worked by hand, and the float64 reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pear_megatron import PearConfig, importance_weights
+from pear_megatron.ops import STATISTICS, reference
+from tests.distributed import run_ranks, zigzag
+from tests.packs import CONFIGS, Pack, config_id, make_pack
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "weights.json").read_text())["cases"]
+NAN = float("nan")
+
+
+def golden_config(case: dict) -> PearConfig:
+    names = {"rc": "log_ratio_clip", "wc": "log_weight_clip"}
+    return PearConfig(**{names.get(key, key): value for key, value in case["config"].items()})
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: "-".join(map(str, case["config"].values())))
+def test_golden_vectors(case):
+    lp, lb = torch.tensor(case["logprobs"]), torch.tensor(case["behavior_logprobs"])
+    mask, cu = torch.tensor(case["mask"], dtype=torch.bool), torch.tensor(case["cu_seqlens"])
+    weights, _ = importance_weights(lp, lb, mask, cu, golden_config(case))
+    expected = torch.tensor(case["weights"], dtype=torch.float64)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=0)
+
+
+WIDE = {"log_ratio_clip": (-0.5, 0.5), "gamma": 1.0}
+
+# log ratios of the decisions, in order -> weights, worked by hand.
+BY_HAND = {
+    # 0.3 - 0.2 = 0.1, 0.3, 0
+    "token": (WIDE, [0.1, -0.2, 0.3], [1.105171, 1.349859, 1.0]),
+    # the same times 0.25, 0.5, 1
+    "token_discounted": ({**WIDE, "gamma": 0.5}, [0.1, -0.2, 0.3], [0.276293, 0.674929, 1.0]),
+    # 5 and -5 count as 0.3 and -0.08: -0.08 + 0.1 = 0.02, 0.1, 0
+    "ratios_clipped": ({"gamma": 1.0}, [5.0, -5.0, 0.1], [1.020201, 1.105171, 1.0]),
+    # 0.25 for the block of two, 0.05 for the next, 0 for the short last
+    "block": (
+        {**WIDE, "variant": "block", "block_size": 2},
+        [0.1, 0.2, 0.3, -0.1, 0.05],
+        [1.284025, 1.284025, 1.051271, 1.051271, 1.0],
+    ),
+    # 0.1 - 0.2 + 0.3 = 0.2 for all; the discount plays no part
+    "sequence": ({**WIDE, "variant": "sequence", "gamma": 0.5}, [0.1, -0.2, 0.3], [1.221403] * 3),
+    # log weights 1.2, 0.8, 0.4, 0 clipped to 1.0 above and 0.5 below
+    "weights_clipped": (
+        {**WIDE, "log_weight_clip": (0.5, 1.0)},
+        [0.4, 0.4, 0.4, 0.4],
+        [2.718282, 2.225541, 1.648721, 1.648721],
+    ),
+    # mean 0.2 leaves 0, 0.2, -0.2: 0, -0.2, 0
+    "baseline": ({**WIDE, "baseline": "sequence_mean"}, [0.2, 0.4, 0.0], [1.0, 0.818731, 1.0]),
+    # the token case over its mean, 1.151677
+    "normalize": ({**WIDE, "normalize": "sequence"}, [0.1, -0.2, 0.3], [0.959619, 1.172082, 0.868299]),
+    "none": ({"variant": "none"}, [0.1, -0.2, 0.3], [1.0, 1.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize(("settings", "log_ratios", "expected"), BY_HAND.values(), ids=BY_HAND)
+def test_a_case_by_hand(settings, log_ratios, expected):
+    n = len(log_ratios)
+    lb = torch.full((n,), -1.0)
+    weights, _ = importance_weights(
+        lb + torch.tensor(log_ratios),
+        lb,
+        torch.ones(n, dtype=torch.bool),
+        torch.tensor([0, n]),
+        PearConfig(**settings),
+    )
+    torch.testing.assert_close(weights, torch.tensor(expected), rtol=2e-6, atol=0)
+
+
+def test_statistics_by_hand():
+    d = torch.tensor([0.5, -0.25, 0.125, 0.0, -0.5])
+    config = PearConfig(gamma=1.0, log_ratio_clip=(-0.125, 0.25), log_weight_clip=(0.0, 0.125))
+    # clipped 0.25, -0.125, 0.125: log weights 0, 0.125, 0; then 0, -0.125: -0.125 (to 0), 0
+    _, stats = importance_weights(d, torch.zeros(5), torch.ones(5).bool(), torch.tensor([0, 3, 5]), config)
+    total = 4 + 1.133148  # four weights of 1 and one of exp(0.125)
+    effective = 3.133148**2 / (3 * (2 + 1.284025)) + 1
+    expected = {
+        "log_ratio": [-0.125, 5],
+        "ratio_clipped_low": [2, 5],
+        "ratio_clipped_high": [1, 5],
+        "weight_at_floor": [4, 5],
+        "weight_at_ceiling": [1, 5],
+        "weight": [total, 5],
+        "effective_sample_size": [effective, 2],
+    }
+    assert list(stats) == list(STATISTICS) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(stats[name], torch.tensor(value, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+def test_every_configuration_equals_the_reference(config):
+    for lengths in ([40], [1, 0, 17, 3, 30, 2], [1], []):
+        for spread in (0.05, 0.5):
+            pack = make_pack(lengths, spread)
+            weights, stats = importance_weights(*pack.inputs(), config)
+            expected, expected_stats = reference.weights(*pack.inputs(), config)
+            assert weights.dtype == torch.float32
+            torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=0)
+            assert stats.keys() == expected_stats.keys()
+            for name, value in stats.items():
+                torch.testing.assert_close(
+                    value.double(),
+                    torch.tensor(expected_stats[name], dtype=torch.float64),
+                    rtol=1e-5,
+                    atol=1e-5,
+                )
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+def test_packing_never_leaks_across_trajectories(config):
+    pack = make_pack([12, 9, 15], spread=0.5)
+    before, _ = importance_weights(*pack.inputs(), config)
+    middle = slice(12, 21)
+    pack.logprobs[middle] = torch.tensor([NAN, 3.0, float("inf")]).repeat(3)
+    after, _ = importance_weights(*pack.inputs(), config)
+    assert torch.equal(after[:12], before[:12])
+    assert torch.equal(after[21:], before[21:])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+def test_tokens_between_decisions_add_no_ratio_and_no_discount(config):
+    """Prompt, user and tool tokens, and whatever log-probs stand there: NaN, 0 or large."""
+    pack = make_pack([30, 20], spread=0.5)
+    weights, stats = importance_weights(*pack.inputs(), config)
+    kept = pack.mask
+    assert not weights[~kept].any()
+    for junk in (NAN, 0.0, 1e4):
+        pack.logprobs[~kept] = junk
+        pack.behavior_logprobs[~kept] = -junk
+        again, again_stats = importance_weights(*pack.inputs(), config)
+        assert torch.equal(again, weights)
+        assert all(torch.equal(again_stats[name], stats[name]) for name in stats)
+    lengths = [int(kept[:30].sum()), int(kept[30:].sum())]
+    alone, _ = importance_weights(
+        pack.logprobs[kept],
+        pack.behavior_logprobs[kept],
+        kept[kept],
+        torch.tensor([0, *lengths]).cumsum(0),
+        config,
+    )
+    assert torch.equal(weights[kept], alone)
+
+
+@pytest.mark.parametrize("normalize", ["none", "sequence"])
+def test_blocks_of_one_are_the_token_variant(normalize):
+    pack = make_pack([40, 7], spread=0.5)
+    token, _ = importance_weights(*pack.inputs(), PearConfig(variant="token", normalize=normalize))
+    config = PearConfig(variant="block", block_size=1, normalize=normalize)
+    block, _ = importance_weights(*pack.inputs(), config)
+    assert torch.equal(block, token)
+
+
+def test_one_block_for_all_weighs_one():
+    pack = make_pack([40, 7], spread=0.5, decisions=1.0)
+    weights, _ = importance_weights(*pack.inputs(), PearConfig(variant="block", block_size=40))
+    assert torch.equal(weights, torch.ones(47))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("clip", [(-0.08, 0.3), (-1e5, 1e5)])
+@pytest.mark.parametrize("variant", ["token", "block", "sequence"])
+def test_nothing_overflows_in_long_trajectories_with_huge_ratios(variant, clip, sign):
+    n = 20_000
+    lp, lb = torch.zeros(n), torch.full((n,), -sign * 1e4)
+    config = PearConfig(variant=variant, log_ratio_clip=clip)
+    mask, cu = torch.ones(n, dtype=torch.bool), torch.tensor([0, n])
+    weights, stats = importance_weights(lp, lb, mask, cu, config)
+    saturated = torch.tensor(5.0 if sign > 0 else -10.0).exp()
+    assert weights.isfinite().all()
+    torch.testing.assert_close(weights[0], saturated)
+    assert weights[-1] == (saturated if variant == "sequence" else 1.0)
+    assert all(value.isfinite().all() for value in stats.values())
+    share = stats["weight_at_ceiling" if sign > 0 else "weight_at_floor"]
+    assert share[0] / share[1] > 0.99
+
+
+def test_a_nan_decision_stays_visible_in_its_trajectory_alone():
+    pack = make_pack([6, 5, 6], decisions=1.0)
+    pack.logprobs[8] = NAN  # third decision of the second trajectory
+    for variant, reached in (("token", [6, 7]), ("block", [6, 7]), ("sequence", [6, 7, 8, 9, 10])):
+        weights, stats = importance_weights(*pack.inputs(), PearConfig(variant=variant, block_size=2))
+        assert weights.isnan().nonzero().flatten().tolist() == reached
+        assert stats["weight"].isnan().tolist() == [True, False]
+    normalized, _ = importance_weights(*pack.inputs(), PearConfig(normalize="sequence"))
+    assert normalized.isnan().nonzero().flatten().tolist() == [6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+def test_trajectories_without_decisions_count_nothing(config):
+    pack = make_pack([5, 8, 4], decisions=1.0)
+    pack.mask[:5] = pack.mask[13:] = False
+    weights, stats = importance_weights(*pack.inputs(), config)
+    inner = slice(5, 13)
+    alone, alone_stats = importance_weights(
+        pack.logprobs[inner], pack.behavior_logprobs[inner], pack.mask[inner], torch.tensor([0, 8]), config
+    )
+    assert not weights[~pack.mask].any()
+    assert torch.equal(weights[inner], alone)
+    assert all(torch.equal(stats[name], alone_stats[name]) for name in stats)
+
+    pack.mask[:] = False
+    weights, stats = importance_weights(*pack.inputs(), config)
+    assert not weights.any()
+    assert all(not value.any() for value in stats.values())
+
+
+def test_an_empty_pack():
+    weights, stats = importance_weights(*make_pack([]).inputs(), PearConfig())
+    assert weights.shape == (0,)
+    assert all(value.tolist() == [0.0, 0.0] for value in stats.values())
+
+
+def test_effective_sample_size_is_one_with_equal_weights():
+    pack = make_pack([30, 11], spread=0.5, decisions=1.0)
+    for variant in ("none", "sequence"):
+        _, stats = importance_weights(*pack.inputs(), PearConfig(variant=variant))
+        torch.testing.assert_close(stats["effective_sample_size"], torch.tensor([2.0, 2.0]))
+    _, stats = importance_weights(*pack.inputs(), PearConfig())
+    assert 0 < stats["effective_sample_size"][0] < 2
+
+
+def test_normalised_weights_have_mean_one():
+    pack = make_pack([30, 11], spread=0.5)
+    _, stats = importance_weights(*pack.inputs(), PearConfig(normalize="sequence"))
+    total, count = stats["weight"]
+    torch.testing.assert_close(total / count, torch.tensor(1.0))
+
+
+def test_no_gradient_flows_through_the_weights():
+    pack = make_pack([9])
+    pack.logprobs.requires_grad_()
+    pack.behavior_logprobs.requires_grad_()
+    weights, stats = importance_weights(*pack.inputs(), PearConfig())
+    assert not weights.requires_grad
+    assert not any(value.requires_grad for value in stats.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_behaviour_logprobs_of_16_bits_are_refused(dtype):
+    lp, lb, mask, cu = make_pack([9]).inputs()
+    with pytest.raises(ValueError, match=r"behavior_logprobs are b?float16, which is too coarse.*float32"):
+        importance_weights(lp, lb.to(dtype), mask, cu, PearConfig())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"behavior_logprobs": torch.zeros(8)}, r"behavior_logprobs has shape \(8,\) and logprobs \(9,\)"),
+        ({"mask": torch.ones(3, 3).bool()}, r"mask has shape \(3, 3\).*both must be \[T\]"),
+        ({"logprobs": torch.zeros(3, 3)}, r"logprobs \(3, 3\); both must be \[T\]"),
+        ({"mask": torch.ones(9)}, "mask must be bool .True on decisions., got torch.float32"),
+        ({"cu_seqlens": torch.tensor([0, 8])}, "cu_seqlens must end at the number of tokens 9, got 8"),
+        ({"cu_seqlens": torch.tensor([1, 9])}, "cu_seqlens must start at 0, got 1"),
+        ({"cu_seqlens": torch.tensor([0, 5, 4, 9])}, "cu_seqlens must not decrease, got 5 then 4"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(change, message):
+    inputs = {**vars(make_pack([9])), **change}
+    with pytest.raises(ValueError, match=message):
+        importance_weights(**inputs, config=PearConfig())
+
+
+def weights_of_a_shard(rank: int, pack: Pack) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    group = torch.distributed.group.WORLD
+    cu = pack.cu_seqlens
+    shard = [zigzag(x, cu, rank, group.size()) for x in pack.inputs()[:3]]
+    return [importance_weights(*shard, cu, config, cp_group=group) for config in CONFIGS]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_zigzag_ranks_together_equal_one_rank_bit_for_bit(ranks):
+    pack = make_pack([16, 8, 0, 40, 8], spread=0.5)
+    by_rank = run_ranks(ranks, weights_of_a_shard, pack)
+    for i, config in enumerate(CONFIGS):
+        weights, stats = importance_weights(*pack.inputs(), config)
+        for rank, results in enumerate(by_rank):
+            assert torch.equal(results[i][0], zigzag(weights, pack.cu_seqlens, rank, ranks))
+        for name, value in stats.items():
+            assert torch.equal(sum(results[i][1][name] for results in by_rank), value)
+
+
+def error_of_an_odd_length(rank: int) -> str:
+    lp, lb, mask, _ = make_pack([8]).inputs()
+    with pytest.raises(ValueError) as caught:
+        importance_weights(
+            lp, lb, mask, torch.tensor([0, 10, 16]), PearConfig(), cp_group=torch.distributed.group.WORLD
+        )
+    return str(caught.value)
+
+
+def test_lengths_that_ranks_cannot_share_are_refused_on_every_rank():
+    for message in run_ranks(2, error_of_an_odd_length, timeout=30):
+        assert "segment 0 has 10 tokens, not divisible by 4" in message
+        assert "pad each trajectory to a multiple of 4" in message
