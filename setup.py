@@ -8,6 +8,8 @@ Set TORCH_CUDA_ARCH_LIST ("8.0;9.0") to choose architectures, MAX_JOBS to bound 
 """
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -25,10 +27,10 @@ def with_cuda() -> bool:
     nvcc = CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists()
     possible = torch.version.cuda is not None and nvcc and bool(sources("cuda", "*.cu"))
     if wanted == "1" and not possible:
+        where = f"in {CUDA_HOME}" if nvcc else "not found"
         raise SystemExit(
-            "PEAR_MEGATRON_CUDA=1, but the CUDA ops cannot be built: torch "
-            f"{torch.__version__} has CUDA {torch.version.cuda}, nvcc is {'in ' + str(CUDA_HOME) if nvcc else 'not found'}"
-            ". Install a CUDA build of torch and set CUDA_HOME."
+            f"PEAR_MEGATRON_CUDA=1, but the CUDA ops cannot be built: torch {torch.__version__} has CUDA "
+            f"{torch.version.cuda}, nvcc is {where}. Install a CUDA build of torch and set CUDA_HOME."
         )
     return possible and wanted != "0"
 
@@ -66,4 +68,24 @@ def extension() -> CppExtension:
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+class Build(BuildExtension):
+    """Also keeps what nvcc says of registers and spills, in build/ptxas.log (tests/cuda_build reads it)."""
+
+    def build_extensions(self) -> None:
+        if not with_cuda():
+            return super().build_extensions()
+        log = ROOT / "build" / "ptxas.log"
+        log.parent.mkdir(exist_ok=True)
+        stdout = os.dup(1)
+        # Appended: ninja compiles only what has changed, and the last word on a kernel counts.
+        with subprocess.Popen(["tee", "-a", str(log)], stdin=subprocess.PIPE) as tee:
+            os.dup2(tee.stdin.fileno(), 1)
+            try:
+                super().build_extensions()
+            finally:
+                sys.stdout.flush()
+                os.dup2(stdout, 1)
+                tee.stdin.close()
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": Build})

@@ -54,6 +54,13 @@ inline void check_logits(const Tensor& logits, const Tensor& target, const Optio
   check_mask(mask, logits.size(0), logits);
 }
 
+inline void check_stats(const Tensor& stats) {
+  TORCH_CHECK_VALUE(stats.dim() == 3 && stats.size(1) == kLogprobStatistics,
+                    "stats must be [ranks, 3, T], got ", stats.sizes());
+  TORCH_CHECK_VALUE(stats.scalar_type() == at::kFloat && stats.is_contiguous(),
+                    "stats must be contiguous float32");
+}
+
 inline void check_cu_seqlens(const Tensor& cu_seqlens, const Tensor& as) {
   TORCH_CHECK_VALUE(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1,
                     "cu_seqlens must have shape [segments + 1], got ", cu_seqlens.sizes());

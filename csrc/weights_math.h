@@ -12,7 +12,7 @@ namespace pear {
 struct WeightParams {
   Variant variant;
   double log_gamma;
-  int64_t block_size;  // 1 for the token variant
+  int64_t block_size;  // 1 but for the block variant
   double ratio_low, ratio_high;
   double weight_low, weight_high;
   bool subtract_mean, normalize;
@@ -25,7 +25,7 @@ inline WeightParams weight_params(int64_t variant, double gamma, int64_t block_s
   TORCH_CHECK_VALUE(gamma > 0.0 && gamma <= 1.0, "gamma must be in (0, 1], got ", gamma);
   TORCH_CHECK_VALUE(block_size >= 1, "block_size must be >= 1, got ", block_size);
   const auto which = static_cast<Variant>(variant);
-  return {which,       std::log(gamma), which == Variant::kToken ? 1 : block_size,
+  return {which,       std::log(gamma), which == Variant::kBlock ? block_size : 1,
           ratio_low,   ratio_high,      weight_low,
           weight_high, subtract_mean,   normalize};
 }
@@ -41,7 +41,9 @@ PEAR_HOST_DEVICE double discounted_log_ratio(double log_ratio, const WeightParam
   return p.variant == Variant::kSequence ? clipped : clipped + p.log_gamma;
 }
 
+// Plain SFT weighs 1 whatever the clips are.
 PEAR_HOST_DEVICE double weight_of(double log_weight, const WeightParams& p) {
+  if (p.variant == Variant::kNone) return 1.0;
   return exp(clip(log_weight, p.weight_low, p.weight_high));
 }
 

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pear_megatron.config import PearConfig
 from pear_megatron.data.config import DataConfig
+from pear_megatron.errors import PearError
 from pear_megatron.schema import StrictModel
 
 
@@ -121,14 +122,46 @@ class Recipe(StrictModel):
         return self
 
 
-class RecipeError(ValueError):
+class RecipeError(PearError, ValueError):
     """A recipe that cannot be used; the message says which key and what to do."""
+
+
+def check_layout(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, world_size: int) -> int:
+    """The data-parallel size of a run.
+
+    Raises:
+        RecipeError: sizes that do not fit together; names the keys and what to change.
+    """
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        raise RecipeError(
+            f"parallel.tensor_model_parallel_size {tp} x parallel.pipeline_model_parallel_size {pp} = {tp * pp} "
+            f"does not divide the {world_size} process(es) that torchrun started; change them or --nproc-per-node"
+        )
+    dp = world_size // (tp * pp)
+    if train.global_batch_size % (train.micro_batch_size * dp):
+        raise RecipeError(
+            f"train.global_batch_size {train.global_batch_size} is not divisible by train.micro_batch_size "
+            f"{train.micro_batch_size} x {dp} data-parallel rank(s)"
+        )
+    groups = model.num_query_groups or model.num_attention_heads
+    for key, value, size, size_key in (
+        ("model.num_attention_heads", model.num_attention_heads, tp, "tensor_model_parallel_size"),
+        ("model.num_query_groups", groups, tp, "tensor_model_parallel_size"),
+        ("model.ffn_hidden_size", model.ffn_hidden_size, tp, "tensor_model_parallel_size"),
+        ("model.num_layers", model.num_layers, pp, "pipeline_model_parallel_size"),
+    ):
+        if value % size:
+            raise RecipeError(f"{key} {value} is not divisible by parallel.{size_key} {size}")
+    return dp
 
 
 def _load_with_defaults(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
     """The YAML at ``path`` over what its ``defaults:`` names (a path or a list, relative to the file)."""
     if path in seen:
-        raise RecipeError(f"{path}: `defaults` goes round in a circle: {' -> '.join(map(str, [*seen, path]))}")
+        raise RecipeError(
+            f"{path}: `defaults` goes round in a circle: {' -> '.join(map(str, [*seen, path]))}"
+        )
     if not path.is_file():
         from_file = f" (named by `defaults` of {seen[-1]})" if seen else ""
         raise RecipeError(f"no recipe at {path}{from_file}")
@@ -140,7 +173,7 @@ def _load_with_defaults(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
         raise RecipeError(f"{path}: a recipe is a mapping of keys, found {type(config).__name__}")
     parents = config.pop("defaults", None) or []
     parents = [parents] if isinstance(parents, str) else list(parents)
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create({})
     for parent in parents:
         merged = OmegaConf.merge(merged, _load_with_defaults((path.parent / parent).resolve(), (*seen, path)))
     return OmegaConf.merge(merged, config)  # type: ignore[return-value]

@@ -18,8 +18,16 @@ from pear_megatron.recipe import Recipe, RecipeError, differing_keys, to_yaml
 log = logging.getLogger("pear_megatron")
 
 # What may change when a run is continued; anything else makes it another run.
-_MAY_CHANGE = ("parallel.", "checkpoint.", "train.max_steps", "train.num_epochs", "train.log_interval")
-_MAY_CHANGE += ("train.micro_batch_size", "data.cache_dir", "output_dir")
+_MAY_CHANGE = (
+    "output_dir",
+    "parallel.",
+    "checkpoint.",
+    "train.max_steps",
+    "train.num_epochs",
+    "train.log_interval",
+    "train.micro_batch_size",
+    "data.cache_dir",
+)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -8,6 +8,9 @@ import os
 import sys
 import warnings
 
+from pear_megatron.errors import PearError
+from pear_megatron.recipe import check_layout, load_recipe
+
 _EXAMPLE = """\
 example:
   torchrun --nproc-per-node 2 -m pear_megatron.train --config recipes/sft/tiny.yaml \\
@@ -38,38 +41,27 @@ def main(arguments: list[str] | None = None) -> None:
     for category in (UserWarning, FutureWarning, DeprecationWarning):  # of libraries, on every rank
         warnings.filterwarnings("ignore", category=category)
 
-    from pear_megatron.megatron import layout as layouts
-
     try:
         _run(args)
-    except _user_errors() as error:
+    except PearError as error:
         if is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
-    finally:
-        layouts.shutdown()
-
-
-def _user_errors() -> tuple[type[Exception], ...]:
-    from pear_megatron.data import DataError
-    from pear_megatron.megatron.checkpoint import CheckpointError
-    from pear_megatron.megatron.trainer import TrainingError
-    from pear_megatron.recipe import RecipeError
-
-    return (RecipeError, DataError, CheckpointError, TrainingError)
 
 
 def _run(args: argparse.Namespace) -> None:
-    from pear_megatron.megatron import cpu
-    from pear_megatron.megatron import layout as layouts
-    from pear_megatron.recipe import load_recipe
-
+    # Megatron-Core takes seconds to import: a mistake in the recipe is said before that.
     recipe = load_recipe(args.config, args.overrides)
-    cpu.enable()
+    check_layout(recipe.model, recipe.parallel, recipe.train, int(os.environ.get("WORLD_SIZE", "1")))
+
+    from pear_megatron.megatron import layout as layouts
     from pear_megatron.megatron.trainer import Trainer
 
     layout = layouts.initialize(recipe.model, recipe.parallel, recipe.train)
-    Trainer(recipe, layout).train()
+    try:
+        Trainer(recipe, layout).train()
+    finally:
+        layouts.shutdown()
 
 
 if __name__ == "__main__":

@@ -66,7 +66,9 @@ def plot_weights_over_positions(
     positions = np.arange(1, length + 1)
     for i, axes in enumerate(panels):
         for s in np.flatnonzero(careful[i]):
-            axes.axvspan(s * stretch_length + 0.5, (s + 1) * stretch_length + 0.5, color=_CAREFUL, linewidth=0)
+            axes.axvspan(
+                s * stretch_length + 0.5, (s + 1) * stretch_length + 0.5, color=_CAREFUL, linewidth=0
+            )
         for k, (arm, values) in enumerate(weights.items()):
             line = {"linestyle": _LINES[k % len(_LINES)], "marker": _MARKERS[k % len(_MARKERS)]}
             axes.plot(positions, values[i], markersize=3, linewidth=1.4, label=arm, **_style(k), **line)
@@ -111,7 +113,9 @@ def plot_weight_distributions(
     """
     drawn = {arm: (k, np.ravel(w)) for k, (arm, w) in enumerate(weights.items()) if np.ptp(w) > 0.0}
     if not drawn:
-        raise ValueError(f"every weight of {', '.join(weights)} is the same: there is no distribution to draw")
+        raise ValueError(
+            f"every weight of {', '.join(weights)} is the same: there is no distribution to draw"
+        )
     figure = Figure(figsize=(8.0, 1.0 + 1.6 * len(drawn)), layout="constrained")
     panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     everything = np.log10(np.concatenate([flat for _, flat in drawn.values()]))
@@ -125,7 +129,9 @@ def plot_weight_distributions(
             if not member.any():
                 continue
             share = np.full(member.sum(), 1.0 / member.sum())
-            line = {"histtype": "step", "color": "black", "linewidth": 1.3} if g else _style(k) | {"alpha": 0.8}
+            line = (
+                {"histtype": "step", "color": "black", "linewidth": 1.3} if g else _style(k) | {"alpha": 0.8}
+            )
             label = f"{group} (mean {flat[member].mean():.2g})" if group else None
             axes.hist(flat[member], bins=edges, weights=share, label=label, **line)
         for bound, name in zip(log_weight_clip, ("floor", "ceiling"), strict=True):

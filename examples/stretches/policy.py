@@ -1,8 +1,8 @@
 """The trained model as a policy: its first checkpoint, its answers, its log-probs.
 
-    python -m examples.stretches.policy init --recipe recipes/sft/stretches_base.yaml --output DIR
-    python -m examples.stretches.policy answer --run RUN --problems heldout.jsonl --output FILE.npz
-    python -m examples.stretches.policy score --run RUN --trajectories offline.jsonl --output FILE.npz
+python -m examples.stretches.policy init --recipe recipes/sft/stretches_base.yaml --output DIR
+python -m examples.stretches.policy answer --run RUN --problems heldout.jsonl --output FILE.npz
+python -m examples.stretches.policy score --run RUN --trajectories offline.jsonl --output FILE.npz
 """
 
 from __future__ import annotations

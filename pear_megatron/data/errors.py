@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pear_megatron.errors import PearError
+
 _MAX_LISTED = 20
 
 
-class DataError(ValueError):
+class DataError(PearError, ValueError):
     """The input cannot be trained on as it is.
 
     Attributes:

@@ -1,7 +1,7 @@
 """Checkpoints of a run, through mcore's dist_checkpointing: any TP x PP layout can load them.
 
-    checkpoints/iter_0000020/                      one checkpoint, whole or not there
-    checkpoints/latest_checkpointed_iteration.txt  Megatron's name for the newest one
+checkpoints/iter_0000020/                      one checkpoint, whole or not there
+checkpoints/latest_checkpointed_iteration.txt  Megatron's name for the newest one
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
+from pear_megatron.errors import PearError
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.model import unwrap
 
 LATEST = "latest_checkpointed_iteration.txt"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(PearError, RuntimeError):
     """A checkpoint that cannot be written or read."""
 
 
@@ -71,9 +72,7 @@ def _state(model: Any, optimizer: Any, scheduler: Any, *, loading: bool) -> dict
     if optimizer is not None:
         # The distributed optimizer's shards can be loaded on another data-parallel size.
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-        state["optimizer"] = optimizer.sharded_state_dict(
-            model_state, is_loading=loading, metadata=metadata
-        )
+        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
         state["scheduler"] = scheduler.state_dict()
     return state
 

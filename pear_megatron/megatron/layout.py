@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron.megatron import cpu
-from pear_megatron.recipe import ModelConfig, ParallelConfig, RecipeError, TrainConfig
+from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig, check_layout
 
 _VOCAB_MULTIPLE = 128
 
@@ -51,36 +51,6 @@ class Layout:
             last = torch.distributed.get_process_group_ranks(self.pp_group)[-1]
             torch.distributed.broadcast(values, src=last, group=self.pp_group)
         return values
-
-
-def check_layout(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, world_size: int) -> int:
-    """The data-parallel size of a run.
-
-    Raises:
-        RecipeError: sizes that do not fit together; names the keys and what to change.
-    """
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size % (tp * pp):
-        raise RecipeError(
-            f"parallel.tensor_model_parallel_size {tp} x parallel.pipeline_model_parallel_size {pp} = {tp * pp} "
-            f"does not divide the {world_size} process(es) that torchrun started; change them or --nproc-per-node"
-        )
-    dp = world_size // (tp * pp)
-    if train.global_batch_size % (train.micro_batch_size * dp):
-        raise RecipeError(
-            f"train.global_batch_size {train.global_batch_size} is not divisible by train.micro_batch_size "
-            f"{train.micro_batch_size} x {dp} data-parallel rank(s)"
-        )
-    groups = model.num_query_groups or model.num_attention_heads
-    for key, value, size, size_key in (
-        ("model.num_attention_heads", model.num_attention_heads, tp, "tensor_model_parallel_size"),
-        ("model.num_query_groups", groups, tp, "tensor_model_parallel_size"),
-        ("model.ffn_hidden_size", model.ffn_hidden_size, tp, "tensor_model_parallel_size"),
-        ("model.num_layers", model.num_layers, pp, "pipeline_model_parallel_size"),
-    ):
-        if value % size:
-            raise RecipeError(f"{key} {value} is not divisible by parallel.{size_key} {size}")
-    return dp
 
 
 def initialize(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> Layout:

@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 
-from pear_megatron.data import BatchPlan, DataError, TrajectoryDataset, micro_batches, num_micro_batches, prepare
+from pear_megatron.data import (
+    BatchPlan,
+    DataError,
+    TrajectoryDataset,
+    micro_batches,
+    num_micro_batches,
+    prepare,
+)
+from pear_megatron.errors import PearError
 from pear_megatron.loss import REPORT_KEYS
 from pear_megatron.megatron import checkpoint
 from pear_megatron.megatron.forward_step import PearForwardStep
@@ -25,7 +33,7 @@ from pear_megatron.run_folder import RunFolder, check_same_run
 log = logging.getLogger("pear_megatron")
 
 
-class TrainingError(RuntimeError):
+class TrainingError(PearError, RuntimeError):
     """Training cannot go on: the message says at which step, why, and what to try."""
 
 
@@ -146,7 +154,9 @@ class Trainer:
         recipe, layout = self.recipe, self.layout
         log.info(
             "%s: %d trajectories, %d decisions; TP %d x PP %d x DP %d on %s; steps %d to %d",
-            f"PEAR {recipe.pear.variant}" if recipe.pear.variant != "none" else "plain SFT (pear.variant none)",
+            f"PEAR {recipe.pear.variant}"
+            if recipe.pear.variant != "none"
+            else "plain SFT (pear.variant none)",
             len(self.dataset),
             self.dataset.num_decisions.sum(),
             layout.tp_size,

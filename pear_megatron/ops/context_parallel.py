@@ -7,6 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+# torch 2.13 renamed it and warns of the old name.
+_all_gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
+
 Layout = Literal["contiguous", "zigzag"]
 
 
@@ -81,5 +84,5 @@ def all_gather(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
     """[...] of this rank -> [ranks, ...] of all."""
     # Flat, because gloo joins along the first dimension and knows no leading dimension of ranks.
     gathered = x.new_empty(group.size() * x.numel())
-    torch.distributed.all_gather_into_tensor(gathered, x.reshape(-1), group=group)
+    _all_gather(gathered, x.reshape(-1), group=group)
     return gathered.view(group.size(), *x.shape)

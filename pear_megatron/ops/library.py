@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 try:
-    from pear_megatron import _C
+    from pear_megatron import _C  # type: ignore[attr-defined]
 except ImportError as error:
     raise ImportError(
         "pear_megatron's compiled ops (pear_megatron._C) cannot be loaded: "

@@ -57,7 +57,9 @@ def _gather_ranks(stats: Tensor, group: torch.distributed.ProcessGroup | None) -
 def _memory_order(logits: Tensor) -> list[int]:
     """Leading dimensions by falling stride, so that flattening them is a view: mcore's [s, b, v] comes
     to its users transposed to [b, s, v]."""
-    return sorted(range(logits.dim() - 1), key=lambda d: (-logits.stride(d), d))
+    strides = logits.stride()
+    strides = logits.stride()
+    return sorted(range(logits.dim() - 1), key=lambda d: (-strides[d], d))
 
 
 def vocab_parallel_logprob(

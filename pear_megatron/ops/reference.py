@@ -79,6 +79,8 @@ def weights(
         log_weight = trajectory_log_weights([min(max(d, low), high) for d in centred], config)
         floor, ceiling = config.log_weight_clip
         w = [math.exp(min(max(L, floor), ceiling)) for L in log_weight]
+        if config.variant == "none":
+            w = [1.0] * len(w)
         if config.normalize == "sequence":
             w = [x * len(w) / math.fsum(w) for x in w]
         out[decision] = torch.tensor(w, dtype=torch.float64)

@@ -37,8 +37,9 @@ def write_trajectories(
 def launch(
     processes: int, *overrides: str, config: Path = TINY, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """torchrun -m pear_megatron.train on a recipe."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    """torchrun -m pear_megatron.train on a recipe; one process needs no torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else [])]
     command += ["-m", "pear_megatron.train", "--config", str(config), *overrides]
     done = subprocess.run(
         command,

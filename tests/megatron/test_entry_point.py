@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from tests.megatron.runs import launch, write_trajectories
 
 
@@ -50,7 +51,10 @@ def test_an_epoch_trains_every_trajectory_once(tmp_path: Path) -> None:
     [
         (["pear.gama=0.9"], "pear: unknown key 'gama'; did you mean 'gamma'?"),
         (["pear.gamma=2"], "pear.gamma: Input should be less than or equal to 1"),
-        (["train.global_batch_size=7"], "train.global_batch_size 7 is not divisible by train.micro_batch_size 2"),
+        (
+            ["train.global_batch_size=7"],
+            "train.global_batch_size 7 is not divisible by train.micro_batch_size 2",
+        ),
         (
             ["parallel.tensor_model_parallel_size=2"],
             "does not divide the 1 process(es) that torchrun started",

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.distributed import run_ranks
 
 from pear_megatron import PearConfig
 from pear_megatron.data import PackedBatch, Trajectory, collate
 from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig
+from tests.distributed import run_ranks
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -35,7 +35,9 @@ def make_trajectories(count: int = 6, seed: int = 0) -> list[Trajectory]:
         trajectories.append(
             Trajectory(
                 id=str(i),
-                input_ids=torch.randint(0, MODEL.vocab_size, (n,), generator=generator, dtype=torch.int32).numpy(),
+                input_ids=torch.randint(
+                    0, MODEL.vocab_size, (n,), generator=generator, dtype=torch.int32
+                ).numpy(),
                 loss_mask=mask.numpy(),
                 behavior_logprobs=(-5.6 - 0.3 * torch.rand(n, generator=generator)).numpy(),
                 reward=1.0,
@@ -79,9 +81,7 @@ def rank_compares_with_megatron(rank: int, batch: PackedBatch) -> None:
     from pear_megatron.megatron.forward_step import PearForwardStep
 
     model, layout = build(2)
-    step = PearForwardStep(
-        PearConfig(variant="none"), vocab_size=MODEL.vocab_size, tp_group=layout.tp_group
-    )
+    step = PearForwardStep(PearConfig(variant="none"), vocab_size=MODEL.vocab_size, tp_group=layout.tp_group)
     output, loss_func = step(iter([batch]), model)
     loss, num_tokens, _ = loss_func(output)
     ours = gradients(model, loss)
@@ -149,7 +149,10 @@ def rank_loss_of(rank: int, batches: list[PackedBatch]) -> tuple[torch.Tensor, d
 
 def test_packed_equals_unpacked() -> None:
     trajectories = make_trajectories()
-    packed = [collate(trajectories, [[0, 1], [2, 3]], SEQ_LENGTH), collate(trajectories, [[4, 5]], SEQ_LENGTH)]
+    packed = [
+        collate(trajectories, [[0, 1], [2, 3]], SEQ_LENGTH),
+        collate(trajectories, [[4, 5]], SEQ_LENGTH),
+    ]
     alone = [collate(trajectories, [[i]], SEQ_LENGTH) for i in range(6)]
     (packed_loss, packed_grads), (loss, grads) = (
         run_ranks(1, rank_loss_of, batches)[0] for batches in (packed, alone)
