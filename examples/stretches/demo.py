@@ -55,7 +55,7 @@ def run(arguments: list[str], log: Path) -> None:
         for line in process.stdout:
             file.write(line)
             if line.startswith("step "):
-                console.print(f"    {line.rstrip()}", style="dim")
+                console.print(f"    {line.rstrip()}", style="dim", soft_wrap=True)
     if process.wait():
         tail = "".join(log.read_text().splitlines(keepends=True)[-20:])
         raise SystemExit(f"{' '.join(arguments)}\nfailed; the end of {log}:\n{tail}")

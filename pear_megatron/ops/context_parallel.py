@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 # torch 2.13 renamed it and warns of the old name.
-_all_gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
+_all_gather = (
+    getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
+)
 
 Layout = Literal["contiguous", "zigzag"]
 

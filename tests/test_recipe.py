@@ -1,0 +1,90 @@
+"""Recipes: inheritance, overrides, and errors that name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pear_megatron.recipe import RecipeError, differing_keys, load_recipe, to_yaml
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "sft"
+TINY = RECIPES / "tiny.yaml"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(RECIPES.glob("*.yaml")) - {RECIPES / "base.yaml"}), ids=lambda p: p.stem
+)
+def test_every_recipe_is_valid_with_data_named_and_as_its_own_baseline(path: Path) -> None:
+    for variant in ("token", "none"):
+        recipe = load_recipe(path, ["data.train=x.jsonl", f"pear.variant={variant}"])
+        assert recipe.pear.variant == variant
+
+
+def test_recipe_inherits_and_the_child_wins(tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text(f"defaults: {TINY}\ntrain: {{max_steps: 5}}\ndata: {{train: [a.jsonl, b.jsonl]}}\n")
+    recipe = load_recipe(child)
+    assert recipe.train.max_steps == 5
+    assert recipe.train.global_batch_size == 8
+    assert recipe.pear.log_ratio_clip == (-0.08, 0.3)
+    assert recipe.data.train == ["a.jsonl", "b.jsonl"]
+
+
+def test_overrides_win_and_take_lists(tmp_path: Path) -> None:
+    recipe = load_recipe(TINY, ["data.train=x", "pear.log_ratio_clip=[-0.2,0.2]", "optimizer.lr=3e-5"])
+    assert recipe.pear.log_ratio_clip == (-0.2, 0.2)
+    assert recipe.optimizer.lr == 3e-5
+
+
+def test_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    recipe = load_recipe(TINY, ["data.train=x"])
+    (tmp_path / "config.yaml").write_text(to_yaml(recipe))
+    assert load_recipe(tmp_path / "config.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.train=x", "train.max_step=5"], "train: unknown key 'max_step'; did you mean 'max_steps'?"),
+        (["data.train=x", "modle.num_layers=5"], "unknown key 'modle'; did you mean 'model'?"),
+        ([], "data.train: this key is required"),
+        (
+            ["data.train=x", "train.precision=fp8"],
+            "train.precision: Input should be 'bf16' or 'fp32' (got 'fp8')",
+        ),
+        (
+            ["data.train=x", "data.seq_length=9999"],
+            "data.seq_length 9999 exceeds model.max_position_embeddings 512",
+        ),
+        (
+            ["data.train=x", "model.num_attention_heads=5"],
+            "hidden_size 64 is not divisible by num_attention_heads 5",
+        ),
+        (["data.train=x", "model.num_query_groups=3"], "not divisible by num_query_groups 3"),
+        (["data.train=x", "pear.variant=sequence", "pear.normalize=sequence"], "use normalize='none'"),
+        (["data.train=x", "not an override"], "override"),
+    ],
+)
+def test_errors_name_the_key_and_the_way_out(overrides: list[str], said: str) -> None:
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(TINY, overrides)
+    assert said in str(raised.value)
+
+
+def test_missing_parent_and_circles_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no recipe at .*nowhere.yaml"):
+        load_recipe(tmp_path / "nowhere.yaml")
+    (tmp_path / "a.yaml").write_text("defaults: b.yaml\n")
+    with pytest.raises(RecipeError, match=r"no recipe at .*b\.yaml \(named by `defaults` of .*a\.yaml\)"):
+        load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("defaults: a.yaml\n")
+    with pytest.raises(RecipeError, match="circle"):
+        load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "c.yaml").write_text("train: [unclosed\n")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(tmp_path / "c.yaml")
+
+
+def test_differing_keys_are_dotted() -> None:
+    assert differing_keys({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "d": 3}) == ["a.c"]
