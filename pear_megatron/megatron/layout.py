@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from torch import Tensor
 
 from pear_megatron.megatron import cpu
 from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig, check_layout
@@ -43,14 +42,10 @@ class Layout:
         multiple = _VOCAB_MULTIPLE * self.tp_size
         return -(-vocab_size // multiple) * multiple
 
-    def sum_over_run(self, values: Tensor) -> Tensor:
-        """Adds what last-stage ranks hold over data-parallel ranks and gives it to every rank."""
-        if self.is_last_stage:
-            torch.distributed.all_reduce(values, group=self.dp_group)
-        if self.pp_size > 1:
-            last = torch.distributed.get_process_group_ranks(self.pp_group)[-1]
-            torch.distributed.broadcast(values, src=last, group=self.pp_group)
-        return values
+    @property
+    def reports(self) -> bool:
+        """Whether this rank's loss counts: of the last stage's tensor-parallel ranks, which agree, the first."""
+        return self.is_last_stage and self.tp_group.rank() == 0
 
 
 def initialize(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> Layout:

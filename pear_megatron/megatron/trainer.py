@@ -37,6 +37,14 @@ class TrainingError(PearError, RuntimeError):
     """Training cannot go on: the message says at which step, why, and what to try."""
 
 
+def _make_output_dir(output_dir: str) -> RecipeError | None:
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return RecipeError(f"output_dir {output_dir} cannot be made: {error}")
+    return None
+
+
 def open_dataset(recipe: Recipe, layout: Layout) -> TrajectoryDataset:
     """Prepares the data on rank 0 and opens it on every rank; an error there is an error everywhere.
 
@@ -46,10 +54,11 @@ def open_dataset(recipe: Recipe, layout: Layout) -> TrajectoryDataset:
     outcome: list[Any] = [None]
     if layout.is_main:
         data = recipe.data
+        outcome[0] = _make_output_dir(recipe.output_dir)
         if data.cache_dir is None:
             data = data.model_copy(update={"cache_dir": str(Path(recipe.output_dir) / "data_cache")})
         try:
-            outcome[0] = prepare(
+            outcome[0] = outcome[0] or prepare(
                 data,
                 require_behavior_logprobs=recipe.pear.variant != "none",
                 vocab_size=recipe.model.vocab_size,
@@ -220,13 +229,13 @@ class Trainer:
         return metrics, save_asked
 
     def _reduce(self, reports: list[dict[str, torch.Tensor]]) -> tuple[dict[str, float], int, bool]:
-        """Micro-batch reports of the last stage -> means over the global batch, on every rank."""
+        """Micro-batch reports -> means over the global batch on every rank, in one collective."""
         sums = torch.zeros((len(REPORT_KEYS) + 1, 2), dtype=torch.float64, device=self.layout.device)
-        for report in reports:
+        for report in reports if self.layout.reports else []:
             sums[:-1] += torch.stack([report[key] for key in REPORT_KEYS])
         sums[-1, 0] = float(self.save_requested)
         self.save_requested = False
-        self.layout.sum_over_run(sums)
+        torch.distributed.all_reduce(sums)
         values = sums.tolist()
         means = {
             key: total / count if count else 0.0
@@ -236,7 +245,7 @@ class Trainer:
 
     def _raise_not_finite(self, reports: list[dict[str, torch.Tensor]], loss: float) -> None:
         found = []
-        if self.layout.is_last_stage:
+        if self.layout.reports:
             batches = micro_batches(
                 self.dataset,
                 self.plan,

@@ -69,6 +69,13 @@ def test_user_errors_are_one_line_and_name_the_key(
     assert said in message
 
 
+def test_an_output_dir_that_cannot_be_made_is_said(tmp_path: Path, trajectories: Path) -> None:
+    (tmp_path / "file").touch()
+    message = failure(f"data.train={trajectories}", f"output_dir={tmp_path / 'file' / 'run'}")
+    assert "output_dir" in message
+    assert "cannot be made" in message
+
+
 def test_data_errors_name_file_and_line_on_one_rank_and_stop_all(tmp_path: Path) -> None:
     data = write_trajectories(tmp_path / "data.jsonl", count=3)
     rows = [json.loads(line) for line in data.read_text().splitlines()]

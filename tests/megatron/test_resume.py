@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.megatron.runs import launch, metrics, train
+from tests.megatron.runs import TINY, launch, metrics, train
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -84,3 +89,29 @@ def test_starts_from_a_pretrained_checkpoint(
     run = train(tmp_path / "run", trajectories, 1, f"checkpoint.pretrained={one_rank_folder}", "seed=7")
     assert run[0]["step"] == 1
     assert run[0]["nll"] < one_rank[0]["nll"]
+
+
+def test_sigusr1_asks_for_a_checkpoint_and_training_goes_on(tmp_path: Path, trajectories: Path) -> None:
+    folder = tmp_path / "run"
+    overrides = [f"data.train={trajectories}", f"output_dir={folder}", "train.max_steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pear_megatron.train", "--config", str(TINY), *overrides],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: (folder / "metrics.jsonl").exists() and len(metrics(folder)) > 1)
+        process.send_signal(signal.SIGUSR1)
+        tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+        wait_until(tracker.exists)
+        saved = int(tracker.read_text())
+        wait_until(lambda: metrics(folder)[-1]["step"] > saved)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
