@@ -34,10 +34,10 @@ $(STAMP): $(BIN)/python $(SOURCES)
 	@touch $@
 
 demo: setup  ## PEAR against plain SFT in a small constructed world, on CPU, with pictures
-	@$(BIN)/python examples/stretches/demo.py --output results/demo
+	@$(BIN)/python -m examples.stretches.demo --output results/demo
 
 demo-puzzles: setup  ## the main job on real input: a real model's answers to puzzles, trained on at TP=2
-	@$(BIN)/python examples/puzzles/demo.py --output results/puzzles
+	@$(BIN)/python -m examples.puzzles.demo --output results/puzzles
 
 test: setup  ## every test that needs no GPU
 	@echo "==> tests"

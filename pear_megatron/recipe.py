@@ -36,6 +36,7 @@ class ModelConfig(StrictModel):
     qk_layernorm: bool = False
     share_embeddings_and_output_weights: bool = False
     init_method_std: float = Field(default=0.02, gt=0)
+    embedding_init_method_std: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

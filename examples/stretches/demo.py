@@ -13,8 +13,6 @@ import argparse
 import json
 import logging
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,54 +21,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY))
-
-from examples.stretches import world  # noqa: E402
-from examples.stretches.estimates import Estimate, bootstrap_interval, score_answers  # noqa: E402
-from examples.stretches.make_data import make_data  # noqa: E402
+from examples.launch import RECIPES, announce, run, train
+from examples.stretches import world
+from examples.stretches.estimates import Estimate, bootstrap_interval, score_answers
+from examples.stretches.make_data import make_data
 
 ARMS = {"SFT": "none", "PEAR token": "token", "PEAR sequence": "sequence"}
-PROCESSES = 2
-BASE_RECIPE = REPOSITORY / "recipes" / "sft" / "stretches_base.yaml"
-ARM_RECIPE = REPOSITORY / "recipes" / "sft" / "stretches.yaml"
-
-console = Console(stderr=True, highlight=False)
-
-
-def run(arguments: list[str], log: Path) -> None:
-    """A command whose training lines are shown, and whose whole output goes to a file."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // PROCESSES))}
-    environment["PYTHONPATH"] = str(REPOSITORY)
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", *arguments],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            if line.startswith("step "):
-                console.print(f"    {line.rstrip()}", style="dim", soft_wrap=True)
-    if process.wait():
-        tail = "".join(log.read_text().splitlines(keepends=True)[-20:])
-        raise SystemExit(f"{' '.join(arguments)}\nfailed; the end of {log}:\n{tail}")
-
-
-def train(recipe: Path, output: Path, overrides: list[str]) -> None:
-    """torchrun -m pear_megatron.train at TP = 2."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
-    command = [*torchrun, "-m", "pear_megatron.train", "--config", str(recipe), f"output_dir={output}"]
-    run([*command, *overrides], output.parent / f"{output.name}.log")
-
-
-def announce(text: str) -> None:
-    """A heading of what comes next."""
-    console.print(f"[bold]==>[/bold] {text}")
+BASE_RECIPE = RECIPES / "stretches_base.yaml"
+ARM_RECIPE = RECIPES / "stretches.yaml"
 
 
 def arm_folder(output: Path, arm: str) -> Path:

@@ -17,6 +17,7 @@ from pear_megatron.megatron.model import unwrap
 
 # Layers that write into the residual stream start smaller (GPT-2), as in Megatron's scaled init.
 _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+_EMBEDDINGS = ("word_embeddings.weight", "position_embeddings.weight")
 _VOCABULARY_ROWS = ("word_embeddings.weight", "output_layer.weight")
 
 
@@ -27,12 +28,15 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 def _draw(name: str, shape: tuple[int, ...], seed: int, config: Any, vocab_size: int) -> Tensor:
     """The whole parameter ``name``, float32 on CPU."""
+    key = name.rsplit("/", 1)[0]
     if len(shape) < 2:
-        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        return torch.zeros(shape) if key.endswith("bias") else torch.ones(shape)
     std = config.init_method_std
-    if name.rsplit("/", 1)[0].endswith(_RESIDUAL_OUTPUTS):
+    if key.endswith(_EMBEDDINGS):
+        std = config.embedding_init_method_std
+    if key.endswith(_RESIDUAL_OUTPUTS):
         std /= (2.0 * config.num_layers) ** 0.5
-    if name.rsplit("/", 1)[0].endswith(_VOCABULARY_ROWS):
+    if key.endswith(_VOCABULARY_ROWS):
         # Padding differs between layouts: draw the real rows, leave the padding at 0.
         rows = torch.zeros(shape)
         rows[:vocab_size].normal_(0.0, std, generator=_generator(seed, name))

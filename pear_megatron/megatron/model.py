@@ -44,6 +44,7 @@ def transformer_config(model: ModelConfig, layout: Layout, train: TrainConfig) -
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
         init_method_std=model.init_method_std,
+        embedding_init_method_std=model.embedding_init_method_std,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp_size,

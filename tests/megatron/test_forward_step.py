@@ -46,7 +46,7 @@ def make_trajectories(count: int = 6, seed: int = 0) -> list[Trajectory]:
     return trajectories
 
 
-def build(tp_size: int) -> tuple[Any, Any]:
+def build(tp_size: int, config: ModelConfig = MODEL) -> tuple[Any, Any]:
     from pear_megatron.megatron import cpu
 
     cpu.enable()
@@ -64,8 +64,8 @@ def build(tp_size: int) -> tuple[Any, Any]:
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
     )  # fmt: skip
-    model = wrap_ddp(build_model(MODEL, layout, TrainConfig(precision="fp32")), ParallelConfig())
-    initialize_weights(model, seed=3, vocab_size=MODEL.vocab_size)
+    model = wrap_ddp(build_model(config, layout, TrainConfig(precision="fp32")), ParallelConfig())
+    initialize_weights(model, seed=3, vocab_size=config.vocab_size)
     return model, layout
 
 
