@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
+    model = find_model()
     answers = output / "answers.jsonl"
     if not answers.exists():
         announce(f"SmolLM2-135M-Instruct answers {args.num_puzzles} puzzles at temperature 1 (a few minutes)")
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         run(["-m", "examples.puzzles.make_data", "--out", str(answers), *count], output / "make_data.log")
     print((output / "make_data.log").read_text().strip().splitlines()[-1])
     announce("training on the answers: torchrun, TP = 2, 20 steps")
-    overrides = [f"data.train={answers}", f"data.tokenizer={find_model()}"]
+    overrides = [f"data.train={answers}", f"data.tokenizer={model}"]
     train(RECIPES / "puzzles.yaml", output / "run", overrides)
     lines = (output / "run" / "metrics.jsonl").read_text().splitlines()
     report([json.loads(line) for line in lines])

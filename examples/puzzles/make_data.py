@@ -43,9 +43,16 @@ class Settings:
     batch_size: int = 16
     wrong_reward: float = 0.0
 
+    @property
+    def model_name(self) -> str:
+        """The .gguf file's name without its ending, or the folder's: the same on every machine."""
+        gguf = sorted(self.model.glob("*.gguf"))
+        return gguf[0].stem if len(gguf) == 1 else self.model.resolve().name
+
     def digest(self) -> str:
         """Eight hex characters, kept in every row."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+        values = vars(self) | {"model": self.model_name}
+        return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:8]
 
 
 def make_row(
@@ -74,7 +81,7 @@ def make_row(
             "messages": [*puzzle.messages, {"role": "assistant", "content": text}],
             "answer": puzzle.answer,
             "score": score,
-            "model": settings.model.name,
+            "model": settings.model_name,
             "settings": settings.digest(),
         },
     }

@@ -121,7 +121,7 @@ def draw(output: Path, results: dict[str, dict[str, Estimate]]) -> None:
         stretch_length=world.STRETCH_LENGTH,
     )
     plots.plot_weight_distributions(output / "weight_distributions.png", weights)
-    plots.plot_results(output / "results.png", results)
+    plots.plot_results(output / "results.png", {arm: results[arm] for arm in ARMS})
 
 
 def report(output: Path, results: dict[str, dict[str, Estimate]], seconds: float) -> None:
@@ -133,7 +133,7 @@ def report(output: Path, results: dict[str, dict[str, Estimate]], seconds: float
         table.add_column(measure.replace("_", " "), justify="right")
     for arm, estimates in results.items():
         table.add_row(arm, *(f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in estimates.values()))
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=110).print(table)
     rows = {
         arm: {m: {"mean": e.mean, "low": e.low, "high": e.high} for m, e in estimates.items()}
         for arm, estimates in results.items()

@@ -166,7 +166,7 @@ def plot_results(path: str | Path, results: Mapping[str, Mapping[str, Estimate]]
             marker = _MARKERS[k % len(_MARKERS)]
             axes.errorbar(k, estimate.mean, yerr=reach, fmt=marker, capsize=4, markersize=6, **_style(k))
             axes.annotate(
-                f"{estimate.mean:.3g}", (k, estimate.mean), xytext=(8, 0), textcoords="offset points",
+                f"{estimate.mean:.2g}", (k, estimate.mean), xytext=(8, 0), textcoords="offset points",
                 va="center", fontsize=8,
             )  # fmt: skip
         axes.set_xticks(range(len(arms)), [arm.replace(" ", "\n") for arm in arms], fontsize=8)
