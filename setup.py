@@ -8,15 +8,24 @@ Set TORCH_CUDA_ARCH_LIST ("8.0;9.0") to choose architectures, MAX_JOBS to bound 
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent.resolve()
+TOOLKIT = Path("/usr/local/cuda")
+
+# torch takes the folder above the first nvcc on PATH for the toolkit, but that may be a wrapper script.
+nvcc_on_path = Path(shutil.which("nvcc") or TOOLKIT / "bin" / "nvcc").resolve()
+wrapped = not (nvcc_on_path.parent.parent / "include" / "cuda_runtime.h").exists()
+if "CUDA_HOME" not in os.environ and wrapped and (TOOLKIT / "bin" / "nvcc").exists():
+    os.environ["CUDA_HOME"] = str(TOOLKIT)
+
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 
 def with_cuda() -> bool:
@@ -72,6 +81,7 @@ class Build(BuildExtension):
     """Also keeps what nvcc says of registers and spills, in build/ptxas.log (tests/cuda_build reads it)."""
 
     def build_extensions(self) -> None:
+        """Compiles, with the output copied to the log where nvcc is at work."""
         if not with_cuda():
             return super().build_extensions()
         log = ROOT / "build" / "ptxas.log"

@@ -1,6 +1,9 @@
 // Vocab-parallel log-probabilities on CPU: threads over rows, vectors over columns.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -16,23 +19,29 @@
 namespace pear::cpu {
 namespace {
 
+#define PEAR_LANES 4
 namespace baseline {
 #include "cpu/logprob_kernel.inl"
 }
+#undef PEAR_LANES
 
 #if defined(__x86_64__)
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
+#define PEAR_LANES 8
 namespace avx2 {
 #include "cpu/logprob_kernel.inl"
 }
+#undef PEAR_LANES
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
+#define PEAR_LANES 16
 namespace avx512 {
 #include "cpu/logprob_kernel.inl"
 }
+#undef PEAR_LANES
 #pragma GCC pop_options
 #endif
 

@@ -1,126 +1,146 @@
-// One row of logits at a time, 16 columns a step, for the instruction set that is in force here.
-// Included by logprob.cpp once per instruction set, each time inside another namespace.
+// One row of logits at a time, kLanes columns a step, for the instruction set that is in force
+// here. Included by logprob.cpp once per instruction set, each time inside another namespace, with
+// PEAR_LANES floats to a register: the compiler takes wider vectors apart into single floats
+// wherever they are compared or converted, which costs ten times the work.
 
-using f32x16 = float __attribute__((vector_size(64)));
-using i32x16 = int32_t __attribute__((vector_size(64)));
-using u32x16 = uint32_t __attribute__((vector_size(64)));
-using u16x16 = uint16_t __attribute__((vector_size(32)));
+constexpr int64_t kLanes = PEAR_LANES;
+using f32s = float __attribute__((vector_size(4 * PEAR_LANES)));
+using i32s = int32_t __attribute__((vector_size(4 * PEAR_LANES)));
+using u32s = uint32_t __attribute__((vector_size(4 * PEAR_LANES)));
+using u16s = uint16_t __attribute__((vector_size(2 * PEAR_LANES)));
 
-constexpr int64_t kLanes = 16;
+constexpr int64_t kUnroll = 4;    // independent vectors, to hide the latency of each one's chain
 constexpr int64_t kBlock = 2048;  // columns whose maximum is taken before their exponentials
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-static inline f32x16 splat(float x) { return f32x16{} + x; }
+static inline f32s splat(float x) { return f32s{} + x; }
 
-static inline f32x16 load16(const float* p) {
-  f32x16 v;
+static inline f32s load(const float* p) {
+  f32s v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-static inline f32x16 load16(const c10::BFloat16* p) {
-  u16x16 half;
+static inline f32s load(const c10::BFloat16* p) {
+  u16s half;
   std::memcpy(&half, p, sizeof half);
-  return (f32x16)(__builtin_convertvector(half, u32x16) << 16);
+  return (f32s)(__builtin_convertvector(half, u32s) << 16);
 }
 
-static inline f32x16 load16(const c10::Half* p) {
-  f32x16 v;
+static inline f32s load(const c10::Half* p) {
+#if PEAR_LANES == 16
+  return (f32s)_mm512_maskz_cvtph_ps(0xffff,
+                                     _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif PEAR_LANES == 8
+  return (f32s)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  f32s v;
   for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(p[i]);
   return v;
+#endif
 }
 
-static inline void store16(float* p, f32x16 v) { std::memcpy(p, &v, sizeof v); }
+static inline void store(float* p, f32s v) { std::memcpy(p, &v, sizeof v); }
 
 // Round to nearest even, as torch does; NaN stays NaN.
-static inline void store16(c10::BFloat16* p, f32x16 v) {
-  const u32x16 bits = (u32x16)v;
-  const u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const u32x16 is_nan = (u32x16)(v != v);
-  const u32x16 kept = (rounded & ~is_nan) | (is_nan & 0x7fc0u);
-  const u16x16 half = __builtin_convertvector(kept, u16x16);
+static inline void store(c10::BFloat16* p, f32s v) {
+  const u32s bits = (u32s)v;
+  const u32s rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const u32s is_nan = (u32s)(v != v);
+  const u32s kept = (rounded & ~is_nan) | (is_nan & 0x7fc0u);
+  const u16s half = __builtin_convertvector(kept, u16s);
   std::memcpy(p, &half, sizeof half);
 }
 
-static inline void store16(c10::Half* p, f32x16 v) {
+static inline void store(c10::Half* p, f32s v) {
+#if PEAR_LANES == 16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif PEAR_LANES == 8
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<c10::Half>(v[i]);
+#endif
 }
 
 // exp to within 2 ulp; 0 below the smallest normal, NaN for NaN. Range reduction by ln 2 in two
 // parts, then a degree-5 polynomial (Cephes coefficients).
-static inline f32x16 exp16(f32x16 x) {
-  const f32x16 low = splat(-87.3365f), high = splat(88.3762f);
-  const i32x16 underflow = x < low;
+static inline f32s exp_all(f32s x) {
+  const f32s low = splat(-87.3365f), high = splat(88.3762f);
+  const i32s underflow = x < low;
   x = underflow ? low : x;
   x = x > high ? high : x;
-  const f32x16 shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const f32x16 shifted = x * 1.44269504088896341f + shift;
-  const f32x16 k = shifted - shift;
-  f32x16 r = x - k * 0.693359375f;
+  const f32s shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const f32s shifted = x * 1.44269504088896341f + shift;
+  const f32s k = shifted - shift;
+  f32s r = x - k * 0.693359375f;
   r = r + k * 2.12194440e-4f;
-  f32x16 p = splat(1.9875691500e-4f);
+  f32s p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  const f32x16 y = p * (r * r) + r + 1.0f;
-  const i32x16 exponent = ((i32x16)shifted - 0x4B400000 + 127) << 23;
-  const f32x16 result = y * (f32x16)exponent;
-  return underflow ? f32x16{} : result;
+  const f32s y = p * (r * r) + r + 1.0f;
+  const i32s exponent = ((i32s)shifted - 0x4B400000 + 127) << 23;
+  const f32s result = y * (f32s)exponent;
+  return underflow ? f32s{} : result;
 }
 
-static inline float exp1(float x) { return exp16(splat(x))[0]; }
+static inline float exp1(float x) { return exp_all(splat(x))[0]; }
 
-static inline float horizontal_max(f32x16 v) {
+static inline float horizontal_max(f32s v) {
   float m = v[0];
   for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
   return m;
 }
 
-static inline float horizontal_sum(f32x16 v) {
+static inline float horizontal_sum(f32s v) {
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) v[i] += v[i + width];
   }
   return v[0];
 }
 
-// The last n % 16 columns, padded with -inf (which adds nothing to a maximum or a sum of exp).
+// The last n % kLanes columns, padded with -inf (which adds nothing to a maximum or a sum of exp).
 template <typename T>
-static inline f32x16 load_tail(const T* p, int64_t n) {
-  f32x16 v = splat(-kInfinity);
+static inline f32s load_tail(const T* p, int64_t n) {
+  f32s v = splat(-kInfinity);
   for (int64_t i = 0; i < n; ++i) v[i] = static_cast<float>(p[i]);
   return v;
 }
 
 template <typename T>
 static float block_max(const T* x, int64_t n) {
-  f32x16 m0 = splat(-kInfinity), m1 = m0;
+  f32s max[kUnroll];
+  for (auto& m : max) m = splat(-kInfinity);
   int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const f32x16 a = load16(x + i), b = load16(x + i + kLanes);
-    m0 = a > m0 ? a : m0;
-    m1 = b > m1 ? b : m1;
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+    for (int u = 0; u < kUnroll; ++u) {
+      const f32s v = load(x + i + u * kLanes);
+      max[u] = v > max[u] ? v : max[u];
+    }
   }
   for (; i < n; i += kLanes) {
-    const f32x16 a = n - i >= kLanes ? load16(x + i) : load_tail(x + i, n - i);
-    m0 = a > m0 ? a : m0;
+    const f32s v = n - i >= kLanes ? load(x + i) : load_tail(x + i, n - i);
+    max[0] = v > max[0] ? v : max[0];
   }
-  return horizontal_max(m0 > m1 ? m0 : m1);
+  for (int u = 1; u < kUnroll; ++u) max[0] = max[u] > max[0] ? max[u] : max[0];
+  return horizontal_max(max[0]);
 }
 
 template <typename T>
 static float block_sum_exp(const T* x, int64_t n, float max) {
-  f32x16 s0 = {}, s1 = {};
+  f32s sum[kUnroll] = {};
   int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    s0 += exp16(load16(x + i) - max);
-    s1 += exp16(load16(x + i + kLanes) - max);
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+    for (int u = 0; u < kUnroll; ++u) sum[u] += exp_all(load(x + i + u * kLanes) - max);
   }
   for (; i < n; i += kLanes) {
-    s0 += exp16((n - i >= kLanes ? load16(x + i) : load_tail(x + i, n - i)) - max);
+    sum[0] += exp_all((n - i >= kLanes ? load(x + i) : load_tail(x + i, n - i)) - max);
   }
-  return horizontal_sum(s0 + s1);
+  return horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 // Online over blocks: the running sum is rescaled when a block raises the maximum. One read from
@@ -152,9 +172,14 @@ static void row_max_and_sum_exp(const T* x, int64_t n, float* row_max, float* ro
 template <typename T>
 static void scaled_softmax_row(const T* x, T* out, int64_t n, float lse, float scale) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store16(out + i, exp16(load16(x + i) - lse) * scale);
+  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
+    f32s v[kUnroll];
+    for (int u = 0; u < kUnroll; ++u) v[u] = exp_all(load(x + i + u * kLanes) - lse) * scale;
+    for (int u = 0; u < kUnroll; ++u) store(out + i + u * kLanes, v[u]);
+  }
+  for (; i + kLanes <= n; i += kLanes) store(out + i, exp_all(load(x + i) - lse) * scale);
   if (i < n) {
-    const f32x16 tail = exp16(load_tail(x + i, n - i) - lse) * scale;
+    const f32s tail = exp_all(load_tail(x + i, n - i) - lse) * scale;
     for (int64_t j = 0; i + j < n; ++j) out[i + j] = static_cast<T>(tail[j]);
   }
 }

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.megatron.runs import REPOSITORY, metrics
 
 from examples.puzzles.sample import find_model
+from tests.megatron.runs import REPOSITORY, metrics
 
 
 @pytest.mark.slow

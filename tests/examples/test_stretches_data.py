@@ -74,7 +74,8 @@ def test_a_file_that_could_not_be_finished_does_not_appear(tmp_path: Path) -> No
 
 
 def test_the_command_line_writes_problems_that_read_back(tmp_path: Path, capsys) -> None:
-    main(["--out", str(tmp_path), "--seed", "1", "--num-base", "2", "--num-offline", "2", "--num-heldout", "9", "--show"])  # fmt: skip
+    counts = ["--num-base", "2", "--num-offline", "2", "--num-heldout", "9"]
+    main(["--out", str(tmp_path), "--seed", "1", *counts, "--show"])
     ids, prompts = read_problems(tmp_path / "heldout.jsonl")
     assert len(ids) == 9
     assert prompts.shape == (9, world.PROMPT_LENGTH)
@@ -86,7 +87,9 @@ def test_the_loader_takes_the_rows(tmp_path: Path) -> None:
     from pear_megatron.data import DataConfig, prepare
 
     make_data(tmp_path, seed=0, **SIZES)
-    config = DataConfig(train=[str(tmp_path / "offline.jsonl")], seq_length=65, cache_dir=str(tmp_path / "cache"))
+    config = DataConfig(
+        train=[str(tmp_path / "offline.jsonl")], seq_length=65, cache_dir=str(tmp_path / "cache")
+    )
     dataset = prepare(config, require_behavior_logprobs=True, vocab_size=world.VOCAB_SIZE)
     assert len(dataset) == 50
 

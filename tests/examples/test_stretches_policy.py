@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.megatron.runs import REPOSITORY, launch, metrics
 
 from examples.stretches import world
 from examples.stretches.make_data import make_data
+from tests.megatron.runs import REPOSITORY, launch, metrics
 
 RECIPES = REPOSITORY / "recipes" / "sft"
 

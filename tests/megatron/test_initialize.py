@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from tests.distributed import run_ranks
 from tests.megatron.test_forward_step import MODEL, build
 

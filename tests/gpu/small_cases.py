@@ -1,0 +1,45 @@
+"""Every kernel once on small inputs, for compute-sanitizer (benchmarks/gpu.sh runs it).
+
+compute-sanitizer --tool memcheck python -m tests.gpu.small_cases
+compute-sanitizer --tool racecheck python -m tests.gpu.small_cases
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pear_megatron.ops.library import ops
+from pear_megatron.ops.weights import pear_weights
+from tests.gpu.device import DEVICE
+from tests.packs import CONFIGS, make_pack
+
+
+def main() -> None:
+    torch.set_default_device(DEVICE)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for columns in (7, 1000, 5001, 40_003):  # a warp, 256 and 512 threads a row
+            wide = torch.randn(6, columns + 3).to(dtype)
+            target, mask, grad = torch.randint(columns, (6,)), torch.rand(6) < 0.7, torch.randn(6)
+            for logits in (wide[:, :columns].contiguous(), wide[:, 3:]):
+                args = (target, mask, 0, columns)
+                logprob, lse = ops.logprob_combine(ops.logprob_forward(logits, *args)[None], mask)
+                rest = (target, mask, lse, grad, 0, columns - columns // 8)
+                out = ops.logprob_backward(logits, *rest)
+                ops.logprob_backward_(logits, *rest)
+                assert torch.equal(out, logits)
+                assert logprob.isfinite().all()
+    for lengths in ([3, 0, 700, 1500, 1], [1] * 300):
+        pack = make_pack(lengths)
+        for config in CONFIGS:
+            weights, _ = pear_weights(*pack.inputs(), config)
+            assert weights.isfinite().all()
+        for exclusive in (True, False):
+            ops.segmented_suffix_sum(pack.logprobs, pack.cu_seqlens, None, exclusive)
+        ops.segment_sum(pack.logprobs, pack.cu_seqlens)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()
