@@ -11,8 +11,9 @@ from examples.stretches import world
 def shared_position_embedding(table: Tensor) -> Tensor:
     """A copy of a position table [max_pos, hidden] in which operation j and answer slot j share a vector.
 
-    To write symbol j the model has to look up operation j; that both places begin with the same vector
-    makes the look-up easy to find. With next-token prediction the place that matters is where the
+    To write symbol j the model has to look up operation j; both places beginning with the same vector is a
+    hint where to look. (A hint only: with initial weights of standard deviation 0.07 a 2-layer model of width
+    64 finds the look-up within 400 steps without it, with 0.02 not even with it.) With next-token prediction the place that matters is where the
     symbol is *predicted*, one before where it stands. With the layout of world.py (j from 0 to 31):
 
         operation j                          stands at position j

@@ -84,13 +84,13 @@ def test_the_command_line_writes_problems_that_read_back(tmp_path: Path, capsys)
 
 
 def test_the_loader_takes_the_rows(tmp_path: Path) -> None:
-    from pear_megatron.data import DataConfig, prepare
+    from pear_megatron.data import DataConfig, TrajectoryDataset, prepare
 
     make_data(tmp_path, seed=0, **SIZES)
     config = DataConfig(
         train=[str(tmp_path / "offline.jsonl")], seq_length=65, cache_dir=str(tmp_path / "cache")
     )
-    dataset = prepare(config, require_behavior_logprobs=True, vocab_size=world.VOCAB_SIZE)
+    dataset = TrajectoryDataset.open(prepare(config, vocab_size=world.VOCAB_SIZE))
     assert len(dataset) == 50
 
 
