@@ -13,8 +13,9 @@ def shared_position_embedding(table: Tensor) -> Tensor:
 
     To write symbol j the model has to look up operation j; both places beginning with the same vector is a
     hint where to look. (A hint only: with initial weights of standard deviation 0.07 a 2-layer model of width
-    64 finds the look-up within 400 steps without it, with 0.02 not even with it.) With next-token prediction the place that matters is where the
-    symbol is *predicted*, one before where it stands. With the layout of world.py (j from 0 to 31):
+    64 finds the look-up within 400 steps without it, with 0.02 not even with it.) With next-token prediction
+    the place that matters is where the symbol is *predicted*, one before where it stands. With the layout of
+    world.py (j from 0 to 31):
 
         operation j                          stands at position j
         symbol j                             stands at position 33 + j
