@@ -16,9 +16,9 @@ PROCESSES = 2
 _console = Console(stderr=True, highlight=False)
 
 
-def run(arguments: list[str], log: Path, *, processes: int = 1) -> None:
+def run(arguments: list[str], log: Path, *, threads: int | None = None) -> None:
     """A Python command whose training lines are shown, and whose whole output goes to a file."""
-    threads = max(1, (os.cpu_count() or 2) // processes)
+    threads = threads or os.cpu_count() or 1
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY)}
     with (
         log.open("w") as file,
@@ -45,7 +45,11 @@ def train(recipe: Path, output: Path, overrides: list[str]) -> None:
     """torchrun -m pear_megatron.train at TP = 2."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
     command = [*torchrun, "-m", "pear_megatron.train", "--config", str(recipe), f"output_dir={output}"]
-    run([*command, *overrides], output.parent / f"{output.name}.log", processes=PROCESSES)
+    run(
+        [*command, *overrides],
+        output.parent / f"{output.name}.log",
+        threads=max(1, (os.cpu_count() or 1) // PROCESSES),
+    )
 
 
 def announce(text: str) -> None:

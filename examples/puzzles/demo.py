@@ -57,7 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not answers.exists():
         announce(f"SmolLM2-135M-Instruct answers {args.num_puzzles} puzzles at temperature 1 (a few minutes)")
         count = ["--num-puzzles", str(args.num_puzzles), "--wrong-reward", str(args.wrong_reward)]
-        run(["-m", "examples.puzzles.make_data", "--out", str(answers), *count], output / "make_data.log")
+        # One thread: between the many small steps of decoding more threads only wait for each other.
+        command = ["-m", "examples.puzzles.make_data", "--out", str(answers), *count]
+        run(command, output / "make_data.log", threads=1)
     print((output / "make_data.log").read_text().strip().splitlines()[-1])
     announce("training on the answers: torchrun, TP = 2, 20 steps")
     overrides = [f"data.train={answers}", f"data.tokenizer={model}"]
