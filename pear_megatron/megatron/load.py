@@ -9,7 +9,7 @@ import yaml
 
 from pear_megatron.megatron import checkpoint
 from pear_megatron.megatron.initialize import initialize_weights
-from pear_megatron.megatron.layout import initialize
+from pear_megatron.megatron.layout import Layout, initialize
 from pear_megatron.megatron.model import build_model
 from pear_megatron.recipe import ParallelConfig, Recipe, RecipeError, TrainConfig
 
@@ -26,6 +26,14 @@ def read_run_recipe(run: str | Path) -> Recipe:
     return Recipe.model_validate(yaml.safe_load(path.read_text()))
 
 
+def _build_on_one_rank(recipe: Recipe) -> tuple[Any, Layout]:
+    """The recipe's model, uninitialised, on TP = PP = 1."""
+    train = TrainConfig(micro_batch_size=1, global_batch_size=1, precision=recipe.train.precision)
+    layout = initialize(recipe.model, ParallelConfig(), train)
+    model = build_model(recipe.model, layout, train)
+    return model, layout
+
+
 def load_run(run: str | Path) -> tuple[Any, Recipe]:
     """The model of a run's newest checkpoint on TP = PP = 1, in evaluation mode, and its recipe.
 
@@ -39,17 +47,13 @@ def load_run(run: str | Path) -> tuple[Any, Recipe]:
     """
     recipe = read_run_recipe(run)
     path = checkpoint.resolve(run)
-    train = TrainConfig(micro_batch_size=1, global_batch_size=1, precision=recipe.train.precision)
-    layout = initialize(recipe.model, ParallelConfig(), train)
-    model = build_model(recipe.model, layout, train)
+    model, _ = _build_on_one_rank(recipe)
     checkpoint.load(path, model)
     return model.eval(), recipe
 
 
-def new_model(recipe: Recipe) -> tuple[Any, Any]:
+def new_model(recipe: Recipe) -> tuple[Any, Layout]:
     """The recipe's model with its initial weights on TP = PP = 1, and the layout (see load_run)."""
-    train = TrainConfig(micro_batch_size=1, global_batch_size=1, precision=recipe.train.precision)
-    layout = initialize(recipe.model, ParallelConfig(), train)
-    model = build_model(recipe.model, layout, train)
+    model, layout = _build_on_one_rank(recipe)
     initialize_weights(model, seed=recipe.seed, vocab_size=recipe.model.vocab_size)
     return model, layout

@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from pear_megatron.data import (
     BatchPlan,
     DataError,
+    PackedBatch,
     TrajectoryDataset,
     micro_batches,
     num_micro_batches,
@@ -178,18 +180,22 @@ class Trainer:
         if self.step >= self.total_steps:
             log.info("nothing to do: %s is at step %d already", self.recipe.output_dir, self.step)
 
+    def _micro_batches(self) -> Iterator[PackedBatch]:
+        """This rank's part of the current step's global batch, on the CPU."""
+        return micro_batches(
+            self.dataset,
+            self.plan,
+            self.step,
+            dp_rank=self.layout.dp_rank,
+            dp_size=self.layout.dp_size,
+            micro_batch_size=self.recipe.train.micro_batch_size,
+        )
+
     def _train_step(self) -> tuple[dict[str, Any], bool]:
         """One optimizer step -> its metrics, alike on every rank, and whether someone asked for a save."""
         started = time.perf_counter()
         recipe, layout = self.recipe, self.layout
-        batches = micro_batches(
-            self.dataset,
-            self.plan,
-            self.step,
-            dp_rank=layout.dp_rank,
-            dp_size=layout.dp_size,
-            micro_batch_size=recipe.train.micro_batch_size,
-        )
+        batches = self._micro_batches()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         flat = self.forward_step.packed_attention == "thd"
@@ -246,14 +252,7 @@ class Trainer:
     def _raise_not_finite(self, reports: list[dict[str, torch.Tensor]], loss: float) -> None:
         found = []
         if self.layout.reports:
-            batches = micro_batches(
-                self.dataset,
-                self.plan,
-                self.step,
-                dp_rank=self.layout.dp_rank,
-                dp_size=self.layout.dp_size,
-                micro_batch_size=self.recipe.train.micro_batch_size,
-            )
+            batches = self._micro_batches()
             for batch, report in zip(batches, reports, strict=True):
                 if not torch.isfinite(report["loss"]).all():
                     found += [self.dataset[int(i)].id for i in batch.trajectory_index if i >= 0]
