@@ -1,0 +1,1 @@
+"""One file a subcommand of `pear-megatron`; cli.py lists them."""

@@ -1,0 +1,119 @@
+"""How recipe files, their parents and the command line's overrides become one Recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from pear_megatron.errors import RecipeError
+from pear_megatron.recipe.sections import Recipe
+
+
+def _load_with_defaults(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
+    """The YAML at ``path`` over what its ``defaults:`` names (a path or a list, relative to the file)."""
+    if path in seen:
+        raise RecipeError(
+            f"{path}: `defaults` goes round in a circle: {' -> '.join(map(str, [*seen, path]))}"
+        )
+    if not path.is_file():
+        from_file = f" (named by `defaults` of {seen[-1]})" if seen else ""
+        raise RecipeError(f"no recipe at {path}{from_file}")
+    try:
+        config = OmegaConf.load(path)
+    except Exception as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(config, DictConfig):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, found {type(config).__name__}")
+    parents = config.pop("defaults", None) or []
+    parents = [parents] if isinstance(parents, str) else list(parents)
+    merged: Any = OmegaConf.create({})
+    for parent in parents:
+        merged = OmegaConf.merge(merged, _load_with_defaults((path.parent / parent).resolve(), (*seen, path)))
+    return OmegaConf.merge(merged, config)  # type: ignore[return-value]
+
+
+def _apply_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """Hydra's override grammar: ``key=value``, ``+key=value``, ``~key``."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides=overrides)
+        OmegaConf.set_struct(config, False)  # unknown keys are named by validation, with a suggestion
+        ConfigLoaderImpl._apply_overrides_to_config(parsed, config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise RecipeError(f"override {' '.join(overrides)}: {error}") from error
+    return config
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe, its parents and the command line's overrides into one validated object.
+
+    Args:
+        path: the YAML file; ``defaults:`` in it names files it inherits from.
+        overrides: Hydra-style ``key=value`` strings; they win.
+
+    Raises:
+        RecipeError: a missing file, bad YAML, an unknown key (with the nearest known one) or a bad value.
+    """
+    path = Path(path)
+    config = _apply_overrides(_load_with_defaults(path.resolve()), list(overrides or []))
+    try:
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{path}: {error}") from error
+    _complete_model(path, values)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_describe(error)}") from error
+
+
+def _complete_model(path: Path, values: Any) -> None:
+    """Fills ``model:`` from the config.json of ``model.hf``; what the recipe gives must agree with it."""
+    model = values.get("model") if isinstance(values, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("hf"), str):
+        return
+    from pear_megatron.hf.config import model_keys
+
+    found = model_keys(model["hf"])
+    for key, value in found.items():
+        if model.setdefault(key, value) != value:
+            raise RecipeError(
+                f"{path}: model.{key} is {model[key]!r}, but model.hf {model['hf']} has {value!r}; "
+                "correct it, leave it out, or name another model.hf"
+            )
+
+
+def _describe(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "missing":
+            message = "this key is required"
+        shown = problem["type"] not in ("missing", "value_error")
+        lines.append(f"{where or 'recipe'}: {message}" + (f" (got {problem['input']!r})" if shown else ""))
+    return "; ".join(lines)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, as a run writes it to ``output_dir/config.yaml``."""
+    return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json")))
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two resolved recipes."""
+    keys: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys += differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            keys.append(f"{prefix}{key}")
+    return keys

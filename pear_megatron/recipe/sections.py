@@ -1,0 +1,199 @@
+"""Recipe: the YAML keys of a run and what they mean, one class a section."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from pear_megatron.config import PearConfig
+from pear_megatron.data.config import DataConfig
+from pear_megatron.schema import StrictModel
+
+
+class ModelConfig(StrictModel):
+    """A dense Llama/Qwen-like GPT, in Megatron-Core's words.
+
+    Attributes:
+        hf: folder of a Hugging Face checkpoint that training starts from. Keys below that a recipe does not
+            give come from its config.json; keys that it gives must agree with it.
+        rope_scaling_factor: Llama-3's scaling of the rotary frequencies, with its low and high frequency
+            factors 1 and 4 and its original length 8192 (all that Megatron-Core has); None = none.
+    """
+
+    hf: str | None = None
+    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    ffn_hidden_size: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_query_groups: int | None = None
+    kv_channels: int | None = None
+    vocab_size: int = Field(ge=2)
+    max_position_embeddings: int = Field(ge=1)
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    norm_epsilon: float = Field(default=1e-6, gt=0)
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
+    rotary_base: int = Field(default=10000, ge=1)
+    rope_scaling_factor: float | None = Field(default=None, gt=0)
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    share_embeddings_and_output_weights: bool = False
+    init_method_std: float = Field(default=0.02, gt=0)
+    embedding_init_method_std: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                f"{self.num_attention_heads}; change one or set kv_channels"
+            )
+        groups = self.num_query_groups or self.num_attention_heads
+        if self.num_attention_heads % groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by num_query_groups {groups}"
+            )
+        return self
+
+
+class ParallelConfig(StrictModel):
+    """How the model is split over ranks, in Megatron's words; what is left of the world is data parallel.
+
+    Attributes:
+        virtual_pipeline_model_parallel_size: model chunks a pipeline stage holds (the interleaved schedule).
+        context_parallel_size: ranks that share each sequence, in zigzag chunks; needs Transformer Engine.
+        sequence_parallel: norms and dropout split over the tensor-parallel ranks; needs a GPU.
+        use_distributed_optimizer: the optimizer's state is split over the data-parallel ranks.
+        overlap_grad_reduce, overlap_param_gather: data-parallel collectives beside the computation.
+    """
+
+    tensor_model_parallel_size: int = Field(default=1, ge=1)
+    pipeline_model_parallel_size: int = Field(default=1, ge=1)
+    virtual_pipeline_model_parallel_size: int | None = Field(default=None, ge=2)
+    context_parallel_size: int = Field(default=1, ge=1)
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+
+class TrainConfig(StrictModel):
+    """Length of the run and size of its batches (sequences of ``data.seq_length`` tokens).
+
+    Attributes:
+        recompute_granularity, recompute_method, recompute_num_layers: activation recomputation, as Megatron
+            names it; ``full`` needs a method and a number of layers, ``selective`` neither.
+        check_alignment: before the first step, compare the model's log-probs with the behaviour log-probs of
+            the first batch, and refuse data that fit better shifted by a token or two.
+    """
+
+    max_steps: int | None = Field(default=None, ge=1)
+    num_epochs: int = Field(default=1, ge=1)
+    global_batch_size: int = Field(default=64, ge=1)
+    micro_batch_size: int = Field(default=1, ge=1)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    log_interval: int = Field(default=1, ge=1)
+    recompute_granularity: Literal["selective", "full"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
+    recompute_num_layers: int | None = Field(default=None, ge=1)
+    check_alignment: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        needed = self.recompute_granularity == "full"
+        for key in ("recompute_method", "recompute_num_layers"):
+            if needed != (getattr(self, key) is not None):
+                raise ValueError(
+                    f"{key} goes with recompute_granularity=full, and only with it "
+                    f"(recompute_granularity is {self.recompute_granularity}, {key} is {getattr(self, key)})"
+                )
+        return self
+
+
+class OptimizerConfig(StrictModel):
+    """AdamW and its learning-rate schedule, in Megatron's words; steps are optimizer steps."""
+
+    lr: float = Field(default=1e-5, gt=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    adam_eps: float = Field(default=1e-8, gt=0)
+    clip_grad: float = Field(default=1.0, ge=0)
+
+
+class CheckpointConfig(StrictModel):
+    """What a run starts from and when it saves; it always saves at its end.
+
+    Attributes:
+        pretrained: a Megatron-Core checkpoint to start from: a run, or the output of ``convert``.
+        save_interval: steps between checkpoints.
+        keep_last: how many checkpoints stay; None = all.
+        async_save: write in the background while training goes on.
+        resume: continue what output_dir holds; False refuses to.
+    """
+
+    pretrained: str | None = None
+    save_interval: int | None = Field(default=None, ge=1)
+    keep_last: int | None = Field(default=None, ge=1)
+    async_save: bool = False
+    resume: bool = True
+
+
+class LoggingConfig(StrictModel):
+    """Where metrics go beside metrics.jsonl and TensorBoard: Weights & Biases, where a project is named."""
+
+    wandb_project: str | None = None
+    wandb_name: str | None = None
+
+
+class ClusterConfig(StrictModel):
+    """What the recipe's layout was made for: ``plan`` checks against it and sft.sbatch asks for it.
+
+    Attributes:
+        num_nodes, gpus_per_node: as NeMo-RL names them.
+        gpu: its memory and peak FLOP/s are known to ``plan`` and to the MFU that training reports.
+    """
+
+    num_nodes: int = Field(default=1, ge=1)
+    gpus_per_node: int = Field(default=8, ge=1)
+    gpu: Literal["A100-80GB", "H100-80GB", "H200-141GB", "B200-180GB", "cpu"] = "H100-80GB"
+
+
+class Recipe(StrictModel):
+    """One training run.
+
+    Attributes:
+        output_dir: folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/.
+        seed: of initial weights and data order.
+        model, parallel, train, optimizer, checkpoint, logging, cluster, data, pear: see their classes.
+    """
+
+    output_dir: str
+    seed: int = Field(default=1234, ge=0)
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    data: DataConfig
+    pear: PearConfig = PearConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.data.seq_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"data.seq_length {self.data.seq_length} exceeds model.max_position_embeddings "
+                f"{self.model.max_position_embeddings}"
+            )
+        if self.model.hf and self.checkpoint.pretrained:
+            raise ValueError(
+                "model.hf and checkpoint.pretrained both name weights to start from; give one of them"
+            )
+        return self
