@@ -22,8 +22,8 @@ from pear_megatron import PearConfig
 from pear_megatron.data.batches import PackedBatch
 from pear_megatron.data.config import DataConfig
 from pear_megatron.megatron.forward_step import LossOutput, PearForwardStep
-from pear_megatron.megatron.layout import initialize, shutdown
-from pear_megatron.megatron.model import build_model, transformer_engine_available, unwrap, wrap_ddp
+from pear_megatron.megatron.layout import initialize, packed_attention, shutdown
+from pear_megatron.megatron.model import build_model, unwrap, wrap_ddp
 from pear_megatron.megatron.optimizer import build_optimizer
 from pear_megatron.recipe import ModelConfig, OptimizerConfig, Recipe, TrainConfig
 
@@ -72,9 +72,9 @@ class MegatronLoss(PearForwardStep):
         return model(**inputs, labels=labels), loss
 
 
-def forward_steps(vocab_size: int, tp_group: Any) -> dict[str, tuple[PearForwardStep, bool]]:
+def forward_steps(vocab_size: int, tp_group: Any, precision: str) -> dict[str, tuple[PearForwardStep, bool]]:
     """Name -> (what Megatron's schedule calls, whether Megatron's fused cross entropy is on)."""
-    attention = "thd" if transformer_engine_available() else "mask"
+    attention = packed_attention(precision)
     common = {"vocab_size": vocab_size, "tp_group": tp_group, "packed_attention": attention}
     return {
         "Megatron-Core": (MegatronLoss(PearConfig(variant="none"), **common), False),
@@ -133,7 +133,7 @@ def main() -> None:
     model = wrap_ddp(build_model(model_config, layout, recipe.train), recipe.parallel)
     optimizer = build_optimizer(recipe, model)
     forward_backward = get_forward_backward_func()
-    steps = forward_steps(model_config.vocab_size, layout.tp_group)
+    steps = forward_steps(model_config.vocab_size, layout.tp_group, args.precision)
 
     rows: list[dict[str, Any]] = []
     for tokens in args.tokens:

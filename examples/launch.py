@@ -41,14 +41,14 @@ def run(arguments: list[str], log: Path, *, threads: int | None = None) -> None:
         raise SystemExit(f"{' '.join(arguments)}\nfailed; the end of {log}:\n{tail}")
 
 
-def train(recipe: Path, output: Path, overrides: list[str]) -> None:
-    """torchrun -m pear_megatron.train at TP = 2."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+def train(recipe: Path, output: Path, overrides: list[str], *, processes: int = PROCESSES) -> None:
+    """torchrun -m pear_megatron.train."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*torchrun, "-m", "pear_megatron.train", "--config", str(recipe), f"output_dir={output}"]
     run(
         [*command, *overrides],
         output.parent / f"{output.name}.log",
-        threads=max(1, (os.cpu_count() or 1) // PROCESSES),
+        threads=max(1, (os.cpu_count() or 1) // processes),
     )
 
 

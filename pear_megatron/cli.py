@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from pear_megatron.commands import validate
+from pear_megatron.commands import convert, eval, export, grpo, inspect, plan, score, validate
 
 app = typer.Typer(
     help="PEAR for Megatron-Core. Train with: torchrun -m pear_megatron.train --config RECIPE.yaml",
@@ -20,6 +20,13 @@ def _commands() -> None:
 
 
 app.command("validate", epilog=validate.EPILOG)(validate.validate)
+app.command("score", epilog=score.EPILOG)(score.score)
+app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
+app.command("plan", epilog=plan.EPILOG)(plan.plan)
+app.command("convert", epilog=convert.EPILOG)(convert.convert)
+app.command("export", epilog=export.EPILOG)(export.export)
+app.command("grpo", epilog=grpo.EPILOG)(grpo.grpo)
+app.command("eval", epilog=eval.EPILOG)(eval.evaluate)
 
 if __name__ == "__main__":
     app()

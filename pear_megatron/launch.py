@@ -8,26 +8,33 @@ import sys
 from pear_megatron.errors import PearError
 
 
-def ensure_ranks(ranks: int) -> None:
+def ensure_ranks(ranks: int, *, copies: int | None = None) -> None:
     """Makes sure that this command runs on ``ranks`` ranks: starts itself again under torchrun if need be.
 
     With one rank, or inside a torchrun world of that size, returns. Otherwise replaces this process (its
     exit code is the ranks' own); call it before anything expensive, and before torch is initialised.
+
+    Args:
+        ranks: tensor x pipeline parallel size.
+        copies: data-parallel copies of that to start; a torchrun world may then hold any number of them.
+            None = exactly one.
 
     Raises:
         PearError: the command runs under torchrun with another number of processes.
     """
     world = os.environ.get("WORLD_SIZE")
     if world is not None:
-        if int(world) != ranks:
+        if int(world) != ranks and (copies is None or int(world) % ranks):
+            wanted = f"{ranks}" if copies is None else f"a multiple of {ranks}"
             raise PearError(
-                f"torchrun started {world} process(es) and the command asks for {ranks} (tensor x pipeline "
+                f"torchrun started {world} process(es) and the command asks for {wanted} (tensor x pipeline "
                 "parallel size); start it with as many, or without torchrun"
             )
         return
-    if ranks == 1:
+    processes = ranks * (copies or 1)
+    if processes == 1:
         return
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     os.execv(
         sys.executable, [sys.executable, *torchrun, "-m", "pear_megatron.cli", *sys.argv[1:]]
     )  # fmt: skip

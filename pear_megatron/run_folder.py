@@ -1,4 +1,4 @@
-"""RunFolder: what a run leaves behind for people: config.yaml, metrics.jsonl, TensorBoard, progress."""
+"""RunFolder: what a run leaves behind for people: config.yaml, metrics.jsonl, TensorBoard, W&B, progress."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pear_megatron.recipe import Recipe, RecipeError, differing_keys, to_yaml
+from pear_megatron.weights_and_biases import WandbLog
 
 log = logging.getLogger("pear_megatron")
 
@@ -22,10 +23,14 @@ _MAY_CHANGE = (
     "output_dir",
     "parallel.",
     "checkpoint.",
+    "cluster.",
+    "logging.",
     "train.max_steps",
     "train.num_epochs",
     "train.log_interval",
     "train.micro_batch_size",
+    "train.recompute_",
+    "train.check_alignment",
     "data.cache_dir",
 )
 
@@ -56,7 +61,11 @@ def check_same_run(folder: Path, recipe: Recipe) -> None:
 
 
 class RunFolder:
-    """Files and progress of one run; rank 0 holds it, the other ranks hold None."""
+    """Files and progress of one run; rank 0 holds it, the other ranks hold None.
+
+    Raises:
+        RecipeError: W&B is asked for and cannot be started.
+    """
 
     def __init__(self, recipe: Recipe, *, start_step: int, total_steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -69,6 +78,7 @@ class RunFolder:
         self._forget_after(start_step)
         self._metrics = (self.folder / "metrics.jsonl").open("a")
         self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
+        self._wandb = WandbLog(self.folder, recipe) if recipe.logging.wandb_project else None
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("[bold]train"),
@@ -102,13 +112,21 @@ class RunFolder:
         step = metrics["step"]
         self._metrics.write(json.dumps(metrics) + "\n")
         self._metrics.flush()
-        for name, value in metrics.items():
-            if name not in ("step", "epoch"):
-                self._tensorboard.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        scalars = {
+            name if "/" in name else f"train/{name}": value
+            for name, value in metrics.items()
+            if name != "step"
+        }
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(step, scalars)
         status = (
             f"loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  lr {metrics['lr']:.2e}  "
             f"weight {metrics['pear/weight']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s"
         )
+        if "mfu" in metrics:
+            status += f"  MFU {metrics['mfu']:.1%}"
         self._progress.update(self._task, completed=step, status=status)
         if not self._interactive and (step % self.log_interval == 0 or step == self.total_steps):
             print(f"step {step}/{self.total_steps}  {status}", file=sys.stderr, flush=True)
@@ -118,3 +136,5 @@ class RunFolder:
         self._progress.stop()
         self._metrics.close()
         self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.close(failed=sys.exc_info()[0] is not None)

@@ -10,12 +10,17 @@ import warnings
 
 from pear_megatron.errors import PearError
 from pear_megatron.recipe import check_layout, load_recipe
+from pear_megatron.stop import EXIT_REQUEUE, StopRequest, remove_requeue_file
+from pear_megatron.weights_and_biases import check_wandb
 
 _EXAMPLE = """\
 example:
   torchrun --nproc-per-node 2 -m pear_megatron.train --config recipes/sft/tiny.yaml \\
       data.train=trajectories.jsonl output_dir=results/tiny \\
       parallel.tensor_model_parallel_size=2 train.max_steps=100
+
+SIGTERM or SIGUSR1 to any of its processes: the run saves, leaves output_dir/requeue and ends with exit code 75;
+the same command goes on (docs/checkpoints.md).
 """
 
 
@@ -33,8 +38,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains; errors of the user's making are printed by rank 0 alone and end with exit code 1."""
+    """Trains; errors of the user's making are printed by rank 0 alone and end with exit code 1.
+
+    A run that was asked to stop ends with EXIT_REQUEUE.
+    """
     args = parse_arguments(arguments)
+    stop = StopRequest()
+    stop.install()
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("pear_megatron").setLevel(logging.INFO if is_main else logging.ERROR)
@@ -42,24 +52,36 @@ def main(arguments: list[str] | None = None) -> None:
         warnings.filterwarnings("ignore", category=category)
 
     try:
-        _run(args)
+        finished = _run(args, stop)
     except PearError as error:
         if is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    stop.ignore()
+    if not finished:
+        sys.exit(EXIT_REQUEUE)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, stop: StopRequest) -> bool:
     # Megatron-Core takes seconds to import: a mistake in the recipe is said before that.
     recipe = load_recipe(args.config, args.overrides)
-    check_layout(recipe.model, recipe.parallel, recipe.train, int(os.environ.get("WORLD_SIZE", "1")))
+    check_wandb(recipe)
+    if os.environ.get("RANK", "0") == "0":
+        remove_requeue_file(recipe.output_dir)
+    check_layout(
+        recipe.model,
+        recipe.parallel,
+        recipe.train,
+        int(os.environ.get("WORLD_SIZE", "1")),
+        seq_length=recipe.data.seq_length,
+    )
 
     from pear_megatron.megatron import layout as layouts
     from pear_megatron.megatron.trainer import Trainer
 
     layout = layouts.initialize(recipe.model, recipe.parallel, recipe.train)
     try:
-        Trainer(recipe, layout).train()
+        return Trainer(recipe, layout, stop).train()
     finally:
         layouts.shutdown()
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.smollm2 import smollm2_folder
 
 settings.register_profile("pear", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("pear")
@@ -13,6 +17,12 @@ settings.load_profile("pear")
 @pytest.fixture(autouse=True)
 def _same_seed() -> None:
     torch.manual_seed(1234)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct: float32 safetensors, configurations, tokenizer."""
+    return smollm2_folder()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,1 +1,1 @@
-"""The main job on real input: a real chat model answers reasoning-gym puzzles, and its answers are trained on."""
+"""The main job on real input: a real chat model, real puzzles, and every command from text to a better model."""

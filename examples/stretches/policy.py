@@ -32,8 +32,8 @@ def _next_token_logits(model: Any, tokens: Tensor, vocab_size: int) -> Tensor:
 
 def init(recipe_path: Path, output: Path) -> None:
     """Writes a run's folder whose checkpoint is the untrained model with shared position vectors."""
-    from pear_megatron.megatron import checkpoint
     from pear_megatron.megatron.load import new_model
+    from pear_megatron.megatron.saver import save_model
     from pear_megatron.recipe import load_recipe, to_yaml
 
     recipe = load_recipe(recipe_path)
@@ -42,7 +42,7 @@ def init(recipe_path: Path, output: Path) -> None:
     with torch.no_grad():
         table.copy_(shared_position_embedding(table))
     shutil.rmtree(output, ignore_errors=True)
-    checkpoint.save(output / "checkpoints", 0, layout, model, None, None)
+    save_model(output / "checkpoints", 0, layout, model)
     (output / "config.yaml").write_text(to_yaml(recipe))
 
 

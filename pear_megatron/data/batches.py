@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pear_megatron.data.trajectory import Trajectory
+from pear_megatron.ops.context_parallel import check_shards, shard_positions
 
 _NO_LABEL = -100  # what Megatron and torch ignore
 
@@ -26,6 +27,8 @@ class PackedBatch:
     """A micro-batch of B rows of S positions, shifted: position p is scored against ``labels[p]``.
 
     Every trajectory is a segment of the flat B*S positions, and so is the padding at the end of a row.
+    A context-parallel rank's shard has 1/n of the positions of every segment: S is then the rank's, and
+    ``cu_seqlens``, ``reward``, ``trajectory_index`` and ``max_seqlen`` stay those of the whole batch.
 
     Attributes:
         tokens: int64 [B, S], 0 on padding.
@@ -62,6 +65,21 @@ class PackedBatch:
         later = torch.ones(length, length, dtype=torch.bool, device=apart.device).triu(1)
         return (apart | later)[:, None]
 
+    def shard(self, rank: int, ranks: int) -> PackedBatch:
+        """What one of n context-parallel ranks holds: chunks r and 2n-1-r of the 2n of every segment.
+
+        Raises:
+            ValueError: a segment is not divisible by 2n (see ``multiple`` of ``collate``).
+        """
+        if ranks == 1:
+            return self
+        rows, length = self.tokens.shape
+        local = rows * length // ranks
+        check_shards(self.cu_seqlens, ranks, "zigzag", local)
+        mine = shard_positions(self.cu_seqlens, ranks, "zigzag", local)[rank]  # [local]
+        names = ("tokens", "labels", "loss_mask", "behavior_logprobs", "position_ids")
+        return replace(self, **{name: getattr(self, name).flatten()[mine].view(rows, -1) for name in names})
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch on another device."""
         names = [field.name for field in fields(self) if field.name != "max_seqlen"]
@@ -70,7 +88,9 @@ class PackedBatch:
         )
 
 
-def collate(trajectories: Trajectories, rows: Sequence[Sequence[int]], seq_length: int) -> PackedBatch:
+def collate(
+    trajectories: Trajectories, rows: Sequence[Sequence[int]], seq_length: int, *, multiple: int = 1
+) -> PackedBatch:
     """Build the batch of some rows of trajectory indices; an empty row is all padding.
 
     A trajectory of n tokens takes n - 1 positions: inputs are its first n - 1 tokens, labels its last. This
@@ -80,6 +100,7 @@ def collate(trajectories: Trajectories, rows: Sequence[Sequence[int]], seq_lengt
         trajectories: where the indices point.
         rows: B lists of indices, in the order they stand in the row.
         seq_length: S.
+        multiple: every segment is padded, at its end, to a multiple of this.
 
     Raises:
         ValueError: a row holds more than ``seq_length`` positions.
@@ -96,7 +117,8 @@ def collate(trajectories: Trajectories, rows: Sequence[Sequence[int]], seq_lengt
         for index in row:
             trajectory = trajectories[index]
             n = len(trajectory.input_ids) - 1
-            if start + n > seq_length:
+            padded = -(-n // multiple) * multiple
+            if start + padded > seq_length:
                 raise ValueError(f"row {list(row)} takes more than seq_length = {seq_length} positions")
             here = (r, slice(start, start + n))
             decisions = trajectory.loss_mask[1:]
@@ -104,11 +126,11 @@ def collate(trajectories: Trajectories, rows: Sequence[Sequence[int]], seq_lengt
             labels[here] = np.where(decisions, trajectory.input_ids[1:], _NO_LABEL)
             loss_mask[here] = decisions
             behavior[here] = np.where(decisions, trajectory.behavior_logprobs[1:], 0.0)
-            position_ids[here] = np.arange(n)
-            lengths.append(n)
+            position_ids[r, start : start + padded] = np.arange(padded)
+            lengths.append(padded)
             rewards.append(trajectory.reward)
             indices.append(index)
-            start += n
+            start += padded
         if start < seq_length:
             position_ids[r, start:] = np.arange(seq_length - start)
             lengths.append(seq_length - start)

@@ -22,13 +22,16 @@ class ChatEncoder:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
+
+    Attributes:
+        special_ids: ids of its special tokens, such as those that end a turn.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._template: str | None = tokenizer.get_chat_template() if tokenizer.chat_template else None
         added = tokenizer.added_tokens_decoder.items()
-        self._special_ids = set(tokenizer.all_special_ids) | {i for i, token in added if token.special}
+        self.special_ids = set(tokenizer.all_special_ids) | {i for i, token in added if token.special}
 
     def encode_messages(self, messages: Any) -> Tokens:
         """(input_ids, loss_mask) of a conversation; RowProblem where that is not possible.
@@ -87,7 +90,7 @@ class ChatEncoder:
         end = len(input_ids)
         while end > start and not self._tokenizer.decode([input_ids[end - 1]]).strip():
             end -= 1
-        return end if end > start and input_ids[end - 1] in self._special_ids else len(input_ids)
+        return end if end > start and input_ids[end - 1] in self.special_ids else len(input_ids)
 
     def _ids(self, turns: list[dict[str, Any]], **options: Any) -> list[int]:
         return list(self._apply(turns, **options)["input_ids"])

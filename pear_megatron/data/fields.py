@@ -16,6 +16,7 @@ _MAX_FLOAT32 = 3.4e38
 KNOWN_FIELDS = (
     *(name for form in FORMS for name in form),
     "behavior_logprobs",
+    "policy_logprobs",
     "reward",
     "id",
     "tokenizer_hash",

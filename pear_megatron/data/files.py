@@ -46,12 +46,15 @@ def expand_files(patterns: list[str], problems: Problems) -> list[Path]:
     return list(files)
 
 
-def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
-    """The rows of one file; what cannot be read goes to ``problems``, with the line and the way out."""
+def read_rows(path: Path, problems: Problems, *, strict: bool = True) -> Iterator[Row]:
+    """The rows of one file; what cannot be read goes to ``problems``, with the line and the way out.
+
+    ``strict=False`` lets unknown fields and float16 log-probs pass: the caller checks or replaces them.
+    """
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        rows = _read_jsonl(path, problems)
+        rows = _read_jsonl(path, problems, strict)
     elif path.suffix == ".parquet":
-        rows = _read_parquet(path, problems)
+        rows = _read_parquet(path, problems, strict)
     else:
         problems.add(str(path), f"ends in {path.suffix!r}; expected .jsonl, .jsonl.gz or .parquet")
         return
@@ -63,7 +66,7 @@ def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
         problems.add(str(path), "has no rows; write one trajectory a row, or take it out of data.train")
 
 
-def _read_jsonl(path: Path, problems: Problems) -> Iterator[Row]:
+def _read_jsonl(path: Path, problems: Problems, strict: bool) -> Iterator[Row]:
     number, position = 0, 0
     with path.open("rb") as raw:
         stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
@@ -81,12 +84,12 @@ def _read_jsonl(path: Path, problems: Problems) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                yield Row(f"{path}:{number}", _parse(line), size)
+                yield Row(f"{path}:{number}", _parse(line, strict), size)
             except RowProblem as problem:
                 problems.add(f"{path}:{number}", problem)
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _parse(line: bytes, strict: bool) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -97,11 +100,12 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise RowProblem(f"not valid JSON: {error}; write one JSON object a line") from None
     if not isinstance(value, dict):
         raise RowProblem(f"{short(value)} is no JSON object; write one a line, {{...}}")
-    check_names(value)
+    if strict:
+        check_names(value)
     return {name: v for name, v in value.items() if v is not None}
 
 
-def _read_parquet(path: Path, problems: Problems) -> Iterator[Row]:
+def _read_parquet(path: Path, problems: Problems, strict: bool) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -110,8 +114,9 @@ def _read_parquet(path: Path, problems: Problems) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             try:
-                check_names(schema.names)
-                _refuse_half(schema)
+                if strict:
+                    check_names(schema.names)
+                    _refuse_half(schema)
             except RowProblem as problem:
                 problems.add(str(path), problem)
                 return

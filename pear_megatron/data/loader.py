@@ -27,11 +27,13 @@ def micro_batches(
     dp_rank: int,
     dp_size: int,
     micro_batch_size: int,
+    cp_rank: int = 0,
+    cp_size: int = 1,
 ) -> Iterator[PackedBatch]:
     """The micro-batches of one data-parallel rank at a step, as Megatron's schedules pull them.
 
     All ranks together see the rows of ``plan.rows(step)`` once each, whatever the layout. Every micro-batch
-    is [micro_batch_size, seq_length]; at the end of an epoch some may hold padding only.
+    is [micro_batch_size, seq_length / cp_size]; at the end of an epoch some may hold padding only.
 
     Raises:
         ValueError: the global batch does not divide, or there is no such rank.
@@ -41,4 +43,8 @@ def micro_batches(
         raise ValueError(f"dp_rank = {dp_rank} of dp_size = {dp_size}")
     _, rows = plan.rows(step)
     starts = [(k * dp_size + dp_rank) * micro_batch_size for k in range(count)]
-    return (collate(trajectories, rows[s : s + micro_batch_size], plan.seq_length) for s in starts)
+    batches = (
+        collate(trajectories, rows[s : s + micro_batch_size], plan.seq_length, multiple=plan.multiple)
+        for s in starts
+    )
+    return (batch.shard(cp_rank, cp_size) for batch in batches)

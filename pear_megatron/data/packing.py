@@ -13,7 +13,13 @@ Rows = list[list[int]]
 
 
 def plan_epoch(
-    lengths: Sequence[int] | np.ndarray, seq_length: int, *, seed: int, epoch: int, packing: bool = True
+    lengths: Sequence[int] | np.ndarray,
+    seq_length: int,
+    *,
+    seed: int,
+    epoch: int,
+    packing: bool = True,
+    multiple: int = 1,
 ) -> Rows:
     """Rows of trajectory indices for one epoch; every trajectory is in exactly one row.
 
@@ -26,11 +32,12 @@ def plan_epoch(
         seed: of the run.
         epoch: from 0.
         packing: False gives every trajectory a row of its own.
+        multiple: a trajectory's positions are padded to a multiple of this (context parallelism).
 
     Raises:
         ValueError: a trajectory does not fit into a row.
     """
-    positions = np.asarray(lengths, dtype=np.int64) - 1
+    positions = -(-(np.asarray(lengths, dtype=np.int64) - 1) // multiple) * multiple
     if len(positions) and positions.max() > seq_length:
         longest = int(positions.argmax())
         raise ValueError(
@@ -74,6 +81,7 @@ class BatchPlan:
         global_batch_size: rows in a batch, over all data-parallel ranks and micro-batches.
         seed: of the run.
         packing: see ``plan_epoch``.
+        multiple: see ``plan_epoch``; divides ``seq_length``.
 
     Raises:
         ValueError: there is no trajectory, or one does not fit, or ``global_batch_size`` is below 1.
@@ -87,7 +95,10 @@ class BatchPlan:
         *,
         seed: int,
         packing: bool = True,
+        multiple: int = 1,
     ) -> None:
+        if seq_length % multiple:
+            raise ValueError(f"seq_length = {seq_length} is not divisible by multiple = {multiple}")
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size = {global_batch_size}; it must be at least 1")
         if not len(lengths):
@@ -95,6 +106,7 @@ class BatchPlan:
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self.seq_length = seq_length
         self.global_batch_size = global_batch_size
+        self.multiple = multiple
         self._seed = seed
         self._packing = packing
         self._first_steps = [0]  # of each epoch planned so far, and of the one after
@@ -125,7 +137,12 @@ class BatchPlan:
     def _epoch_rows(self, epoch: int) -> Rows:
         if self._kept[0] != epoch:
             rows = plan_epoch(
-                self._lengths, self.seq_length, seed=self._seed, epoch=epoch, packing=self._packing
+                self._lengths,
+                self.seq_length,
+                seed=self._seed,
+                epoch=epoch,
+                packing=self._packing,
+                multiple=self.multiple,
             )
             self._kept = (epoch, rows)
         return self._kept[1]

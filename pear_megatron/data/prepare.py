@@ -127,7 +127,7 @@ def _files(config: DataConfig) -> list[Path]:
 
 def _fill(writer: TrajectoryWriter, validator: Validator, files: list[Path], progress: bool) -> None:
     problems = Problems()
-    with _progress_bar(files, progress) as advance:
+    with reading_progress(files, progress) as advance:
         for file in files:
             for row in read_rows(file, problems):
                 try:
@@ -163,7 +163,8 @@ def _dropped(counts: Counter[str] | dict[str, int]) -> str:
 
 
 @contextmanager
-def _progress_bar(files: list[Path], show: bool) -> Iterator[Callable[[float], Any]]:
+def reading_progress(files: list[Path], show: bool) -> Iterator[Callable[[float], Any]]:
+    """A bar on standard error, if ``show``; yields what is called with the bytes that each row took."""
     if not show:
         yield lambda size: None
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -29,6 +30,11 @@ _DTYPES: dict[str, Any] = {
     "id_bytes": np.uint8,
     "id_offsets": np.int64,
 }
+
+
+# What a fingerprint reads in part: the arrays with an entry a token.
+_SAMPLED = ("input_ids", "loss_mask", "behavior_logprobs")
+_SAMPLES = 1 << 20
 
 
 class TrajectoryDataset:
@@ -88,6 +94,15 @@ class TrajectoryDataset:
             arrays["behavior_logprobs"][tokens],
             float(arrays["rewards"][i]),
         )
+
+    def fingerprint(self) -> str:
+        """Digest of the content, wherever it lies: ids, sizes and rewards whole, tokens sampled (16 hex digits)."""
+        digest = hashlib.sha256()
+        for name, array in sorted(self._arrays.items()):
+            stride = max(1, len(array) // _SAMPLES) if name in _SAMPLED else 1
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(array[::stride]).data)
+        return digest.hexdigest()[:16]
 
     def __iter__(self) -> Iterator[Trajectory]:
         return (self[i] for i in range(len(self)))

@@ -17,6 +17,7 @@ from pear_megatron.data.fields import (
     get_flag,
     get_integers,
     get_mask,
+    get_nullable_floats,
     get_number,
     get_text,
 )
@@ -167,5 +168,12 @@ class Validator:
     def _behavior(self, fields: Mapping[str, Any], form: tuple[str, ...], mask: np.ndarray) -> np.ndarray:
         source = "input_ids" if form[0] == "input_ids" else f"{form[0]}, as data.tokenizer encodes it,"
         behavior = read_behavior_logprobs(fields, mask, source, required=self._required)
+        if "policy_logprobs" in fields:  # for `inspect`: training computes them itself
+            count = len(get_nullable_floats(fields, "policy_logprobs")[0])
+            if count != len(mask):
+                raise RowProblem(
+                    f"policy_logprobs has {count} entries and {source} {len(mask)}; drop the field, or write "
+                    "it again with `pear-megatron score --as policy`"
+                )
         self.counts["half_precision"] += looks_half(behavior[mask])
         return behavior

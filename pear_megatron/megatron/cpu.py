@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint", "as_tensor")
 _enabled = False
@@ -68,6 +69,9 @@ def _redirect_devices() -> None:
 
         return on_cpu
 
+    # `with torch.device("meta")`, as transformers loads models, caches the functions that it redirects: torch's
+    # own ones, if it is asked for them before they are wrapped here.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, wrap(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
@@ -131,3 +135,6 @@ def _disable_cuda_rng() -> None:
 
     random._CUDA_RNG_STATE_TRACKER = _CpuRngTracker()
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    # Recomputed activations ask for the states before they are computed again.
+    random._get_cuda_rng_state = lambda *args, **kwargs: None
+    random._set_cuda_rng_state = lambda *args, **kwargs: None

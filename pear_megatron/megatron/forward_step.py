@@ -46,6 +46,7 @@ class PearForwardStep:
         config: how the loss is reweighted.
         vocab_size: real tokens; columns beyond are Megatron's padding.
         tp_group: tensor-parallel group of the model.
+        cp_group: ranks that share each sequence in zigzag chunks; the batches are this rank's shards.
         packed_attention: ``mask`` gives the model a block-diagonal attention mask (any layer spec);
             ``thd`` gives Transformer Engine ``PackedSeqParams`` and one flat row of tokens.
         use_output_processor: None = where mcore has it.
@@ -57,12 +58,14 @@ class PearForwardStep:
         *,
         vocab_size: int,
         tp_group: torch.distributed.ProcessGroup | None = None,
+        cp_group: torch.distributed.ProcessGroup | None = None,
         packed_attention: str = "mask",
         use_output_processor: bool | None = None,
     ) -> None:
         self.config = config
         self.vocab_size = vocab_size
         self.tp_group = tp_group
+        self.cp_group = cp_group
         self.packed_attention = packed_attention
         self.use_output_processor = use_output_processor
 
@@ -100,6 +103,7 @@ class PearForwardStep:
             self.config,
             reward=batch.reward,
             tp_group=self.tp_group,
+            cp_group=self.cp_group,
             vocab_size=self.vocab_size,
             inplace_backward=True,
         )
@@ -113,10 +117,16 @@ class PearForwardStep:
             }
         from megatron.core.packed_seq_params import PackedSeqParams
 
+        # A segment's padding is at its end, where nothing real sees it: to attention it is part of the segment.
+        # Boundaries given as real and as padded let every TE backend run (few take padding between segments).
+        padded = {}
+        if self.cp_group is not None and self.cp_group.size() > 1:
+            padded = {"cu_seqlens_q_padded": batch.cu_seqlens, "cu_seqlens_kv_padded": batch.cu_seqlens}
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
             cu_seqlens_kv=batch.cu_seqlens,
+            **padded,
             max_seqlen_q=batch.max_seqlen,
             max_seqlen_kv=batch.max_seqlen,
         )

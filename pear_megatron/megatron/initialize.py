@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pear_megatron.megatron.model import unwrap
+from pear_megatron.megatron.model import as_chunks, unwrap
 
 # Layers that write into the residual stream start smaller (GPT-2), as in Megatron's scaled init.
 _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
@@ -49,14 +49,18 @@ def initialize_weights(model: Any, *, seed: int, vocab_size: int) -> None:
     """Fills every parameter of a Megatron-Core GPT in place.
 
     Args:
-        model: a GPTModel, wrapped or not.
+        model: a GPTModel, wrapped or not, or a list of chunks.
         seed: of the run.
         vocab_size: real tokens; embedding rows from there on become 0.
     """
+    for chunk in as_chunks(model):
+        _initialize_chunk(unwrap(chunk), seed, vocab_size)
+
+
+def _initialize_chunk(gpt: Any, seed: int, vocab_size: int) -> None:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    gpt = unwrap(model)
     state = gpt.sharded_state_dict()
     apply_factories(state)  # splits fused gate and up projections into tensors of their own
     for shard in nested_values(state):

@@ -9,14 +9,20 @@ from datetime import timedelta
 import torch
 
 from pear_megatron.megatron import cpu
-from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig, check_layout
+from pear_megatron.recipe import ModelConfig, ParallelConfig, RecipeError, TrainConfig, check_layout
 
 _VOCAB_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks, sizes and process groups of a run; built once by ``initialize``."""
+    """Ranks, sizes and process groups of a run; built once by ``initialize``.
+
+    Attributes:
+        vpp_size: model chunks that this rank's pipeline stage holds; 1 without interleaving.
+        is_first_stage, is_last_stage: of the pipeline; with interleaving, the stage's first or last chunk.
+        dp_group: without the context-parallel ranks.
+    """
 
     rank: int
     world_size: int
@@ -31,6 +37,15 @@ class Layout:
     tp_group: torch.distributed.ProcessGroup
     pp_group: torch.distributed.ProcessGroup
     dp_group: torch.distributed.ProcessGroup
+    vpp_size: int = 1
+    cp_size: int = 1
+    cp_group: torch.distributed.ProcessGroup | None = None
+    sequence_parallel: bool = False
+
+    @property
+    def cp_rank(self) -> int:
+        """Which zigzag chunks of every sequence this rank holds."""
+        return self.cp_group.rank() if self.cp_group is not None else 0
 
     @property
     def is_main(self) -> bool:
@@ -49,10 +64,11 @@ class Layout:
 
 
 def initialize(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> Layout:
-    """Starts torch.distributed and Megatron's process groups from torchrun's environment.
+    """Starts torch.distributed, if it was not, and Megatron's groups from torchrun's environment.
 
     Raises:
-        RecipeError: the recipe's sizes do not fit the number of processes.
+        RecipeError: the recipe's sizes do not fit the number of processes, or its layout needs a GPU or
+            Transformer Engine and there is none.
     """
     on_cpu = cpu.enable()
     from megatron.core import parallel_state
@@ -62,22 +78,28 @@ def initialize(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if "RANK" not in os.environ:  # plain `python -m`: a world of one
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dp_size = check_layout(model, parallel, train, int(os.environ["WORLD_SIZE"]))
+    started = torch.distributed.is_initialized()
+    world_size = torch.distributed.get_world_size() if started else int(os.environ["WORLD_SIZE"])
+    dp_size = check_layout(model, parallel, train, world_size)
+    _check_attention(parallel, train)
     if on_cpu:
         device, backend = torch.device("cpu"), "gloo"
     else:
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+    if not started:
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
     )
     if not on_cpu:
         model_parallel_cuda_manual_seed(0)  # dropout is 0; initial weights come from initialize_weights
     return Layout(
         rank=torch.distributed.get_rank(),
-        world_size=torch.distributed.get_world_size(),
+        world_size=world_size,
         local_rank=local_rank,
         tp_size=parallel.tensor_model_parallel_size,
         pp_size=parallel.pipeline_model_parallel_size,
@@ -89,7 +111,42 @@ def initialize(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig)
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        vpp_size=parallel.virtual_pipeline_model_parallel_size or 1,
+        cp_size=parallel.context_parallel_size,
+        cp_group=parallel_state.get_context_parallel_group(),
+        sequence_parallel=parallel.sequence_parallel,
     )
+
+
+def transformer_engine_available() -> bool:
+    """Whether mcore's Transformer Engine layers can be used: a GPU and the package."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        from megatron.core.extensions import transformer_engine
+    except ImportError:
+        return False
+    return bool(getattr(transformer_engine, "HAVE_TE", True))
+
+
+def packed_attention(precision: str) -> str:
+    """How packed rows stay apart: ``thd`` in Transformer Engine, which has no float32 for it, else ``mask``."""
+    return "thd" if precision == "bf16" and transformer_engine_available() else "mask"
+
+
+def _check_attention(parallel: ParallelConfig, train: TrainConfig) -> None:
+    """Layouts that only Transformer Engine's layers know."""
+    if packed_attention(train.precision) == "thd":
+        return
+    for key, used, way_out in (
+        ("context_parallel_size", parallel.context_parallel_size > 1, "set it to 1"),
+        ("sequence_parallel", parallel.sequence_parallel, "leave it out"),
+    ):
+        if used:
+            raise RecipeError(
+                f"parallel.{key} {getattr(parallel, key)} needs a GPU, Transformer Engine (pip install "
+                f"'pear-megatron[te]') and train.precision=bf16; {way_out}, or train there"
+            )
 
 
 def shutdown() -> None:

@@ -7,19 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pear_megatron.megatron.layout import Layout
+from pear_megatron.megatron.layout import Layout, packed_attention
 from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig
-
-
-def transformer_engine_available() -> bool:
-    """Whether mcore's Transformer Engine layers can be used: a GPU and the package."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        from megatron.core.extensions import transformer_engine
-    except ImportError:
-        return False
-    return bool(getattr(transformer_engine, "HAVE_TE", True))
 
 
 def transformer_config(model: ModelConfig, layout: Layout, train: TrainConfig) -> Any:
@@ -49,11 +38,20 @@ def transformer_config(model: ModelConfig, layout: Layout, train: TrainConfig) -
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tp_size,
         pipeline_model_parallel_size=layout.pp_size,
+        virtual_pipeline_model_parallel_size=layout.vpp_size if layout.vpp_size > 1 else None,
+        context_parallel_size=layout.cp_size,
+        sequence_parallel=layout.sequence_parallel,
+        recompute_granularity=train.recompute_granularity,
+        recompute_method=train.recompute_method,
+        recompute_num_layers=train.recompute_num_layers,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=train.precision == "bf16",
         calculate_per_token_loss=True,
         use_cpu_initialization=not on_gpu,
+        # Interleaved stages exchange both ways at once; batched, two stages would mix up what they receive.
+        overlap_p2p_comm=layout.vpp_size > 1,
+        batch_p2p_comm=layout.vpp_size == 1,
         batch_p2p_sync=False,
         persist_layer_norm=False,
         bias_activation_fusion=on_gpu,
@@ -64,14 +62,29 @@ def transformer_config(model: ModelConfig, layout: Layout, train: TrainConfig) -
     )
 
 
-def build_model(model: ModelConfig, layout: Layout, train: TrainConfig) -> Any:
-    """This rank's part of the GPT, uninitialised, in float32 or bfloat16, on the layout's device."""
+def build_chunks(model: ModelConfig, layout: Layout, train: TrainConfig) -> list[Any]:
+    """This rank's part of the GPT as the schedules take it: one model, or one for each virtual stage."""
+    if layout.vpp_size == 1:
+        return [build_model(model, layout, train)]
+    return [build_model(model, layout, train, vp_stage=stage) for stage in range(layout.vpp_size)]
+
+
+def build_model(
+    model: ModelConfig, layout: Layout, train: TrainConfig, *, vp_stage: int | None = None
+) -> Any:
+    """This rank's part of the GPT, uninitialised, in float32 or bfloat16, on the layout's device.
+
+    Args:
+        model, train: sections of the recipe.
+        layout: where this rank stands.
+        vp_stage: which of the stage's chunks to build, where it has several.
+    """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt import gpt_layer_specs as specs
     from megatron.core.transformer.module import Float16Module
 
     config = transformer_config(model, layout, train)
-    if transformer_engine_available():
+    if packed_attention(train.precision) == "thd":
         spec = specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
     else:
         spec = specs.get_gpt_layer_local_spec(
@@ -82,32 +95,62 @@ def build_model(model: ModelConfig, layout: Layout, train: TrainConfig) -> Any:
         transformer_layer_spec=spec,
         vocab_size=layout.padded_vocab_size(model.vocab_size),
         max_sequence_length=model.max_position_embeddings,
-        pre_process=layout.is_first_stage,
-        post_process=layout.is_last_stage,
+        pre_process=layout.is_first_stage and vp_stage in (None, 0),
+        post_process=layout.is_last_stage and vp_stage in (None, layout.vpp_size - 1),
         parallel_output=True,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
         position_embedding_type=model.position_embedding_type,
         rotary_base=model.rotary_base,
+        rope_scaling=model.rope_scaling_factor is not None,
+        rope_scaling_factor=model.rope_scaling_factor or 1.0,
+        vp_stage=vp_stage,
     ).to(layout.device)
     return Float16Module(config, gpt) if train.precision == "bf16" else gpt
 
 
-def wrap_ddp(module: Any, parallel: ParallelConfig) -> Any:
-    """mcore's DistributedDataParallel with float32 gradients, summed (not averaged) over the batch."""
+def wrap_ddp(model: Any, parallel: ParallelConfig) -> Any:
+    """mcore's DistributedDataParallel with float32 gradients, summed (not averaged) over the batch.
+
+    Args:
+        model: a model, or the list of a stage's chunks.
+        parallel: whether the optimizer's state is split and collectives are overlapped.
+
+    Returns:
+        What was given, wrapped.
+    """
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
         finalize_model_grads,
     )
 
-    config = module.config
-    config.finalize_model_grads_func = finalize_model_grads
+    chunks = as_chunks(model)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
-    return DistributedDataParallel(config=config, ddp_config=ddp_config, module=module)
+    wrapped = [
+        # One bucket for later chunks: their collectives overlap with the other chunks' computation anyway.
+        DistributedDataParallel(
+            config=chunk.config, ddp_config=ddp_config, module=chunk, disable_bucketing=i > 0
+        )
+        for i, chunk in enumerate(chunks)
+    ]
+    config = chunks[0].config  # the schedules read the first chunk's
+    config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        no_sync, start = [c.no_sync for c in wrapped], [c.start_grad_sync for c in wrapped]
+        config.no_sync_func, config.grad_sync_func = (
+            (no_sync, start) if len(wrapped) > 1 else (no_sync[0], start[0])
+        )
+    return wrapped if isinstance(model, list) else wrapped[0]
+
+
+def as_chunks(model: Any) -> list[Any]:
+    """The chunks of a model that is one module, or a list of them."""
+    return model if isinstance(model, list) else [model]
 
 
 def unwrap(model: Any) -> Any:

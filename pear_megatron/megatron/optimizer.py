@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from pear_megatron.megatron.model import as_chunks
 from pear_megatron.recipe import Recipe
 
 
 def build_optimizer(recipe: Recipe, model: Any) -> Any:
-    """AdamW on float32 main parameters, gradient clipping over the whole model."""
+    """AdamW on float32 main parameters, gradient clipping over the whole model (one, or a list of chunks)."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     settings = recipe.optimizer
@@ -27,8 +28,9 @@ def build_optimizer(recipe: Recipe, model: Any) -> Any:
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
+        overlap_param_gather=recipe.parallel.overlap_param_gather,
     )
-    return get_megatron_optimizer(config, [model])
+    return get_megatron_optimizer(config, as_chunks(model))
 
 
 def build_scheduler(recipe: Recipe, optimizer: Any, total_steps: int) -> Any:

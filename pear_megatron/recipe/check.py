@@ -6,19 +6,33 @@ from pear_megatron.errors import RecipeError
 from pear_megatron.recipe.sections import ModelConfig, ParallelConfig, TrainConfig
 
 
-def check_layout(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, world_size: int) -> int:
-    """The data-parallel size of a run.
+def check_layout(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    world_size: int,
+    *,
+    seq_length: int | None = None,
+) -> int:
+    """The data-parallel size of a run, if Megatron-Core can be started with these sizes.
+
+    Args:
+        model, parallel, train: sections of the recipe.
+        world_size: processes.
+        seq_length: ``data.seq_length``; None = not checked.
 
     Raises:
         RecipeError: sizes that do not fit together; names the keys and what to change.
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size % (tp * pp):
+    cp = parallel.context_parallel_size
+    if world_size % (tp * pp * cp):
         raise RecipeError(
-            f"parallel.tensor_model_parallel_size {tp} x parallel.pipeline_model_parallel_size {pp} = {tp * pp} "
-            f"does not divide the {world_size} process(es) that torchrun started; change them or --nproc-per-node"
+            f"parallel.tensor_model_parallel_size {tp} x parallel.pipeline_model_parallel_size {pp} x "
+            f"parallel.context_parallel_size {cp} = {tp * pp * cp} does not divide the {world_size} process(es) "
+            "that torchrun started; change them or --nproc-per-node"
         )
-    dp = world_size // (tp * pp)
+    dp = world_size // (tp * pp * cp)
     if train.global_batch_size % (train.micro_batch_size * dp):
         raise RecipeError(
             f"train.global_batch_size {train.global_batch_size} is not divisible by train.micro_batch_size "
@@ -33,4 +47,48 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, train: TrainConfi
     ):
         if value % size:
             raise RecipeError(f"{key} {value} is not divisible by parallel.{size_key} {size}")
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        _check_interleaving(model, parallel, train, dp)
+    if parallel.sequence_parallel and tp == 1:
+        raise RecipeError(
+            "parallel.sequence_parallel splits over the tensor-parallel ranks and "
+            "parallel.tensor_model_parallel_size is 1; leave it out or raise that"
+        )
+    if seq_length is not None:
+        _check_seq_length(seq_length, parallel)
     return dp
+
+
+def _check_interleaving(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, dp: int) -> None:
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    key = "parallel.virtual_pipeline_model_parallel_size"
+    assert vpp is not None
+    if pp == 1:
+        raise RecipeError(f"{key} {vpp} needs parallel.pipeline_model_parallel_size of 2 or more; it is 1")
+    if model.num_layers % (pp * vpp):
+        raise RecipeError(
+            f"model.num_layers {model.num_layers} is not divisible by parallel.pipeline_model_parallel_size "
+            f"{pp} x {key} {vpp}"
+        )
+    micro_batches = train.global_batch_size // (train.micro_batch_size * dp)
+    if micro_batches % pp:
+        raise RecipeError(
+            f"a step has {micro_batches} micro-batch(es) (train.global_batch_size {train.global_batch_size} / "
+            f"train.micro_batch_size {train.micro_batch_size} / {dp} data-parallel rank(s)); the interleaved "
+            f"schedule of {key} needs a multiple of parallel.pipeline_model_parallel_size {pp}"
+        )
+
+
+def _check_seq_length(seq_length: int, parallel: ParallelConfig) -> None:
+    """Zigzag chunks cut every sequence into 2 x CP pieces; sequence parallelism cuts what is left by TP."""
+    cp = parallel.context_parallel_size
+    tp = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    unit = (2 * cp if cp > 1 else 1) * tp
+    if seq_length % unit:
+        why = [f"2 x parallel.context_parallel_size {cp}"] if cp > 1 else []
+        if parallel.sequence_parallel:
+            why.append(f"parallel.tensor_model_parallel_size {tp} (parallel.sequence_parallel)")
+        raise RecipeError(
+            f"data.seq_length {seq_length} is not divisible by {' x '.join(why)} = {unit}; "
+            f"use {-(-seq_length // unit) * unit}"
+        )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pear_megatron.errors import RecipeError
 from pear_megatron.recipe.sections import Recipe
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
 
 
 def _load_with_defaults(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
@@ -51,37 +53,67 @@ def _apply_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
     return config
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: list[str] | None = None, *, missing: dict[str, Any] | None = None
+) -> Recipe:
     """Reads a recipe, its parents and the command line's overrides into one validated object.
 
     Args:
         path: the YAML file; ``defaults:`` in it names files it inherits from.
         overrides: Hydra-style ``key=value`` strings; they win.
+        missing: values of keys that neither the files nor the overrides give.
 
     Raises:
         RecipeError: a missing file, bad YAML, an unknown key (with the nearest known one) or a bad value.
     """
     path = Path(path)
+    values = read_values(path, overrides, missing=missing)
+    _complete_model(path, values)
+    return validate_as(Recipe, path, values)
+
+
+def read_values(
+    path: Path, overrides: list[str] | None = None, *, missing: dict[str, Any] | None = None
+) -> Any:
+    """The resolved values of a YAML file, its parents and overrides, for any kind of file; not validated.
+
+    Raises:
+        RecipeError: a missing file, bad YAML or a bad override.
+    """
     config = _apply_overrides(_load_with_defaults(path.resolve()), list(overrides or []))
     try:
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(
+            OmegaConf.merge(missing or {}, config), resolve=True, throw_on_missing=True
+        )
     except OmegaConfBaseException as error:
         raise RecipeError(f"{path}: {error}") from error
-    _complete_model(path, values)
+
+
+def validate_as(kind: type[_Kind], path: Path, values: Any) -> _Kind:
+    """``values`` as an object of that kind.
+
+    Raises:
+        RecipeError: an unknown key (with the nearest known one) or a bad value.
+    """
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{path}: {_describe(error)}") from error
 
 
 def _complete_model(path: Path, values: Any) -> None:
-    """Fills ``model:`` from the config.json of ``model.hf``; what the recipe gives must agree with it."""
+    """Fills ``model:`` from the config.json of ``model.hf``; what the recipe gives must agree with it.
+
+    Its tokenizer becomes data.tokenizer, unless the recipe gives that key.
+    """
     model = values.get("model") if isinstance(values, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("hf"), str):
         return
-    from pear_megatron.hf.config import model_keys
+    from pear_megatron.hf.config import has_tokenizer, model_keys
 
     found = model_keys(model["hf"])
+    if isinstance(values.get("data"), dict) and has_tokenizer(model["hf"]):
+        values["data"].setdefault("tokenizer", model["hf"])
     for key, value in found.items():
         if model.setdefault(key, value) != value:
             raise RecipeError(

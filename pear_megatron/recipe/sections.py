@@ -78,6 +78,14 @@ class ParallelConfig(StrictModel):
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise ValueError(
+                "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce; set both"
+            )
+        return self
+
 
 class TrainConfig(StrictModel):
     """Length of the run and size of its batches (sequences of ``data.seq_length`` tokens).

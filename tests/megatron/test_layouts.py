@@ -6,11 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.megatron.ranks import failures, final_weights, train_runs
 from tests.megatron.runs import train
 
 TP, PP = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
-TIMES = {"tokens_per_second"}
+VPP = "parallel.virtual_pipeline_model_parallel_size=2"
+DISTRIBUTED = "parallel.use_distributed_optimizer=true"
+OVERLAP = [DISTRIBUTED, "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
+TIED = "model.share_embeddings_and_output_weights=true"
+TIMES = {"step_seconds", "tokens_per_second"}
+
+FOUR_RANKS = {
+    "TP2xPP2": [TP, PP],
+    "TP2xDP2": [TP],
+    "PP2xDP2": [PP],
+    "PP2xVPP2xDP2": [PP, VPP],
+    "TP2xPP2xVPP2": [TP, PP, VPP],
+    "TP4": ["parallel.tensor_model_parallel_size=4", "model.num_query_groups=4"],
+    "DP4-distributed-optimizer": [DISTRIBUTED],
+    "TP2xDP2-overlapped": [TP, *OVERLAP],
+    "PP2xVPP2xDP2-overlapped": [PP, VPP, *OVERLAP],
+}
 
 
 def assert_same_run(run: list[dict[str, Any]], reference: list[dict[str, Any]], relative: float) -> None:
@@ -21,37 +39,119 @@ def assert_same_run(run: list[dict[str, Any]], reference: list[dict[str, Any]], 
             assert row[key] == pytest.approx(expected[key], rel=relative, abs=1e-7), (row["step"], key)
 
 
-@pytest.mark.parametrize(
-    ("processes", "overrides"),
-    [
-        (2, [TP]),
-        (2, [PP]),
-        (2, []),
-        (2, ["parallel.use_distributed_optimizer=true"]),
-        (4, [TP, PP]),
-    ],
-    ids=["TP2", "PP2", "DP2", "DP2-distributed-optimizer", "TP2xPP2"],
-)
-def test_every_layout_trains_like_one_process(
-    tmp_path: Path, trajectories: Path, one_rank: list[dict[str, Any]], processes: int, overrides: list[str]
+def assert_same_weights(
+    run: str, weights: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]
 ) -> None:
-    assert_same_run(train(tmp_path / "run", trajectories, processes, *overrides), one_rank, relative=1e-5)
+    assert weights.keys() == reference.keys()
+    for name, expected in reference.items():
+        torch.testing.assert_close(
+            weights[name], expected, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{run} {name}: {text}"
+        )
+
+
+@pytest.fixture(scope="module")
+def one_process(
+    tmp_path_factory: pytest.TempPathFactory, trajectories: Path
+) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
+    """What the layouts are compared with: the same model on one process, and its variations."""
+    root = tmp_path_factory.mktemp("one_process")
+    runs = {root / "plain": [], root / "four-groups": ["model.num_query_groups=4"], root / "tied": [TIED]}
+    return {folder.name: (folder, rows) for folder, rows in train_runs(1, trajectories, runs).items()}
+
+
+def test_every_layout_of_four_ranks_trains_like_one_process(
+    tmp_path: Path, trajectories: Path, one_process: dict[str, tuple[Path, list[dict[str, Any]]]]
+) -> None:
+    """Losses, every statistic, gradient norms, and at the end the weights."""
+    runs = train_runs(4, trajectories, {tmp_path / name: extra for name, extra in FOUR_RANKS.items()})
+    names = ["four-groups" if folder.name == "TP4" else "plain" for folder in runs]
+    references = final_weights(one_process["plain"][0], one_process["four-groups"][0])
+    by_name = dict(zip(("plain", "four-groups"), references, strict=True))
+    for folder, name, weights in zip(runs, names, final_weights(*runs), strict=True):
+        assert_same_run(runs[folder], one_process[name][1], relative=1e-5)
+        assert_same_weights(folder.name, weights, by_name[name])
+
+
+def test_tied_embeddings_train_alike_on_every_pipeline(
+    tmp_path: Path, trajectories: Path, one_process: dict[str, tuple[Path, list[dict[str, Any]]]]
+) -> None:
+    runs = train_runs(
+        2, trajectories, {tmp_path / "PP2": [TIED, PP], tmp_path / "PP2xVPP2": [TIED, PP, VPP]}
+    )
+    for rows in runs.values():
+        assert_same_run(rows, one_process["tied"][1], relative=1e-5)
 
 
 def test_micro_batch_size_changes_nothing(
+    tmp_path: Path, trajectories: Path, one_process: dict[str, tuple[Path, list[dict[str, Any]]]]
+) -> None:
+    runs = train_runs(
+        1,
+        trajectories,
+        {tmp_path / "8": ["train.micro_batch_size=8"], tmp_path / "1": ["train.micro_batch_size=1"]},
+    )
+    for rows in runs.values():
+        assert_same_run(rows, one_process["plain"][1], relative=1e-5)
+
+
+RECOMPUTE = {
+    "uniform": ["full", "uniform", "1"],
+    "uniform-by-two": ["full", "uniform", "2"],
+    "block": ["full", "block", "1"],
+    "selective": ["selective", "null", "null"],
+}
+
+
+def test_recomputed_activations_change_no_bit(
+    tmp_path: Path, trajectories: Path, one_process: dict[str, tuple[Path, list[dict[str, Any]]]]
+) -> None:
+    keys = ("granularity", "method", "num_layers")
+    runs = train_runs(
+        1,
+        trajectories,
+        {
+            tmp_path / name: [f"train.recompute_{k}={v}" for k, v in zip(keys, values, strict=True)]
+            for name, values in RECOMPUTE.items()
+        },
+    )
+    for rows in runs.values():
+        for row, expected in zip(rows, one_process["plain"][1], strict=True):
+            assert {k: row[k] for k in row.keys() - TIMES} == {k: expected[k] for k in row.keys() - TIMES}
+    reference, *others = final_weights(one_process["plain"][0], *runs)
+    for weights in others:
+        assert all(torch.equal(weights[name], reference[name]) for name in reference)
+
+
+def test_torchrun_trains_a_layout_of_four(
     tmp_path: Path, trajectories: Path, one_rank: list[dict[str, Any]]
 ) -> None:
-    assert_same_run(train(tmp_path / "run", trajectories, 1, "train.micro_batch_size=8"), one_rank, 1e-5)
+    assert_same_run(train(tmp_path / "run", trajectories, 4, TP, PP), one_rank, relative=1e-5)
 
 
 def test_bf16_with_tied_embeddings_follows_float32_on_every_layout(
     tmp_path: Path, trajectories: Path
 ) -> None:
-    tied = ["model.share_embeddings_and_output_weights=true", "model.add_qkv_bias=true"]
-    reference = train(tmp_path / "fp32", trajectories, 1, *tied)
-    run = train(tmp_path / "bf16", trajectories, 2, *tied, PP, "train.precision=bf16")
+    tied = [TIED, "model.add_qkv_bias=true"]
+    (reference,) = train_runs(1, trajectories, {tmp_path / "fp32": tied}).values()
+    (run,) = train_runs(2, trajectories, {tmp_path / "bf16": [*tied, PP, "train.precision=bf16"]}).values()
     assert_same_run(
         [{k: row[k] for k in ("step", "loss", "nll", "grad_norm")} for row in run],
         [{k: row[k] for k in ("step", "loss", "nll", "grad_norm")} for row in reference],
         relative=2e-2,
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("parallel.context_parallel_size=2", "parallel.context_parallel_size 2 needs a GPU, Transformer Engine"),
+        ("parallel.sequence_parallel=true", "parallel.sequence_parallel True needs a GPU, Transformer Engine"),
+    ],
+)
+def test_layouts_that_need_transformer_engine_are_refused_on_cpu(
+    tmp_path: Path, trajectories: Path, override: str, said: str
+) -> None:
+    overrides = [override] if "context" in override else [override, TP]
+    for message in failures(2, trajectories, tmp_path / "run", *overrides):
+        assert said in message
+        assert "train.precision=bf16" in message

@@ -1,0 +1,57 @@
+"""`pear-megatron convert`: a Hugging Face checkpoint into Megatron-Core's format."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+EPILOG = "Example: pear-megatron convert --hf models/Qwen2.5-7B --output checkpoints/qwen2.5-7b --tensor-parallel 2"
+
+
+def convert(
+    hf: Annotated[Path, typer.Option(help="folder of the Hugging Face checkpoint", show_default=False)],
+    output: Annotated[Path, typer.Option(help="folder of the new checkpoint", show_default=False)],
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="processes that share each layer meanwhile")
+    ] = 1,
+    pipeline_parallel: Annotated[
+        int, typer.Option(min=1, help="processes that share the layers meanwhile")
+    ] = 1,
+    dtype: Annotated[
+        Literal["bf16", "fp32"] | None, typer.Option(help="default: bf16 if all tensors are, else fp32")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what --output holds")] = False,
+) -> None:
+    """Make a checkpoint that checkpoint.pretrained takes, on any layout, from a Hugging Face folder."""
+    from pear_megatron.errors import PearError
+    from pear_megatron.launch import ensure_ranks, is_main
+
+    try:
+        from pear_megatron.hf.config import UnsupportedArchitecture, model_keys
+        from pear_megatron.hf.folders import check_output
+
+        check_output(output, overwrite=overwrite)
+        try:
+            model_keys(hf)
+        except UnsupportedArchitecture as reason:
+            from pear_megatron.hf.bridge import convert_with_bridge
+
+            convert_with_bridge(hf, output, reason)
+            return
+        ensure_ranks(tensor_parallel * pipeline_parallel)
+        from pear_megatron.hf.convert import convert_checkpoint
+        from pear_megatron.megatron.layout import shutdown
+
+        convert_checkpoint(
+            hf, output, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, precision=dtype
+        )
+        shutdown()
+    except PearError as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    if is_main():
+        print(f"{output}: train from it with checkpoint.pretrained={output}")

@@ -1,0 +1,68 @@
+"""`pear-megatron export`: a trained checkpoint into a Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+EPILOG = "Example: pear-megatron export --checkpoint results/run --output exports/run-step-1000"
+
+
+def export(
+    checkpoint: Annotated[
+        Path,
+        typer.Option(
+            help="a run, its checkpoints/, one of them, or the output of convert", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="the Hugging Face folder to write", show_default=False)],
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="with --pipeline-parallel: N x M processes share the writing")
+    ] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(min=1, help="see --tensor-parallel")] = 1,
+    dtype: Annotated[Literal["bf16", "fp32"] | None, typer.Option(help="default: as stored")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="largest safetensors file: 5GB, 500MB, 2GiB")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what --output holds")] = False,
+    hf: Annotated[
+        Path | None,
+        typer.Option(help="for checkpoints of Megatron-Bridge only: the folder they were converted from"),
+    ] = None,
+) -> None:
+    """Write a folder that transformers, vLLM and NeMo-RL open: weights, configuration, tokenizer."""
+    from pear_megatron.errors import PearError
+    from pear_megatron.launch import ensure_ranks, is_main
+
+    try:
+        from pear_megatron.hf.folders import check_output
+
+        check_output(output, overwrite=overwrite)
+        if hf is not None:
+            from pear_megatron.hf.bridge import export_with_bridge
+
+            export_with_bridge(checkpoint, hf, output)
+            return
+        ensure_ranks(tensor_parallel * pipeline_parallel)
+        import torch
+
+        from pear_megatron.hf.export import export_checkpoint
+        from pear_megatron.hf.safetensors_files import parse_size
+
+        if "WORLD_SIZE" in os.environ:
+            torch.distributed.init_process_group("gloo")
+        try:
+            export_checkpoint(checkpoint, output, precision=dtype, max_shard_size=parse_size(max_shard_size))
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+    except PearError as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    if is_main():
+        print(
+            f"{output}: open it with AutoModelForCausalLM.from_pretrained, or as policy.model_name of NeMo-RL"
+        )

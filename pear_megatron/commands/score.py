@@ -1,0 +1,185 @@
+"""`pear-megatron score`: behaviour log-probs for offline trajectories."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pear_megatron.score.run import ScoreJob
+    from pear_megatron.score.source import ScoreSettings
+
+EPILOG = (
+    "Example: pear-megatron score --model path/to/teacher --data 'data/*.jsonl' --output scored.parquet "
+    "--tensor-parallel 2"
+)
+
+
+class Backend(StrEnum):
+    """Where log-probs come from."""
+
+    megatron = "megatron"
+    hf = "hf"
+    recorded = "import"
+
+
+class WriteAs(StrEnum):
+    """Whose log-probs they are."""
+
+    behavior = "behavior"
+    policy = "policy"
+
+
+class Dtype(StrEnum):
+    """Precision of the model."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Overlong(StrEnum):
+    """What happens to rows that the model has no positions for."""
+
+    error = "error"
+    drop = "drop"
+
+
+def score(
+    data: Annotated[list[str], typer.Option(help="JSONL or Parquet file; again for more; globs allowed")],
+    output: Annotated[Path, typer.Option(help="Parquet file to write, as training reads it")],
+    files: Annotated[list[str] | None, typer.Argument(help="more files", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="a Hugging Face folder, or a run or checkpoint of this package")
+    ] = None,
+    backend: Annotated[
+        Backend | None,
+        typer.Option(
+            help="import: log-probs that vLLM, an OpenAI-compatible server or NeMo-RL recorded. "
+            "Default: megatron where it has the architecture, else hf"
+        ),
+    ] = None,
+    write_as: Annotated[
+        WriteAs,
+        typer.Option(
+            "--as",
+            help="policy: the column policy_logprobs, for `inspect`, beside existing behavior_logprobs",
+        ),
+    ] = WriteAs.behavior,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="ranks that share each layer")] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(min=1, help="stages")] = 1,
+    dtype: Annotated[Dtype | None, typer.Option(help="default: bf16 on a GPU, fp32 without")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="default: the model's")] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="positions, at most; default: the model's max_position_embeddings"),
+    ] = None,
+    overlong: Annotated[Overlong, typer.Option(help="longer rows")] = Overlong.error,
+    max_tokens_per_batch: Annotated[
+        int | None, typer.Option(min=1, help="rows x longest row; default: 16384 on a GPU, 2048 without")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="start over")] = False,
+) -> None:
+    """Write each token's log-prob under the policy that wrote it (temperature 1), aligned with input_ids.
+
+    The same command continues an interrupted one. Uses all GPUs of a machine: copies of the model, each over
+    tensor x pipeline parallel ranks; torchrun does it over several machines.
+    """
+    from pear_megatron.errors import PearError
+    from pear_megatron.launch import is_main
+
+    _speak(is_main())
+    try:
+        from pear_megatron.score.source import ScoreSettings
+
+        chosen, why = _backend(model, backend, write_as)
+        _run(
+            ScoreSettings(
+                data=[*data, *(files or [])],
+                output=output,
+                backend=chosen,
+                model=model,
+                write_as=write_as.value,
+                tokenizer=tokenizer,
+                max_length=max_length,
+                overlong=overlong.value,
+                overwrite=overwrite,
+                tensor_parallel=tensor_parallel,
+                pipeline_parallel=pipeline_parallel,
+                dtype=dtype.value if dtype else _default_dtype(),
+                max_tokens_per_batch=max_tokens_per_batch,
+            ),
+            why,
+        )
+    except (PearError, ImportError) as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise typer.Exit(1) from error
+
+
+def _run(settings: ScoreSettings, why: str) -> None:
+    from pear_megatron.launch import ensure_ranks
+    from pear_megatron.score.backends import refuse_to_split
+    from pear_megatron.score.model import check_split
+    from pear_megatron.score.ranks import Ranks
+    from pear_megatron.score.run import ScoreJob
+
+    refuse_to_split(settings.backend, settings.tensor_parallel * settings.pipeline_parallel)
+    if settings.backend == "megatron" and settings.model:
+        check_split(settings.model, settings.tensor_parallel, settings.pipeline_parallel)
+    job = ScoreJob(settings)
+    alone = "WORLD_SIZE" not in os.environ
+    if alone and job.prepare():  # before any rank is started: what is wrong with the data is said at once
+        return
+    ensure_ranks(settings.tensor_parallel * settings.pipeline_parallel, copies=_copies(settings, job, alone))
+    logging.getLogger("pear_megatron").info("backend %s: %s", settings.backend, why)
+    with Ranks() as ranks:
+        if alone or not ranks.from_main(job.prepare):
+            job.score(ranks)
+
+
+def _backend(model: str | None, backend: Backend | None, write_as: WriteAs) -> tuple[str, str]:
+    """(the backend asked for or else the one that fits the model, why)."""
+    from pear_megatron.score.backends import choose_backend
+    from pear_megatron.score.errors import ScoreError
+
+    if backend is Backend.recorded:
+        if write_as is WriteAs.policy:
+            raise ScoreError("--as policy takes a model's log-probs, --backend import those of the generator")
+        return backend.value, "log-probs that the generator recorded"
+    if model is None:
+        raise ScoreError("--model is missing: name the policy that wrote the data, or give --backend import")
+    fitting, why = choose_backend(model)
+    if backend is Backend.megatron and fitting == "hf":
+        raise ScoreError(f"--backend megatron: {why}; take --backend hf")
+    return (backend.value, "asked for") if backend else (fitting, why)
+
+
+def _default_dtype() -> str:
+    import torch
+
+    return "bf16" if torch.cuda.is_available() else "fp32"
+
+
+def _copies(settings: ScoreSettings, job: ScoreJob, alone: bool) -> int:
+    """Copies of the model to start: as many as the machine's GPUs hold and there are chunks to score."""
+    import torch
+
+    if not alone or settings.backend != "megatron":
+        return 1
+    size = settings.tensor_parallel * settings.pipeline_parallel
+    return max(1, min(torch.cuda.device_count() // size, job.num_missing()))
+
+
+def _speak(is_main: bool) -> None:
+    """Log lines of this package on standard error; no warnings of libraries."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pear_megatron").setLevel(logging.INFO if is_main else logging.ERROR)
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)

@@ -1,0 +1,170 @@
+"""evaluate: samples responses of a checkpoint to problems, grades them, and writes what they come to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pear_megatron.data.tokenizer import load_tokenizer
+from pear_megatron.evaluate.engines import Engine, load_engine
+from pear_megatron.evaluate.errors import EvalError
+from pear_megatron.evaluate.prompts import check_model_folder, encode_prompts, end_tokens
+from pear_megatron.evaluate.results import Results, summarize
+from pear_megatron.evaluate.samples import FILE, SampleFile, Slot, plan_batches, sample_seed
+from pear_megatron.evaluate.settings import EvalSettings, check_folder, write_settings
+from pear_megatron.rl.problems import ProblemSet
+
+_REPORTS = 20  # lines of progress where there is no terminal
+
+
+def evaluate(
+    model: str | Path,
+    problems: ProblemSet,
+    output: str | Path,
+    *,
+    ks: Sequence[int],
+    right_at: float = 1.0,
+    batch_size: int = 32,
+    **settings: Any,
+) -> Results:
+    """Draws ``num_samples`` responses to each problem, unless ``output`` holds them, and grades them.
+
+    Writes settings.json, samples.jsonl and results.json. Started again after it was killed, it continues.
+
+    Args:
+        model: a Hugging Face folder.
+        problems: what to ask.
+        output: the evaluation's folder.
+        ks: of pass@k.
+        right_at: the score from which a response is right.
+        batch_size: prompts at once.
+        settings: of EvalSettings: num_samples, max_new_tokens, temperature, top_p, seed, engine, dtype.
+
+    Raises:
+        EvalError: the model cannot be used, a setting is wrong, or the folder holds another evaluation.
+        DataError: a prompt does not fit the model.
+        GraderError: a response cannot be graded.
+    """
+    import torch
+    from transformers import AutoConfig, GenerationConfig
+
+    from pear_megatron.score.model import read_model_facts
+
+    folder, output = check_model_folder(model), Path(output)
+    facts = read_model_facts(folder)
+    settings.setdefault("dtype", "bf16" if torch.cuda.is_available() else "fp32")
+    chosen = _settings(model=str(folder), weights=facts.digest, **_digests(problems), **settings)
+    ks = _check_ks(ks, chosen.num_samples)
+    tokenizer = load_tokenizer(str(folder))
+    limit = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    prompts = encode_prompts(tokenizer, problems, chosen.max_new_tokens, limit)
+    named = (
+        GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    )
+    end_ids = end_tokens(tokenizer, named)
+    regrade = check_folder(output, chosen)
+
+    ids = [problem.id for problem in problems]
+    batches = plan_batches([len(prompt) for prompt in prompts], chosen.num_samples, batch_size)
+    samples = SampleFile(output / FILE, ids, batches)
+    if regrade:
+        by_id = dict(zip(ids, problems, strict=True))
+        print(
+            f"the grader or the answers changed: grading {len(samples.rows)} responses again", file=sys.stderr
+        )
+        samples.grade_again(lambda problem_id, response: by_id[problem_id].grade(response))
+    write_settings(output, chosen)
+    if samples.missing:
+        engine = load_engine(chosen.engine, folder, end_ids, chosen.sampling, chosen.dtype, batch_size)
+        with _progress(len(samples.rows), sum(map(len, batches))) as advance:
+            for batch in samples.missing:
+                rows = _draw(engine, tokenizer, problems, prompts, batch, chosen.seed)
+                samples.add(rows)
+                advance(len(rows), rows)
+    results = Results(chosen.model_dump(mode="json"), right_at, ks, summarize(samples.rows, ids, right_at))
+    results.write(output)
+    return results
+
+
+def _draw(
+    engine: Engine,
+    tokenizer: Any,
+    problems: ProblemSet,
+    prompts: list[list[int]],
+    batch: Sequence[Slot],
+    seed: int,
+) -> list[dict[str, Any]]:
+    seeds = [sample_seed(seed, problems[slot.problem].id, slot.sample) for slot in batch]
+    completions = engine.generate([prompts[slot.problem] for slot in batch], seeds)
+    rows = []
+    for slot, completion in zip(batch, completions, strict=True):
+        problem = problems[slot.problem]
+        response = tokenizer.decode(completion.tokens, skip_special_tokens=True)
+        rows.append(
+            {
+                "id": problem.id,
+                "sample": slot.sample,
+                "response": response,
+                "score": problem.grade(response),
+                "truncated": completion.truncated,
+                "tokens": completion.tokens,
+            }
+        )
+    return rows
+
+
+def _digests(problems: ProblemSet) -> dict[str, str]:
+    return {"problems": problems.prompts_digest, "grading": problems.grading_digest}
+
+
+def _settings(**values: Any) -> EvalSettings:
+    try:
+        return EvalSettings(**values)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, p['loc']))} {p['msg'].removeprefix('Value error, ')}" for p in error.errors()
+        ]
+        raise EvalError(f"settings: {'; '.join(p.strip() for p in problems)}") from error
+
+
+def _check_ks(ks: Sequence[int], num_samples: int) -> list[int]:
+    wrong = [k for k in ks if not 1 <= k <= num_samples]
+    if wrong or not ks:
+        raise EvalError(
+            f"--k {','.join(map(str, ks))}: each k of pass@k is from 1 to --num-samples {num_samples}"
+        )
+    return sorted(set(ks))
+
+
+@contextmanager
+def _progress(done: int, total: int) -> Iterator[Any]:
+    """A function to call after each batch: a bar on a terminal, now and then a line elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("[bold]eval"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    count, score = done, 0.0
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("eval", total=total, completed=done, status="")
+
+        def advance(number: int, rows: list[dict[str, Any]]) -> None:
+            nonlocal count, score
+            before, count = count, count + number
+            score += sum(row["score"] for row in rows)
+            status = f"mean score {score / (count - done):.3f}"
+            bar.update(task, completed=count, status=status)
+            if not console.is_terminal and before * _REPORTS // total < count * _REPORTS // total:
+                print(f"{count}/{total} responses  {status}", file=sys.stderr, flush=True)
+
+        yield advance

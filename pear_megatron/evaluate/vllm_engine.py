@@ -1,0 +1,55 @@
+"""VllmEngine: vLLM on all GPUs of this machine. Not tested: no machine with vLLM has run it yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pear_megatron.evaluate.engines import Completion, Sampling
+from pear_megatron.evaluate.errors import EvalError
+
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+class VllmEngine:
+    """An Engine on vLLM, tensor-parallel over all GPUs: see ``engines.load_engine``."""
+
+    def __init__(
+        self, model: Path, end_ids: list[int], sampling: Sampling, dtype: str, batch_size: int
+    ) -> None:
+        try:
+            import torch
+            from vllm import LLM
+        except ImportError as error:
+            raise EvalError(
+                f"the vllm engine cannot be imported ({error}); use --engine transformers"
+            ) from error
+        self.batch_size = batch_size
+        self._end_ids, self._sampling = end_ids, sampling
+        self._llm = LLM(
+            model=str(model),
+            dtype=_DTYPES[dtype],
+            tensor_parallel_size=max(1, torch.cuda.device_count()),
+            generation_config="vllm",  # no top-k or penalties from generation_config.json
+        )
+
+    def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion]:
+        """See Engine."""
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                temperature=self._sampling.temperature,
+                top_p=self._sampling.top_p,
+                max_tokens=self._sampling.max_new_tokens,
+                stop_token_ids=self._end_ids,
+                seed=seed,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False
+        )
+        first = [output.outputs[0] for output in outputs]
+        return [Completion(list(o.token_ids), truncated=o.finish_reason == "length") for o in first]

@@ -1,0 +1,151 @@
+"""What makes a checkpoint self-describing: model.yaml and hf/ in its root, so that its source may be gone.
+
+model.yaml   the resolved ModelConfig and the precision of the weights
+hf/          config.json, generation_config.json, tokenizer and chat template, where there are any
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from pear_megatron.errors import RecipeError
+from pear_megatron.hf.mapping import head_size, query_groups
+from pear_megatron.recipe import ModelConfig, differing_keys
+from pear_megatron.run_folder import write_atomically
+
+MODEL_FILE = "model.yaml"
+ASSETS = "hf"
+
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".index.json",
+)
+_LARGEST_ASSET = 64 * 2**20  # bytes; the largest tokenizer.json known is half of it
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def find_root(path: str | Path) -> Path:
+    """The folder with model.yaml that a run, its checkpoints, one of them, or a converted checkpoint has.
+
+    Raises:
+        RecipeError: there is none at ``path`` or up to two folders above.
+    """
+    path = Path(path).absolute()
+    for root in (path, path.parent, path.parent.parent):
+        if (root / MODEL_FILE).is_file():
+            return root
+    raise RecipeError(
+        f"no checkpoint at {path}: neither it nor the two folders above have a {MODEL_FILE}; name a run's "
+        "output_dir, one of its checkpoints, or the output of `pear-megatron convert`"
+    )
+
+
+def read_model_file(root: Path) -> tuple[ModelConfig, str]:
+    """The model of a checkpoint's root, and its precision (``bf16`` or ``fp32``).
+
+    Raises:
+        RecipeError: model.yaml cannot be read.
+    """
+    path = root / MODEL_FILE
+    try:
+        content = yaml.safe_load(path.read_text())
+        return ModelConfig.model_validate(content["model"]), content["precision"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from error
+
+
+def write_model_files(
+    root: Path, model: ModelConfig, precision: str, *, source: Path | None, tokenizer: str | None = None
+) -> None:
+    """Writes hf/ and then model.yaml into a checkpoint's root; each appears whole.
+
+    Args:
+        root: the folder; made if need be.
+        model: what config.json does not say is in here.
+        precision: of the weights, ``bf16`` or ``fp32``.
+        source: folder that the small files come from: a Hugging Face checkpoint or another root's hf/.
+        tokenizer: name or folder of the tokenizer, where it is not the source's own.
+
+    Raises:
+        DataError: the tokenizer cannot be loaded. OSError: a file cannot be read or written.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    partial, final = root / f".{ASSETS}.partial", root / ASSETS
+    shutil.rmtree(partial, ignore_errors=True)
+    if source is not None:
+        copy_assets(source, partial)
+    if tokenizer is not None:
+        _save_tokenizer(tokenizer, partial)
+    if partial.is_dir():
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    content = {"model": model.model_dump(mode="json", exclude={"hf"}), "precision": precision}
+    write_atomically(root / MODEL_FILE, yaml.safe_dump(content, sort_keys=False))
+
+
+def copy_assets(source: Path, target: Path) -> None:
+    """Copies what is small and no weights: configurations, tokenizer, chat templates, licence.
+
+    Left out are the model card, which describes the source's weights, and hidden files.
+    """
+    for file in sorted(source.rglob("*")):
+        name = file.relative_to(source)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if hidden or not file.is_file() or name.name == "README.md" or name.name.endswith(_WEIGHTS):
+            continue
+        if len(name.parts) > 2 or file.stat().st_size > _LARGEST_ASSET:
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / name)
+
+
+def _save_tokenizer(tokenizer: str, target: Path) -> None:
+    """Puts a tokenizer in place of the one that may be there; a folder's files as they are."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in _TOKENIZER_FILES:
+        (target / name).unlink(missing_ok=True)
+    if (Path(tokenizer) / "tokenizer.json").is_file():
+        for name in _TOKENIZER_FILES:
+            if (Path(tokenizer) / name).is_file():
+                shutil.copyfile(Path(tokenizer) / name, target / name)
+        return
+    from pear_megatron.data.tokenizer import load_tokenizer
+
+    load_tokenizer(tokenizer).save_pretrained(target)
+
+
+def check_same_model(root: Path, model: ModelConfig) -> None:
+    """Refuses a checkpoint of another model than the recipe's.
+
+    What only shapes fresh weights may differ.
+
+    Raises:
+        RecipeError: names the keys that differ.
+    """
+    old, new = _comparable(read_model_file(root)[0]), _comparable(model)
+    if keys := differing_keys(old, new):
+        shown = ", ".join(f"model.{key} {new[key]!r} (there {old[key]!r})" for key in keys)
+        raise RecipeError(f"the checkpoint {root} holds another model than the recipe: {shown}")
+
+
+def _comparable(model: ModelConfig) -> dict[str, object]:
+    """The model's keys with its defaults spelt out, without those that only shape fresh weights."""
+    fresh = {"hf", "init_method_std", "embedding_init_method_std"}
+    values = model.model_dump(mode="json", exclude=fresh)
+    return values | {"kv_channels": head_size(model), "num_query_groups": query_groups(model)}

@@ -1,0 +1,222 @@
+"""config.json of a Hugging Face checkpoint as ModelConfig keys; what Megatron-Core cannot do is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pear_megatron.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture of transformers, and how it differs from Llama in Megatron-Core's words."""
+
+    architecture: str
+    model_type: str
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
+
+
+FAMILIES = (
+    Family("LlamaForCausalLM", "llama"),  # Llama 2 and 3, SmolLM2, DeepSeek-R1-Distill-Llama
+    Family("Qwen2ForCausalLM", "qwen2", add_qkv_bias=True),  # Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen
+    Family("Qwen3ForCausalLM", "qwen3", qk_layernorm=True, default_head_dim=128),
+)
+
+# All that Megatron-Core's Llama-3 scaling knows besides its factor (RotaryEmbedding._apply_scaling).
+LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+# Keys that change what the model computes, with the values under which it is what Megatron-Core computes.
+_ONLY = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1, None),
+    "use_mrope": (False, None),
+    "quantization_config": (None,),
+}
+
+
+class UnsupportedArchitecture(RecipeError):
+    """A model that this package has no mapping for; Megatron-Bridge may have one."""
+
+
+def model_keys(folder: str | Path) -> dict[str, Any]:
+    """The ModelConfig keys that a Hugging Face checkpoint's config.json determines.
+
+    Args:
+        folder: the checkpoint's; config.json may be in transformers 4's or 5's format.
+
+    Raises:
+        RecipeError: no such folder or file, broken JSON, or a key whose value Megatron-Core has nothing for;
+            UnsupportedArchitecture if it is the architecture itself.
+    """
+    path = Path(folder) / "config.json"
+    return _Reader(path, read_config(folder)).model_keys()
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether the folder has a tokenizer."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json as it stands.
+
+    Raises:
+        RecipeError: no such folder, no config.json in it, or no JSON object in that.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RecipeError(
+            f"no Hugging Face checkpoint at {folder}: no such folder; download one first: "
+            f"hf download NAME --local-dir {folder}"
+        )
+    path = folder / "config.json"
+    if not path.is_file():
+        gguf = ", ".join(sorted(file.name for file in folder.glob("*.gguf")))
+        hint = f"; {gguf} has to be made into one first, with transformers (gguf_file=)" if gguf else ""
+        raise RecipeError(f"{folder} is not a Hugging Face checkpoint: it has no config.json{hint}")
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}; is the file whole?") from error
+    if not isinstance(config, dict):
+        raise RecipeError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+class _Reader:
+    """config.json's keys, checked one by one; errors name the file and the key."""
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        self.path, self.config = path, config
+
+    def model_keys(self) -> dict[str, Any]:
+        family = self._family()
+        for key, values in _ONLY.items():
+            if self.config.get(key, values[0]) not in values:
+                self._refuse(key, self.config[key], f"only {values[0]!r} is supported")
+        self._check_attention()
+        heads, hidden = self._integer("num_attention_heads"), self._integer("hidden_size")
+        groups = heads if family.model_type == "llama" else None
+        rope = self._rope()
+        return {
+            "num_layers": self._integer("num_hidden_layers"),
+            "hidden_size": hidden,
+            "ffn_hidden_size": self._integer("intermediate_size"),
+            "num_attention_heads": heads,
+            "num_query_groups": self._integer("num_key_value_heads", default=groups, null=heads),
+            "kv_channels": self._integer(
+                "head_dim", default=family.default_head_dim or hidden // heads, null=hidden // heads
+            ),
+            "vocab_size": self._integer("vocab_size"),
+            "max_position_embeddings": self._integer("max_position_embeddings"),
+            "normalization": "RMSNorm",
+            "norm_epsilon": self._number("rms_norm_eps", self.config.get("rms_norm_eps", 1e-6)),
+            "activation": "swiglu",
+            "position_embedding_type": "rope",
+            "rotary_base": self._rotary_base(rope),
+            "rope_scaling_factor": self._rope_scaling_factor(rope),
+            "add_bias_linear": False,
+            "add_qkv_bias": family.add_qkv_bias,
+            "qk_layernorm": family.qk_layernorm,
+            "share_embeddings_and_output_weights": bool(self.config.get("tie_word_embeddings", False)),
+        }
+
+    def _refuse(self, key: str, value: Any, why: str) -> None:
+        raise RecipeError(f"{self.path}: {key} is {value!r}; {why}")
+
+    def _family(self) -> Family:
+        named = self.config.get("architectures") or []
+        for family in FAMILIES:
+            if named == [family.architecture] or (
+                not named and self.config.get("model_type") == family.model_type
+            ):
+                return family
+        known = ", ".join(family.architecture for family in FAMILIES)
+        found = f"architectures is {named!r}" if named else f"model_type is {self.config.get('model_type')!r}"
+        raise UnsupportedArchitecture(
+            f"{self.path}: {found}; supported are {known}. `pear-megatron convert` takes others through "
+            "Megatron-Bridge where it is installed (pip install 'pear-megatron[bridge]', needs a GPU)"
+        )
+
+    def _integer(self, key: str, *, default: int | None = None, null: int | None = None) -> int:
+        """The key's value; ``default`` stands for a missing key, ``null`` for an explicit null."""
+        value = self.config.get(key, default)
+        if value is None and key in self.config:
+            value = null
+        if value is None:
+            raise RecipeError(f"{self.path}: {key} is missing; is the file whole?")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self._refuse(key, value, "expected a positive integer")
+        return int(value)
+
+    def _number(self, key: str, value: Any) -> float:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+            self._refuse(key, value, "expected a positive number")
+        return float(value)
+
+    def _check_attention(self) -> None:
+        """Refuses sliding windows where a layer uses one."""
+        layer_types = self.config.get("layer_types")
+        if layer_types is not None:
+            if other := set(layer_types) - {"full_attention"}:
+                self._refuse("layer_types", sorted(other), "only 'full_attention' is supported")
+            return
+        windowed = self.config.get("use_sliding_window") and self.config.get("sliding_window")
+        layers = self._integer("num_hidden_layers")
+        if windowed and self.config.get("max_window_layers", 0) < layers:
+            self._refuse(
+                "use_sliding_window", True, "layers from max_window_layers on would use it; not supported"
+            )
+
+    def _rope(self) -> dict[str, Any]:
+        """The rotary parameters in transformers 5's form; version 4 has rope_theta and rope_scaling instead."""
+        new = self.config.get("rope_parameters") or {}
+        old = dict(self.config.get("rope_scaling") or {})
+        if self.config.get("rope_theta") is not None:
+            old["rope_theta"] = self.config["rope_theta"]
+        for source in (new, old):
+            if not isinstance(source, dict) or any(isinstance(value, dict) for value in source.values()):
+                self._refuse("rope_parameters", source, "one set of parameters for all layers is supported")
+        merged = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1, **old, **new}
+        for key, value in old.items():
+            if merged[key] != value:
+                self._refuse(
+                    f"rope_parameters.{key}",
+                    merged[key],
+                    f"the older keys rope_theta and rope_scaling give {value!r}",
+                )
+        if "rope_type" not in old | new and "type" in merged:  # its name in the oldest files
+            merged["rope_type"] = merged["type"]
+        if merged["partial_rotary_factor"] != 1:
+            self._refuse(
+                "rope_parameters.partial_rotary_factor",
+                merged["partial_rotary_factor"],
+                "only 1 is supported",
+            )
+        return merged
+
+    def _rotary_base(self, rope: dict[str, Any]) -> int:
+        base = self._number("rope_theta", rope["rope_theta"])
+        if base != int(base):
+            self._refuse("rope_theta", base, "Megatron-Core's rotary_base is an integer")
+        return int(base)
+
+    def _rope_scaling_factor(self, rope: dict[str, Any]) -> float | None:
+        kind = rope["rope_type"]
+        if kind == "default":
+            return None
+        if kind != "llama3":
+            self._refuse("rope_type", kind, "supported are 'default' and 'llama3'")
+        for key, value in LLAMA3_SCALING.items():
+            if rope.get(key) != value:
+                self._refuse(
+                    f"{key} of the llama3 rope scaling", rope.get(key), f"Megatron-Core has {value:g} only"
+                )
+        return self._number("factor of the llama3 rope scaling", rope.get("factor"))

@@ -1,0 +1,124 @@
+"""The config.json that an exported checkpoint gets: the source's own, or one made from the model's keys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pear_megatron.errors import RecipeError
+from pear_megatron.hf.config import FAMILIES, LLAMA3_SCALING, Family, model_keys, read_config
+from pear_megatron.hf.mapping import head_size, query_groups
+from pear_megatron.recipe import ModelConfig
+
+_TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+def config_json(model: ModelConfig, precision: str, assets: Path) -> dict[str, Any]:
+    """config.json for a model, readable by transformers 4 and 5.
+
+    Args:
+        model: what the weights belong to.
+        precision: of the weights, ``bf16`` or ``fp32``.
+        assets: the checkpoint's hf/; the config.json there is taken over, with what changed.
+
+    Raises:
+        RecipeError: no architecture of transformers that is mapped here fits the model; names the keys.
+    """
+    if (assets / "config.json").is_file():
+        config = read_config(assets)
+        _check_is_of(model, assets)
+    else:
+        config = _new_config(model) | _special_tokens(assets)
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if model.rope_scaling_factor is not None:
+        rope = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **LLAMA3_SCALING}
+    config.pop("dtype", None)
+    return config | {
+        "torch_dtype": _TORCH_NAMES[precision],  # version 5 reads this name too, the older ones no other
+        "rope_parameters": {"rope_theta": float(model.rotary_base), **rope},  # version 5
+        "rope_theta": float(model.rotary_base),  # version 4, as the next one
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+    }
+
+
+def _check_is_of(model: ModelConfig, assets: Path) -> None:
+    found = model_keys(assets)
+    expected = model.model_dump() | {"kv_channels": head_size(model), "num_query_groups": query_groups(model)}
+    for key, value in found.items():
+        if expected[key] != value:
+            raise RecipeError(
+                f"{assets / 'config.json'} has {key} {value!r}, but the checkpoint's model.yaml {expected[key]!r}; "
+                "it is not the config.json of these weights"
+            )
+
+
+def _new_config(model: ModelConfig) -> dict[str, Any]:
+    family = _family_of(model)
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": query_groups(model),
+        "head_dim": head_size(model),
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_position_embeddings,
+        "initializer_range": model.init_method_std,
+        "rms_norm_eps": model.norm_epsilon,
+        "tie_word_embeddings": model.share_embeddings_and_output_weights,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+    }
+
+
+def _special_tokens(assets: Path) -> dict[str, int | None]:
+    """The ids that generation needs; null where the checkpoint has no tokenizer, lest Llama's defaults apply."""
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    if not (assets / "tokenizer.json").is_file():
+        return dict.fromkeys(keys)
+    from pear_megatron.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(assets))
+    return {key: getattr(tokenizer, key) for key in keys}
+
+
+def rename_tokenizer_class(path: Path) -> None:
+    """Calls transformers 5's general class by the name that version 4 knows too, where a tokenizer has it."""
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text())
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def generation_json(config: dict[str, Any]) -> dict[str, Any]:
+    """A generation_config.json for a checkpoint that came without: config.json's special tokens."""
+    ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {"_from_model_config": True} | {key: value for key, value in ids.items() if value is not None}
+
+
+def _family_of(model: ModelConfig) -> Family:
+    """The architecture that computes what the model does."""
+    for key, value in (
+        ("position_embedding_type", "rope"),
+        ("activation", "swiglu"),
+        ("normalization", "RMSNorm"),
+        ("add_bias_linear", False),
+    ):
+        if getattr(model, key) != value:
+            raise RecipeError(
+                f"model.{key} is {getattr(model, key)!r}: no Hugging Face architecture that is mapped here has it; "
+                f"a model to be exported needs {value!r}"
+            )
+    for family in FAMILIES:
+        if (family.add_qkv_bias, family.qk_layernorm) == (model.add_qkv_bias, model.qk_layernorm):
+            return family
+    raise RecipeError(
+        "model.add_qkv_bias and model.qk_layernorm are both true: no Hugging Face architecture that is mapped "
+        "here has both (Qwen2 has the first, Qwen3 the second)"
+    )

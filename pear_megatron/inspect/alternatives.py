@@ -1,0 +1,99 @@
+"""What other settings of ``pear:`` would give on the same trajectories: the decision a user has to make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import ValidationError
+
+from pear_megatron.config import PearConfig
+from pear_megatron.inspect.measure import Pack, weigh
+
+_LOW = -0.3  # a wider lower clip: what a ratio of 0.74 and less counts
+
+
+def shown(weight: float) -> str:
+    """A weight in a table: two significant digits, no exponent above 100."""
+    return f"{weight:.0f}" if weight >= 100 else f"{weight:.2g}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table.
+
+    Attributes:
+        overrides: how to ask for it, on top of the settings that were given; empty for those themselves.
+        statistics: the means and shares that training logs as ``pear/...``.
+        first_quarter, last_quarter: median weight of the first and last quarter of the responses.
+    """
+
+    COLUMNS: ClassVar = ("mean weight", "ESS", "floor", "ceiling", "low clip", "first 1/4", "last 1/4")
+
+    overrides: str
+    statistics: dict[str, float]
+    first_quarter: float
+    last_quarter: float
+
+    @property
+    def at_bounds(self) -> int:
+        """Share of weights at the floor or the ceiling, in percent."""
+        return round(100 * (self.statistics["weight_at_floor"] + self.statistics["weight_at_ceiling"]))
+
+    def cells(self) -> tuple[str, ...]:
+        """The row's values as text, one per column."""
+        s = self.statistics
+        names = ("effective_sample_size", "weight_at_floor", "weight_at_ceiling", "ratio_clipped_low")
+        return (
+            shown(s["weight"]),
+            *(f"{s[name]:.0%}" for name in names),
+            shown(self.first_quarter),
+            shown(self.last_quarter),
+        )
+
+
+def compare(pack: Pack, given: PearConfig) -> list[Setting]:
+    """The given settings first, then each change of them that changes anything."""
+    relative = (pack.position + 0.5) / pack.num_decisions[pack.segment]
+    rows, seen = [], set()
+    for change in ({}, *_changes(given)):
+        try:
+            config = PearConfig.model_validate(given.model_dump() | change)
+        except ValidationError:  # variant=sequence with normalize=sequence
+            continue
+        if config in seen:
+            continue
+        seen.add(config)
+        measured = weigh(pack, config)
+        quarters = (measured.weight[relative < 0.25], measured.weight[relative >= 0.75])
+        medians = [float(np.median(quarter)) if len(quarter) else 1.0 for quarter in quarters]
+        rows.append(Setting(_overrides(given, config), measured.statistics, *medians))
+    return rows
+
+
+def _changes(given: PearConfig) -> tuple[dict[str, Any], ...]:
+    low, high = given.log_ratio_clip
+    wider, even = (min(low, _LOW), high), (low, min(high, abs(low)))
+    centred = {"baseline": "sequence_mean"}
+    return (
+        {"variant": "token"},
+        {"variant": "block"},
+        {"variant": "sequence"},
+        {"log_ratio_clip": wider},
+        {"log_ratio_clip": even},
+        centred,
+        centred | {"log_ratio_clip": wider},
+        centred | {"log_ratio_clip": even},
+        {"normalize": "sequence"},
+    )
+
+
+def _overrides(given: PearConfig, config: PearConfig) -> str:
+    old, new = given.model_dump(), config.model_dump()
+    words = []
+    for key, value in new.items():
+        if value != old[key]:
+            shown = f"[{','.join(f'{v:g}' for v in value)}]" if isinstance(value, tuple) else value
+            words.append(f"pear.{key}={shown}")
+    return " ".join(words)

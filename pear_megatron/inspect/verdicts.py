@@ -1,0 +1,228 @@
+"""What the numbers mean for training, in words, each with the setting to change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pear_megatron.alignment import Alignment
+from pear_megatron.inspect.alternatives import Setting, shown
+from pear_megatron.inspect.measure import Pack, Weights
+from pear_megatron.inspect.sample import Sample
+
+Level = Literal["error", "warning", "note", "good"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One finding.
+
+    Attributes:
+        level: ``error`` = training refuses these data; ``warning`` = it would train something else than you
+            want; ``note`` = good to know; ``good`` = as it should be.
+        title: a few words.
+        text: what was seen, and what it means.
+        change: what to do about it; empty where nothing needs doing.
+    """
+
+    level: Level
+    title: str
+    text: str
+    change: str = ""
+
+
+def about_data(sample: Sample, ends: float | None) -> list[Verdict]:
+    """Findings that need no policy.
+
+    Args:
+        sample: the trajectories.
+        ends: share of them that end with a special token (an end of turn); None = not known.
+    """
+    found = []
+    kept, dropped = sample.counts["trajectories"], sample.counts["dropped_truncated"]
+    if dropped:
+        share = dropped / (kept + dropped)
+        found.append(
+            Verdict(
+                "warning" if share > 0.2 else "note",
+                "truncated responses",
+                f"{dropped:,} of {kept + dropped:,} rows ({share:.0%}) are marked truncated and left out: a "
+                "weight comes from what follows a token, and theirs is missing.",
+                "Generate with a larger limit of new tokens, or the data lean towards short answers."
+                if share > 0.2
+                else "",
+            )
+        )
+    if ends is not None and ends < 0.99:
+        found.append(
+            Verdict(
+                "warning",
+                "responses that look cut off",
+                f"{1 - ends:.0%} of the responses do not end with a special token (an end of turn). If they ran "
+                "into a token limit, what their weights should come from is missing.",
+                "Mark such rows with truncated=true; let loss_mask include the end-of-turn token.",
+            )
+        )
+    half = sample.counts["half_precision"]
+    if half:
+        found.append(
+            Verdict(
+                "warning",
+                "half precision",
+                f"The behaviour log-probs of {half:,} of {kept:,} trajectories look rounded to float16 or bfloat16; "
+                "the error is as large as the log ratios they go into.",
+                "Compute and store them in float32 (`pear-megatron score` does).",
+            )
+        )
+    overlong = sample.counts["dropped_overlong"]
+    if overlong:
+        found.append(
+            Verdict(
+                "note",
+                "over-long trajectories",
+                f"{overlong:,} trajectories do not fit into data.seq_length and are left out (data.overlong=drop).",
+                "Raise data.seq_length to keep them.",
+            )
+        )
+    return found
+
+
+def about_policies(pack: Pack, alignment: Alignment) -> list[Verdict]:
+    """Findings about the two policies' log-probs, whatever the settings."""
+    found = []
+    r, mean = alignment.correlations[0], float(pack.log_ratio.mean())
+    if alignment.shift:
+        found.append(
+            Verdict(
+                "error",
+                "misaligned log-probs",
+                f"The {alignment.describe()}. Every ratio compares different tokens.",
+                "Score the data again (`pear-megatron score`), or move the arrays: behavior_logprobs[i] is the "
+                "log-prob of input_ids[i], not of the token after it.",
+            )
+        )
+        return found
+    spread = float(abs(pack.log_ratio).mean())
+    if spread < 0.02:
+        found.append(
+            Verdict(
+                "note",
+                "on-policy data",
+                f"The policy gives these tokens the log-probs that their writer gave them (they differ by {spread:.4f} "
+                "on average): every ratio is 1 and PEAR weighs by place alone.",
+                "Plain SFT (pear.variant=none) does the same with less; PEAR is for data of another policy.",
+            )
+        )
+        return found
+    if r < 0.1 and alignment.decisions >= 200:
+        found.append(
+            Verdict(
+                "warning",
+                "log-probs that have nothing to do with each other",
+                f"The two policies' log-probs correlate by {r:.2f}. That is right for a model with fresh weights "
+                "only; otherwise one of them was computed over other tokens: another tokenizer, another chat "
+                "template, or another row.",
+                "Score the data again with the policy's own tokenizer: `pear-megatron score`.",
+            )
+        )
+    elif r > 0.95 and not 0.9 < alignment.spread_ratio < 1.1:
+        what = "below" if alignment.spread_ratio > 1 else "above"
+        found.append(
+            Verdict(
+                "warning",
+                "wrong temperature",
+                f"The log-probs go hand in hand (correlation {r:.2f}), but the behaviour policy's spread is "
+                f"{alignment.spread_ratio:.2f} times the policy's, as if they were taken at a temperature {what} 1.",
+                "Ask the server for log-probs before temperature and top-p are applied, or score the data again.",
+            )
+        )
+    if mean < -0.5:
+        found.append(
+            Verdict(
+                "note",
+                "the model finds the data unlikely",
+                f"It gives each token {abs(mean):.2f} less log-prob than the policy that wrote it (mean log ratio "
+                f"{mean:+.2f}).",
+            )
+        )
+    return found
+
+
+def about_weights(measured: Weights, alternatives: list[Setting]) -> list[Verdict]:
+    """Findings about the weights under the given settings."""
+    if measured.config.variant == "none":
+        return [Verdict("note", "plain SFT", "pear.variant=none: every weight is 1.")]
+    found, s = [], measured.statistics
+    if s["weight_at_floor"] > 0.2:
+        found.append(
+            Verdict(
+                "warning",
+                "collapse to the floor",
+                f"{s['weight_at_floor']:.0%} of the weights are at their floor: these tokens train nothing.",
+                _better(alternatives, "weight_at_floor", "at the floor"),
+            )
+        )
+    if s["ratio_clipped_low"] > 0.8:
+        found.append(
+            Verdict(
+                "warning",
+                "weights that see only the place",
+                f"{s['ratio_clipped_low']:.0%} of the ratios are at the low clip and count alike, so a weight says how "
+                "far a token is from the end, not whether the model can follow what comes.",
+                _better(alternatives, "ratio_clipped_low", "at the low clip"),
+            )
+        )
+    if s["weight_at_ceiling"] > 0.05:
+        found.append(
+            Verdict(
+                "warning",
+                "weights at their ceiling",
+                f"{s['weight_at_ceiling']:.0%} of the weights are at their ceiling: these tokens rule the gradient. "
+                "The clip cuts ratios below 1 shorter than those above, so log weights drift up along a response.",
+                _better(alternatives, "weight_at_ceiling", "at the ceiling"),
+            )
+        )
+    if not 0.2 <= s["weight"] <= 3 and measured.config.normalize == "none":
+        size = shown(s["weight"])
+        found.append(
+            Verdict(
+                "note",
+                "the size of the weights",
+                f"The mean weight is {size}: the gradient is about {size} times SFT's.",
+                "Divide optimizer.lr by as much when you compare with SFT, or set pear.normalize=sequence.",
+            )
+        )
+    return found
+
+
+def all_is_well(measured: Weights) -> Verdict:
+    """What is said where nothing is wrong."""
+    s = measured.statistics
+    return Verdict(
+        "good",
+        "weights that tell tokens apart",
+        f"Mean weight {shown(s['weight'])}, {s['weight_at_floor']:.0%} at the floor, effective sample size "
+        f"{s['effective_sample_size']:.0%} of a trajectory's decisions.",
+    )
+
+
+def _better(alternatives: list[Setting], statistic: str, words: str) -> str:
+    """The alternative that halves a share without driving the weights to either bound."""
+    given = alternatives[0]
+    helpful = [
+        setting
+        for setting in alternatives[1:]
+        if setting.statistics[statistic] <= given.statistics[statistic] / 2
+        and setting.at_bounds <= max(20, given.at_bounds // 2)
+    ]
+    if not helpful:
+        return (
+            "No setting of the table helps. Take data that the model finds likelier (a nearer writer, its own "
+            "samples) or shorter responses, or narrow pear.log_ratio_clip further."
+        )
+    best = min(helpful, key=lambda setting: (setting.at_bounds, -setting.statistics["effective_sample_size"]))
+    s = best.statistics
+    return (
+        f"{best.overrides} would leave {s[statistic]:.0%} {words} and {best.at_bounds}% at either bound, with a mean "
+        f"weight of {shown(s['weight'])}."
+    )

@@ -1,0 +1,131 @@
+"""check_alignment: refuses behaviour log-probs that belong to other tokens, before the first step of a run."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pear_megatron.alignment import Alignment, alignment_sums, no_sums, read_alignment
+from pear_megatron.data import DataError, PackedBatch, TrajectoryDataset
+from pear_megatron.megatron.forward_step import LossOutput, PearForwardStep
+from pear_megatron.megatron.layout import Layout
+from pear_megatron.ops.logprob import vocab_parallel_logprob
+from pear_megatron.recipe import Recipe
+
+log = logging.getLogger("pear_megatron")
+
+_UNRELATED = 0.1  # a correlation below this says that the policies have nothing in common
+_ENOUGH = 200  # decisions
+
+
+class _AlignmentStep(PearForwardStep):
+    """A forward step whose report is the micro-batch's ``alignment_sums``."""
+
+    def loss(self, logits: Tensor, batch: PackedBatch) -> LossOutput:
+        """[B, S, V/tp] logits (or one flat row) -> Megatron's loss tuple; nothing is learnt from it."""
+        logprobs = vocab_parallel_logprob(
+            logits,
+            batch.labels.view(logits.shape[:-1]),
+            mask=batch.loss_mask.view(logits.shape[:-1]),
+            tp_group=self.tp_group,
+            vocab_size=self.vocab_size,
+        ).flatten()  # [T]
+        mask = batch.loss_mask.flatten()
+        sums = alignment_sums(logprobs, batch.behavior_logprobs.flatten(), mask, batch.cu_seqlens)
+        return logprobs.sum(), mask.sum(dtype=torch.int32), {"alignment": sums}
+
+
+def check_alignment(
+    recipe: Recipe,
+    layout: Layout,
+    chunks: list[Any],
+    forward_step: PearForwardStep,
+    batches: Iterable[PackedBatch],
+    dataset: TrajectoryDataset,
+) -> None:
+    """Compares the model's log-probs of the first step with those in the data, by forward passes alone.
+
+    Changes nothing: no gradients, no random numbers. Does nothing for plain SFT, where
+    train.check_alignment is false, and under context parallelism, where a rank's neighbouring tokens are
+    not neighbours. Every rank calls it.
+
+    Args:
+        recipe: of the run.
+        layout: where this rank stands.
+        chunks: this rank's model chunks, in DDP.
+        forward_step: the run's.
+        batches: this rank's micro-batches of the first step.
+        dataset: what their indices point into.
+
+    Raises:
+        DataError: on every rank, if the log-probs in the data conclusively fit better when moved by a token
+            or two (see ``read_alignment``).
+    """
+    if recipe.pear.variant == "none" or not recipe.train.check_alignment or layout.cp_size > 1:
+        return
+    held = list(batches)
+    sums = no_sums(layout.device)
+    for report in _forward(chunks, forward_step, held, layout):
+        sums += report["alignment"]
+    torch.distributed.all_reduce(sums)
+    alignment = read_alignment(sums)
+    if alignment.shift:
+        indices = [int(i) for i in held[0].trajectory_index if i >= 0][:3]
+        ids = ", ".join(dataset[i].id for i in indices)
+        raise DataError([f"{dataset.meta['files'][0]} ({ids}, ...): {alignment.refusal()}"])
+    if layout.is_main:
+        _say(alignment, starts_from=recipe.model.hf or recipe.checkpoint.pretrained)
+
+
+def _forward(
+    chunks: list[Any], forward_step: PearForwardStep, batches: list[PackedBatch], layout: Layout
+) -> list[dict[str, Tensor]]:
+    """Reports of the micro-batches, on the ranks that count them; none elsewhere."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    step = _AlignmentStep(
+        forward_step.config,
+        vocab_size=forward_step.vocab_size,
+        tp_group=forward_step.tp_group,
+        packed_attention=forward_step.packed_attention,
+        use_output_processor=forward_step.use_output_processor,
+    )
+    rows, length = batches[0].tokens.shape
+    flat = step.packed_attention == "thd"
+    on_device = (batch.to(layout.device, non_blocking=True) for batch in batches)
+    modes = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()  # or activations would be recomputed
+    with torch.no_grad():
+        reports = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=list(itertools.tee(on_device, len(chunks))),
+            model=chunks,
+            num_microbatches=len(batches),
+            seq_length=rows * length if flat else length,
+            micro_batch_size=1 if flat else rows,
+            forward_only=True,
+        )
+    for chunk, mode in zip(chunks, modes, strict=True):
+        chunk.train(mode)
+    return reports if layout.reports else []
+
+
+def _say(alignment: Alignment, *, starts_from: str | None) -> None:
+    r, count = alignment.correlations[0], alignment.decisions
+    if starts_from and r < _UNRELATED and count >= _ENOUGH:
+        log.warning(
+            "behavior_logprobs have nothing to do with the log-probs of %s (correlation %.2f over %d "
+            "decisions): were they computed over other tokens, with another tokenizer or chat template? "
+            "`pear-megatron inspect` shows more",
+            starts_from,
+            r,
+            count,
+        )
+    else:
+        log.info("behavior_logprobs and the model's correlate by %.2f over %d decisions; no shift", r, count)

@@ -1,0 +1,100 @@
+"""What is adapted of mcore's writing in the background, on both versions: its results, and rank 0's errors."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def saving_strategy(errors: list[BaseException]) -> Any:
+    """mcore's strategy for saving shards, the one that can do so in the background.
+
+    Rank 0 writes the index of the shards while the others wait for its word. An error there is put into
+    ``errors`` and the word is given, for ``_commit`` to tell everybody.
+    """
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    class Strategy(TorchDistSaveShardedStrategy):
+        def _get_save_and_finalize_callbacks(self, writer: Any, *args: Any) -> Any:
+            finish = writer.finish
+
+            def finish_or_remember(*results: Any) -> None:
+                try:
+                    finish(*results)
+                except OSError as error:
+                    errors.append(error)
+
+            writer.finish = finish_or_remember
+            return super()._get_save_and_finalize_callbacks(writer, *args)
+
+    return Strategy("torch_dist", 1)
+
+
+def bytes_to_write(state: dict[str, Any]) -> int:
+    """Bytes of the tensors that this rank writes: of shards that several ranks hold, the main one counts."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+
+    return sum(
+        shard.data.nbytes
+        for shard in nested_values(state)
+        if isinstance(shard, ShardedTensor | ShardedTensorFactory)
+        and shard.data is not None
+        and is_main_replica(shard.replica_id)
+    )
+
+
+def first_cause(error: BaseException) -> str:
+    """The first error that a rank met while writing, without torch's wrapping."""
+    failures = getattr(error, "failures", None) or {}
+    for rank, failure in sorted(failures.items()):
+        first: BaseException = failure[0]
+        while first.__cause__ is not None:
+            first = first.__cause__
+        return f"{str(first).removeprefix('Worker failure: ')} (rank {rank})"
+    return str(error)
+
+
+def write_format(folder: Path) -> None:
+    """mcore's metadata.json: which format the shards are in."""
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+class ResultsFile:
+    """Where a writing process leaves its results for its rank; takes the place of mcore's queue.
+
+    mcore's is a server process of its own, which costs seconds to start and outlives a rank that is killed.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
+
+    def clear(self) -> None:
+        """Forgets what a failed attempt left."""
+        os.ftruncate(self._file.fileno(), 0)
+
+    def put(self, results: Any) -> None:
+        """Called once, by the writing process."""
+        os.pwrite(self._file.fileno(), pickle.dumps(results), 0)
+
+    def get_nowait(self) -> Any:
+        """Called when the writing process has ended; queue.Empty if it left nothing."""
+        size = os.fstat(self._file.fileno()).st_size
+        if not size:
+            raise queue.Empty
+        return pickle.loads(os.pread(self._file.fileno(), size, 0))
+
+
+def use_results_file() -> ResultsFile:
+    """Has mcore's writer put its results into a ResultsFile from now on, and returns that."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if not isinstance(filesystem_async._results_queue, ResultsFile):
+        filesystem_async._results_queue = ResultsFile()
+    return filesystem_async._results_queue

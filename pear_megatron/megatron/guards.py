@@ -1,0 +1,70 @@
+"""What stops a run, or speaks up, when its numbers say that it trains nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import torch
+
+from pear_megatron.data import PackedBatch, TrajectoryDataset
+from pear_megatron.errors import PearError
+from pear_megatron.megatron.layout import Layout
+from pear_megatron.recipe import Recipe
+
+log = logging.getLogger("pear_megatron")
+
+
+class TrainingError(PearError, RuntimeError):
+    """Training cannot go on: the message says at which step, why, and what to try."""
+
+
+def raise_not_finite(
+    loss: float,
+    step: int,
+    reports: list[dict[str, torch.Tensor]],
+    batches: Iterable[PackedBatch],
+    dataset: TrajectoryDataset,
+    layout: Layout,
+) -> NoReturn:
+    """Names the trajectories behind a loss that is not finite; called by every rank.
+
+    Args:
+        loss: the global batch's.
+        step: counted from 1.
+        reports: of this rank's micro-batches, where it has the loss.
+        batches: this rank's micro-batches.
+        dataset: what their indices point into.
+        layout: where this rank stands.
+
+    Raises:
+        TrainingError: always.
+    """
+    found = []
+    if layout.reports:
+        for batch, report in zip(batches, reports, strict=True):
+            if not torch.isfinite(report["loss"]).all():
+                found += [dataset[int(i)].id for i in batch.trajectory_index if i >= 0]
+    everyone: list[Any] = [None] * layout.world_size
+    torch.distributed.all_gather_object(everyone, (layout.rank, found))
+    where = "; ".join(f"rank {rank}: {', '.join(ids[:8])}" for rank, ids in everyone if ids)
+    raise TrainingError(
+        f"loss is {loss} at step {step}; the weights were not updated. Trajectories of the "
+        f"micro-batches with a non-finite loss: {where or 'none found'}. Look at them, lower "
+        "optimizer.lr or optimizer.clip_grad, or train with train.precision=fp32"
+    )
+
+
+def warn_of_collapse(metrics: dict[str, Any], recipe: Recipe) -> None:
+    """Says, now and then, that most weights are at their floor."""
+    step, share = metrics["step"], metrics["pear/weight_at_floor"]
+    due = step == 1 or step % 50 == 0
+    if share > 0.5 and due and recipe.pear.variant != "none":
+        log.warning(
+            "step %d: %.0f%% of the weights are at their floor (exp of pear.log_weight_clip[0]): most tokens "
+            "train nothing. The model finds the data unlikely; try pear.baseline=sequence_mean, a higher "
+            "lower bound in pear.log_ratio_clip, or pear.variant=block",
+            step,
+            100 * share,
+        )

@@ -1,0 +1,80 @@
+"""Bytes that forward keeps for backward, on one rank: Korthikanti et al. (arXiv 2205.05198), for these models.
+
+Per transformer layer and token, in elements of the training precision, with h the hidden size, q and k the
+widths of queries and of keys, f the MLP's, T tensor-parallel ranks, and S = T with sequence parallelism, else 1:
+
+    norms          4h / S          each of the two keeps its input and its output
+    attention      (2q + 2k) / T   queries, keys, values and their output; flash attention keeps no scores
+    QK norm        (q + k) / T     their inputs, where the model has it
+    MLP            3f / T          SwiGLU's input (gate and up) and output; 2f / T for GELU
+    rotary         4d              cosines and sines of queries and of keys, not split
+
+and the softmax's float32 log-sum-exp, one per head and token. With q = k = h, f = 4h, GELU, d = 0 and two bytes
+this is the paper's 34h less its two bytes of dropout masks, which are not there: dropout is 0.
+
+Trajectories are packed (thd), so that a micro-batch of b rows is one sequence of b x seq_length tokens. Training
+in float32 has no flash attention: it keeps the softmax, seq_length / T elements for each head and token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pear_megatron.hf.mapping import head_size, query_groups
+from pear_megatron.plan.parameters import padded_vocab_size
+from pear_megatron.recipe import Recipe
+
+_LSE_BYTES = 4
+_LOSS_BYTES = 72  # a token's targets, mask, log-probs and weights, all [T] vectors, and the batch itself
+_GATHERED_BYTES = 12  # a token's three float32 numbers from each tensor-parallel rank
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Sizes of one micro-batch's tensors on one rank, in bytes.
+
+    Attributes:
+        layer: kept by one transformer layer without recomputation.
+        hidden: one tensor of hidden states, split over S: what a recomputed layer keeps.
+        logits: the output layer's result, in the training precision.
+        loss: what PEAR adds: vectors of one entry a token; backward writes over the logits.
+        layer_backward: gradients inside one layer while it runs backward, its largest weight's included.
+        output_backward: the same for the output layer.
+    """
+
+    layer: int
+    hidden: int
+    logits: int
+    loss: int
+    layer_backward: int
+    output_backward: int
+
+
+def activations(recipe: Recipe) -> Activations:
+    """The sizes of a recipe's micro-batch."""
+    model, parallel, train = recipe.model, recipe.parallel, recipe.train
+    element = 2 if train.precision == "bf16" else 4
+    tokens = recipe.data.seq_length * train.micro_batch_size // parallel.context_parallel_size
+    tp = parallel.tensor_model_parallel_size
+    split = tp if parallel.sequence_parallel else 1
+    h, f, head = model.hidden_size, model.ffn_hidden_size, head_size(model)
+    q, k = model.num_attention_heads * head, query_groups(model) * head
+    fc1 = 2 * f if model.activation == "swiglu" else f
+
+    attention = 2 * q + 2 * k + (q + k if model.qk_layernorm else 0)
+    kept = 4 * h / split + (attention + fc1 + f) / tp
+    if model.position_embedding_type == "rope":
+        kept += 4 * head
+    if train.precision == "fp32":
+        kept += model.num_attention_heads * recipe.data.seq_length / tp
+    lse = 0 if train.recompute_granularity == "selective" else _LSE_BYTES * model.num_attention_heads / tp
+    columns = padded_vocab_size(model.vocab_size, tp) // tp
+    return Activations(
+        layer=int(tokens * (element * kept + lse)),
+        hidden=tokens * element * h // split,
+        logits=tokens * element * columns,
+        loss=tokens * (_LOSS_BYTES + _GATHERED_BYTES * tp),
+        # Of the MLP: gradients of both its inner tensors, and hidden states gathered for them, there and back.
+        layer_backward=element * (tokens * ((fc1 + f) // tp + 2 * h) + h * fc1 // tp),
+        output_backward=element * (tokens * 2 * h + columns * h),
+    )

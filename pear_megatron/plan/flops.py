@@ -1,0 +1,39 @@
+"""training_flops: the FLOPs that training on some sequences takes, for the MFU and for ``plan``.
+
+A dense decoder with L layers, hidden size h, a heads of d channels (q = a*d), g query groups (k = g*d), MLP
+width f and V tokens in its vocabulary, on n tokens in sequences of n_1, n_2, ... tokens:
+
+    forward  = 2 n [ L (h (q + 2k) + q h + m h f) + h V ]  +  2 L q sum_i n_i^2
+    training = 3 forward
+
+- m is 3 for SwiGLU (gate, up, down), 2 otherwise. A matrix product takes 2 FLOPs per weight and token.
+- The second term is attention: scores, and their product with the values, take 2*q FLOPs each for a pair of
+  tokens, and causal attention has n_i^2 / 2 pairs. The masked half is not counted: flash attention skips it.
+- n_i are the lengths of the trajectories, not of the rows they are packed in: tokens of one trajectory do not
+  see another's, and padding is no work that anyone asked for.
+- Backward is twice forward. Recomputed activations are not counted (model FLOPs, not hardware FLOPs), nor are
+  the embedding's look-up, norms, activation functions, the loss and the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pear_megatron.hf.mapping import head_size, query_groups
+from pear_megatron.recipe import ModelConfig
+
+
+def flops_per_token(model: ModelConfig) -> int:
+    """Training FLOPs of one token in all matrix products with weights."""
+    h, head = model.hidden_size, head_size(model)
+    q, k = model.num_attention_heads * head, query_groups(model) * head
+    mlp = (3 if model.activation == "swiglu" else 2) * h * model.ffn_hidden_size
+    return 3 * 2 * (model.num_layers * (h * (q + 2 * k) + q * h + mlp) + h * model.vocab_size)
+
+
+def training_flops(model: ModelConfig, lengths: Iterable[int]) -> int:
+    """FLOPs of forward and backward over sequences of these lengths in tokens (see the formula above)."""
+    lengths = [int(n) for n in lengths]
+    q = model.num_attention_heads * head_size(model)
+    attention = 3 * 2 * model.num_layers * q * sum(n * n for n in lengths)
+    return flops_per_token(model) * sum(lengths) + attention

@@ -1,0 +1,96 @@
+"""run_length: how many steps a recipe's data make, and the FLOPs in them."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pear_megatron.plan.flops import training_flops
+from pear_megatron.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """A run's data and steps.
+
+    Attributes:
+        tokens: of one epoch, without padding.
+        steps_per_epoch: of the first epoch.
+        steps: of the run.
+        flops: of the run, by the formula in flops.py.
+        trajectories, decisions: of one epoch; None where only the number of tokens is known.
+    """
+
+    tokens: int
+    steps_per_epoch: int
+    steps: int
+    flops: float
+    trajectories: int | None = None
+    decisions: int | None = None
+
+
+def data_is_there(files: Iterable[str]) -> bool:
+    """Whether something of every entry of ``data.train`` can be seen from here."""
+    paths = [Path(name).expanduser() for name in files]
+    return all(path.exists() or glob.glob(str(path), recursive=True) for path in paths)
+
+
+def length_from_data(recipe: Recipe, *, progress: bool = False) -> RunLength:
+    """Counts the data as training will: prepares them into training's own cache, or finds them there.
+
+    Raises:
+        DataError: what is wrong with the data, file and line.
+        ImportError: the data are text and transformers is missing.
+    """
+    from pear_megatron.data import BatchPlan, TrajectoryDataset, prepare
+
+    data = recipe.data
+    if data.cache_dir is None:
+        data = data.model_copy(update={"cache_dir": str(Path(recipe.output_dir) / "data_cache")})
+    dataset = TrajectoryDataset.open(
+        prepare(
+            data,
+            require_behavior_logprobs=recipe.pear.variant != "none",
+            vocab_size=recipe.model.vocab_size,
+            progress=progress,
+        )
+    )
+    train = recipe.train
+    batches = BatchPlan(
+        dataset.lengths,
+        data.seq_length,
+        train.global_batch_size,
+        seed=recipe.seed,
+        packing=data.packing,
+    )
+    per_epoch = batches.steps_per_epoch()
+    steps = train.max_steps or batches.first_step(train.num_epochs)
+    positions = np.asarray(dataset.lengths, dtype=np.int64) - 1  # what the model sees of a trajectory
+    return RunLength(
+        tokens=int(positions.sum()),
+        steps_per_epoch=per_epoch,
+        steps=steps,
+        flops=training_flops(recipe.model, positions.tolist()) * steps / per_epoch,
+        trajectories=len(dataset),
+        decisions=int(dataset.num_decisions.sum()),
+    )
+
+
+def length_from_tokens(recipe: Recipe, tokens: int) -> RunLength:
+    """The length of a run on ``tokens`` tokens, if rows of ``data.seq_length`` are full.
+
+    Attention is counted as if a trajectory filled its row: the most that it can take.
+    """
+    per_epoch = -(-tokens // (recipe.data.seq_length * recipe.train.global_batch_size))
+    steps = recipe.train.max_steps or per_epoch * recipe.train.num_epochs
+    rows = tokens / recipe.data.seq_length
+    return RunLength(
+        tokens=tokens,
+        steps_per_epoch=per_epoch,
+        steps=steps,
+        flops=training_flops(recipe.model, [recipe.data.seq_length]) * rows * steps / per_epoch,
+    )

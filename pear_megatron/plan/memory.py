@@ -1,0 +1,126 @@
+"""stage_memory: what a rank of each pipeline stage holds at its peak, item by item.
+
+Weights, gradients and optimizer state are exact up to Megatron's padding of its buffers; activations follow
+activations.py; the reserve for what is in no formula is an assumption, not a measurement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pear_megatron.plan.activations import Activations, activations
+from pear_megatron.plan.gpus import GIB
+from pear_megatron.plan.parameters import rank_parameters, word_embedding_parameters
+from pear_megatron.recipe import Recipe
+
+_CONTEXT = 3 * GIB  # CUDA's and NCCL's own memory, workspaces of cuBLAS and Transformer Engine
+_FRAGMENTATION = 0.08  # of what comes and goes in every step
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Peak memory of one rank of a pipeline stage, in bytes.
+
+    Attributes:
+        weights, gradients, optimizer: of the parameters the rank holds; gradients and all optimizer state
+            (float32 weights included, for bf16 training) are float32.
+        activations: kept for backward, of every micro-batch in flight.
+        logits, loss: of one micro-batch; 0 before the last stage.
+        working: what is alive besides at the worst moment: recomputed layers, gradients of activations.
+        reserve: CUDA context, NCCL, workspaces, fragmentation; assumed.
+    """
+
+    stage: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    loss: int
+    working: int
+    reserve: int
+
+    @property
+    def items(self) -> dict[str, int]:
+        """Name -> bytes, in the order in which people read them."""
+        names = (
+            "weights", "gradients", "optimizer", "activations", "logits", "loss", "working", "reserve"
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.items.values())
+
+
+def stage_memory(recipe: Recipe, dp_size: int) -> list[StageMemory]:
+    """The memory of every pipeline stage's ranks.
+
+    Args:
+        recipe: what is to be trained.
+        dp_size: data-parallel size, as ``check_layout`` gives it.
+    """
+    return [_stage(recipe, dp_size, stage) for stage in range(recipe.parallel.pipeline_model_parallel_size)]
+
+
+def _stage(recipe: Recipe, dp_size: int, stage: int) -> StageMemory:
+    model, parallel, bf16 = recipe.model, recipe.parallel, recipe.train.precision == "bf16"
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    last = stage == pp - 1
+    count = rank_parameters(model, tp, pp, stage)
+    shards = dp_size * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
+    sizes = activations(recipe)
+    num_microbatches = recipe.train.global_batch_size // (recipe.train.micro_batch_size * dp_size)
+    kept, recomputed = _kept(recipe, sizes, stage, num_microbatches)
+
+    at_layer = recomputed + sizes.layer_backward
+    at_loss = 0
+    if last:
+        kept += 2 * sizes.hidden  # the final norm's input and output
+        at_loss = sizes.logits + sizes.loss + sizes.output_backward
+        if pp == 1 and model.share_embeddings_and_output_weights:
+            # The output layer's gradient waits for the embedding's.
+            at_layer += (2 if bf16 else 4) * word_embedding_parameters(model, tp)
+    logits, loss = (sizes.logits, sizes.loss) if last else (0, 0)
+    working = max(at_loss, at_layer) - min(logits + loss, max(at_loss, at_layer))
+    return StageMemory(
+        stage=stage,
+        parameters=count,
+        weights=count * (2 if bf16 else 4),
+        gradients=count * 4,
+        optimizer=-(-count * (12 if bf16 else 8) // shards),
+        activations=kept,
+        logits=logits,
+        loss=loss,
+        working=working,
+        reserve=_CONTEXT + int(_FRAGMENTATION * (kept + logits + loss + working)),
+    )
+
+
+def _kept(recipe: Recipe, sizes: Activations, stage: int, num_microbatches: int) -> tuple[int, int]:
+    """Bytes kept for backward by all micro-batches in flight, and bytes recomputed at a time."""
+    train, parallel = recipe.train, recipe.parallel
+    pp = parallel.pipeline_model_parallel_size
+    virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    layers = recipe.model.num_layers // (pp * virtual)  # of a model chunk
+    chunk, recomputed = layers * sizes.layer, 0
+    if train.recompute_granularity == "full":
+        n = min(train.recompute_num_layers or 1, layers)
+        if train.recompute_method == "uniform":
+            chunk, recomputed = -(-layers // n) * sizes.hidden, n * sizes.layer
+        else:
+            # While these are recomputed, the layers after them are done and their activations freed.
+            chunk = n * sizes.hidden + (layers - n) * sizes.layer
+            recomputed = sizes.layer if n == layers else 0
+    if stage < pp - 1:
+        chunk += sizes.hidden  # what was sent on to the next stage
+    return chunk * _chunks_in_flight(stage, pp, virtual, num_microbatches), recomputed
+
+
+def _chunks_in_flight(stage: int, pp: int, virtual: int, num_microbatches: int) -> int:
+    """Forward passes of model chunks that wait for their backward pass, at most (1F1B, interleaved or not)."""
+    if virtual == 1:
+        return min(pp - stage, num_microbatches)
+    return min(2 * (pp - stage - 1) + (virtual - 1) * pp + 1, num_microbatches * virtual)

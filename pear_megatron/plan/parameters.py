@@ -1,0 +1,66 @@
+"""rank_parameters: how many parameters a rank of a pipeline stage holds, as Megatron-Core builds them."""
+
+from __future__ import annotations
+
+from pear_megatron.hf.mapping import head_size, query_groups
+from pear_megatron.recipe import ModelConfig
+
+_VOCAB_MULTIPLE = 128  # Megatron's make-vocab-size-divisible-by
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Columns of the output layer over all tensor-parallel ranks."""
+    multiple = _VOCAB_MULTIPLE * tp_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def _norm(model: ModelConfig, width: int) -> int:
+    return width if model.normalization == "RMSNorm" else 2 * width
+
+
+def layer_parameters(model: ModelConfig, tp_size: int) -> int:
+    """Parameters of one transformer layer on one tensor-parallel rank."""
+    h, head = model.hidden_size, head_size(model)
+    q, kv = model.num_attention_heads * head, 2 * query_groups(model) * head
+    fc1 = model.ffn_hidden_size * (2 if model.activation == "swiglu" else 1)
+    split = h * (q + kv) + q * h + h * fc1 + model.ffn_hidden_size * h
+    whole = 2 * _norm(model, h)
+    if model.add_qkv_bias or model.add_bias_linear:
+        split += q + kv
+    if model.add_bias_linear:
+        split += fc1
+        whole += 2 * h  # of the two row-parallel projections
+    if model.qk_layernorm:
+        whole += 2 * _norm(model, head)
+    return split // tp_size + whole
+
+
+def word_embedding_parameters(model: ModelConfig, tp_size: int) -> int:
+    """Parameters of the word embedding, or of the output layer, on one tensor-parallel rank."""
+    return padded_vocab_size(model.vocab_size, tp_size) // tp_size * model.hidden_size
+
+
+def rank_parameters(model: ModelConfig, tp_size: int, pp_size: int, stage: int) -> int:
+    """Parameters of one rank of pipeline stage ``stage``, counted from 0.
+
+    Padding of the vocabulary is included. With tied embeddings the last stage holds a copy of its own.
+    """
+    first, last = stage == 0, stage == pp_size - 1
+    words = word_embedding_parameters(model, tp_size)
+    count = model.num_layers // pp_size * layer_parameters(model, tp_size)
+    if first:
+        count += words
+        if model.position_embedding_type == "learned_absolute":
+            count += model.max_position_embeddings * model.hidden_size
+    if last:
+        count += _norm(model, model.hidden_size)
+        if not (first and model.share_embeddings_and_output_weights):
+            count += words
+    return count
+
+
+def model_parameters(model: ModelConfig) -> int:
+    """Parameters of the whole model, without padding of the vocabulary: as its name counts them."""
+    padding = padded_vocab_size(model.vocab_size, 1) - model.vocab_size
+    copies = 1 if model.share_embeddings_and_output_weights else 2
+    return rank_parameters(model, 1, 1, 0) - copies * padding * model.hidden_size

@@ -1,0 +1,209 @@
+"""The work folder OUT.parts: chunks of rows to score, parts that are scored, and how parts become the output.
+
+identity.json               what is being written (see manifest)
+chunks/chunk-000000.parquet rows without log-probs; the folder appears whole, with index.json
+part-000000.parquet         the same rows with log-probs; each appears whole
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pear_megatron.data.trajectory import Trajectory
+from pear_megatron.run_folder import write_atomically
+from pear_megatron.score.errors import ScoreError
+from pear_megatron.score.manifest import Identity
+from pear_megatron.score.rows import ScoreRow
+
+METADATA_KEY = b"pear_megatron.score"  # of the output's Parquet schema: identity and counts, as JSON
+_FLOATS = pa.list_(pa.float32())
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Sizes of a chunk."""
+
+    rows: int
+    tokens: int
+    decisions: int
+
+
+class WorkFolder:
+    """OUT.parts, beside the output so that both are on one file system.
+
+    Args:
+        output: the Parquet file that is being written.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.path = output.with_name(output.name + ".parts")
+        self._chunks = self.path / "chunks"
+
+    def read_identity(self) -> dict[str, Any] | None:
+        """What the folder is for; None if there is none."""
+        path = self.path / "identity.json"
+        return _read_json(path) if path.is_file() else None
+
+    def start(self, identity: Identity) -> None:
+        """Makes an empty folder for a new output."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        try:
+            self.path.mkdir(parents=True)
+            write_atomically(self.path / "identity.json", json.dumps(identity, indent=1))
+        except OSError as error:
+            raise ScoreError(f"{self.path} cannot be written to: {error}; choose another --output") from error
+
+    def remove(self) -> None:
+        """Deletes the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def has_chunks(self) -> bool:
+        """Whether all chunks are there."""
+        return (self._chunks / "index.json").is_file()
+
+    def read_index(self) -> tuple[list[Chunk], dict[str, int]]:
+        """(the chunks, the counts of rows)."""
+        index = _read_json(self._chunks / "index.json")
+        return [Chunk(*sizes) for sizes in index["chunks"]], index["counts"]
+
+    def write_chunks(
+        self,
+        rows: Iterable[ScoreRow],
+        counts: Mapping[str, int],
+        *,
+        max_rows: int,
+        max_tokens: int,
+        keep_logprobs: bool,
+    ) -> None:
+        """Writes rows in chunks of up to ``max_rows`` rows or ``max_tokens`` tokens, or one longer row.
+
+        ``counts`` are read when all rows are. With ``keep_logprobs`` the trajectories' behavior_logprobs are
+        written as well.
+        """
+        partial = self.path / "chunks.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        sizes = []
+        for k, group in enumerate(_groups(rows, max_rows, max_tokens)):
+            table = _unscored_table(group)
+            if keep_logprobs:
+                kept = [row.trajectory.behavior_logprobs for row in group]
+                table = with_logprobs(table, "behavior_logprobs", kept)
+            pq.write_table(table, partial / f"chunk-{k:06}.parquet")
+            decisions = sum(int(row.trajectory.loss_mask.sum()) for row in group)
+            sizes.append((len(group), sum(len(row.trajectory.input_ids) for row in group), decisions))
+        write_atomically(partial / "index.json", json.dumps({"chunks": sizes, "counts": dict(counts)}))
+        os.replace(partial, self._chunks)
+
+    def read_chunk(self, k: int) -> pa.Table:
+        """The rows of a chunk, without what a model gives."""
+        return pq.read_table(self._chunks / f"chunk-{k:06}.parquet")
+
+    def missing_parts(self, count: int) -> list[int]:
+        """The chunks, of ``count``, that are not scored."""
+        present = {file.name for file in self.path.glob("part-*.parquet")}
+        return [k for k in range(count) if self._part(k).name not in present]
+
+    def write_part(self, k: int, chunk: pa.Table, column: str, logprobs: Sequence[np.ndarray]) -> None:
+        """The rows of a chunk with their log-probs in ``column``."""
+        table = with_logprobs(chunk, column, logprobs)
+        partial = self._part(k).with_suffix(f".{os.getpid()}.partial")
+        pq.write_table(table, partial)
+        os.replace(partial, self._part(k))
+
+    def finish(self, counts: Mapping[str, int], parts: int, *, scored: bool) -> None:
+        """Joins the parts (the chunks, where no model was needed) into the output, a row group each."""
+        paths = [self._part(k) if scored else self._chunks / f"chunk-{k:06}.parquet" for k in range(parts)]
+        said = json.dumps({"identity": self.read_identity(), "counts": dict(counts)}).encode()
+        partial = self.output.with_name(self.output.name + ".partial")
+        schema = pq.read_schema(paths[0])
+        with pq.ParquetWriter(partial, schema.with_metadata({METADATA_KEY: said})) as writer:
+            for path in paths:
+                table = pq.read_table(path)
+                writer.write_table(table, row_group_size=max(len(table), 1))
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, self.output)
+        self.remove()
+
+    def _part(self, k: int) -> Path:
+        return self.path / f"part-{k:06}.parquet"
+
+
+def read_finished(output: Path) -> tuple[dict[str, Any], dict[str, int]] | None:
+    """(identity, counts) of a scored file; None if it is none of ours."""
+    try:
+        said = (pq.read_schema(output).metadata or {}).get(METADATA_KEY)
+    except (pa.ArrowException, OSError):
+        return None
+    if said is None:
+        return None
+    content = json.loads(said)
+    return content["identity"], content["counts"]
+
+
+def trajectories_of(chunk: pa.Table) -> list[Trajectory]:
+    """The rows of a chunk, to be scored."""
+    found = []
+    for row_id, ids, mask in zip(chunk["id"], chunk["input_ids"], chunk["loss_mask"], strict=True):
+        input_ids = ids.values.to_numpy()
+        loss_mask = mask.values.to_numpy(zero_copy_only=False)
+        found.append(
+            Trajectory(row_id.as_py(), input_ids, loss_mask, np.zeros(len(input_ids), dtype=np.float32))
+        )
+    return found
+
+
+def with_logprobs(table: pa.Table, column: str, logprobs: Sequence[np.ndarray]) -> pa.Table:
+    """The table with a column of float32 lists, after ``loss_mask`` (``behavior_logprobs``, if there)."""
+    place = "behavior_logprobs" if "behavior_logprobs" in table.column_names else "loss_mask"
+    position = table.column_names.index(place) + 1
+    return table.add_column(position, pa.field(column, _FLOATS), pa.array(list(logprobs), type=_FLOATS))
+
+
+def _groups(rows: Iterable[ScoreRow], max_rows: int, max_tokens: int) -> Iterator[list[ScoreRow]]:
+    """Consecutive rows: where a group ends depends on the rows alone, so that a resumed run has the same."""
+    group: list[ScoreRow] = []
+    tokens = 0
+    for row in rows:
+        n = len(row.trajectory.input_ids)
+        if group and (len(group) == max_rows or tokens + n > max_tokens):
+            yield group
+            group, tokens = [], 0
+        group.append(row)
+        tokens += n
+    if group:
+        yield group
+
+
+def _unscored_table(rows: Sequence[ScoreRow]) -> pa.Table:
+    trajectories = [row.trajectory for row in rows]
+    columns: dict[str, pa.Array] = {
+        "id": pa.array([t.id for t in trajectories], type=pa.string()),
+        "input_ids": pa.array([t.input_ids for t in trajectories], type=pa.list_(pa.int32())),
+        "loss_mask": pa.array([t.loss_mask for t in trajectories], type=pa.list_(pa.bool_())),
+        "reward": pa.array([t.reward for t in trajectories], type=pa.float64()),
+        "temperature": pa.array([1.0] * len(rows), type=pa.float64()),
+        "tokenizer_hash": pa.array([row.tokenizer_hash for row in rows], type=pa.string()),
+        "truncated": pa.array([row.truncated for row in rows], type=pa.bool_()),
+        "metadata": pa.array([row.metadata for row in rows], type=pa.string()),
+    }
+    return pa.table(columns)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ScoreError(f"{path} cannot be read: {error}; start over with --overwrite") from error

@@ -1,0 +1,169 @@
+"""ScoreJob: from the input files to the scored Parquet file, resumable at any moment."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from pear_megatron.data.errors import DataError
+from pear_megatron.data.trajectory import Trajectory
+from pear_megatron.launch import is_main
+from pear_megatron.score.backends import Scorer, load_scorer
+from pear_megatron.score.chunks import WorkFolder, read_finished, trajectories_of
+from pear_megatron.score.errors import ScoreError
+from pear_megatron.score.manifest import refuse_other, same_identity
+from pear_megatron.score.progress import token_progress
+from pear_megatron.score.ranks import Ranks
+from pear_megatron.score.source import ScoreSettings, Source
+
+log = logging.getLogger("pear_megatron")
+
+
+class ScoreJob:
+    """One `score` command on one rank: ``prepare``, then, unless that says that all is done, ``score``.
+
+    Raises:
+        ScoreError, DataError: the model or the input cannot be used.
+    """
+
+    def __init__(self, settings: ScoreSettings) -> None:
+        self.settings = settings
+        self._work = WorkFolder(settings.output)
+
+    def prepare(self) -> bool:
+        """On rank 0: checks and tokenises all rows, unless that is done already.
+
+        Returns:
+            Whether the output is finished already.
+
+        Raises:
+            DataError: what is wrong with the rows, by file and line.
+            ScoreError: the output or its work folder belongs to another command.
+        """
+        settings = self.settings
+        if settings.output.suffix != ".parquet":
+            raise ScoreError(
+                f"--output {settings.output} must end in .parquet, by which training knows what it is"
+            )
+        source = Source(settings)
+        identity = source.identity
+        if settings.output.exists() and not settings.overwrite:
+            finished = read_finished(settings.output)
+            if finished is None:
+                raise ScoreError(
+                    f"{settings.output} exists and `score` did not write it; choose another --output, or give "
+                    "--overwrite"
+                )
+            refuse_other(finished[0], identity, str(settings.output))
+            self._work.remove()
+            log.info("%s is finished already: %s", settings.output, _said(finished[1]))
+            return True
+        there = self._work.read_identity()
+        if there is not None and not settings.overwrite:
+            refuse_other(there, identity, f"the unfinished work in {self._work.path}")
+        if there is None or not same_identity(there, identity):
+            self._work.start(identity)
+        if not self._work.has_chunks():
+            try:
+                self._write_chunks(source)
+            except DataError:
+                self._work.remove()
+                raise
+        return False
+
+    def _write_chunks(self, source: Source) -> None:
+        counts: Counter[str] = Counter()
+        self._work.write_chunks(
+            source.rows(counts),
+            counts,
+            max_rows=self.settings.chunk_rows,
+            max_tokens=self.settings.chunk_tokens,
+            keep_logprobs=self.settings.purpose != "behavior",
+        )
+
+    def num_missing(self) -> int:
+        """Chunks that a model has yet to score, after ``prepare``."""
+        if self.settings.backend == "import":
+            return 0
+        return len(self._work.missing_parts(len(self._work.read_index()[0])))
+
+    def score(self, ranks: Ranks) -> None:
+        """On every rank: scores the missing chunks, on all replicas, and joins them into the output.
+
+        Raises:
+            ScoreError: the model cannot be loaded, or gives log-probs that are not finite.
+        """
+        chunks, counts = self._work.read_index()
+        tokens = [chunk.tokens for chunk in chunks]
+        missing = ranks.from_main(lambda: self._work.missing_parts(len(chunks)) if self.num_missing() else [])
+        if missing:
+            if is_main() and len(missing) < len(chunks):
+                log.info("continuing: %d of %d chunks are scored", len(chunks) - len(missing), len(chunks))
+            self._score(missing, tokens)
+        ranks.wait()
+        if is_main():
+            counts["decisions"] = sum(chunk.decisions for chunk in chunks)
+            scored = self.settings.backend != "import"
+            self._work.finish(counts, len(chunks), scored=scored)
+            log.info("wrote %s: %s", self.settings.output, _said(counts))
+        ranks.wait()
+
+    def _score(self, missing: list[int], tokens: list[int]) -> None:
+        settings = self.settings
+        assert settings.model is not None
+        scorer = load_scorer(
+            settings.model,
+            backend=settings.backend,
+            tensor_parallel=settings.tensor_parallel,
+            pipeline_parallel=settings.pipeline_parallel,
+            dtype=settings.dtype,
+            max_tokens_per_batch=settings.max_tokens_per_batch,
+        )
+        mine = missing[scorer.replica :: scorer.num_replicas]
+        total = sum(tokens[k] for k in mine)
+        with token_progress(total, replicas=scorer.num_replicas, show=is_main()) as advance:
+            for k in mine:
+                chunk = self._work.read_chunk(k)
+                try:
+                    logprobs = _scored(scorer, trajectories_of(chunk), advance)
+                except ScoreError as error:
+                    _say_for_rank_0(error, scorer)
+                    raise
+                if scorer.writes:
+                    self._work.write_part(k, chunk, f"{settings.write_as}_logprobs", logprobs)
+
+
+def _scored(
+    scorer: Scorer, trajectories: list[Trajectory], advance: Callable[[int], object]
+) -> list[np.ndarray]:
+    try:
+        return scorer(trajectories, on_tokens=advance)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ScoreError(
+            "the GPU's memory is too small for a batch: give a lower --max-tokens-per-batch (default 16384) or a "
+            "higher --tensor-parallel; what is scored is kept"
+        ) from error
+
+
+def _say_for_rank_0(error: ScoreError, scorer: Scorer) -> None:
+    """Rank 0 prints a command's errors, but knows only those of its own replica, and its own memory."""
+    own = isinstance(error.__cause__, torch.cuda.OutOfMemoryError)
+    if not is_main() and (own or scorer.writes):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _said(counts: Mapping[str, int]) -> str:
+    texts = [f"{counts['rows']:,} rows, {counts.get('decisions', 0):,} decisions"]
+    for name, text in (
+        ("replaced", "had log-probs of their own, replaced"),
+        ("truncated", "are marked truncated (training drops them unless data.truncated=keep)"),
+        ("overlong", "were over-long and dropped"),
+    ):
+        if counts.get(name):
+            texts.append(f"{counts[name]:,} {text}")
+    return "; ".join(texts)

@@ -1,0 +1,146 @@
+"""ScoreSettings and Source: what one command was asked to do, and the rows it reads."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pear_megatron.data.errors import DataError, Problems, RowProblem
+from pear_megatron.data.files import expand_files, read_rows
+from pear_megatron.data.prepare import reading_progress
+from pear_megatron.data.tokenizer import load_tokenizer, tokenizer_hash
+from pear_megatron.score.manifest import FORMAT_VERSION, digest_inputs
+from pear_megatron.score.model import read_model_facts
+from pear_megatron.score.rows import Purpose, RowReader, ScoreRow
+
+# Words of the loader's messages, which speak of a recipe's keys, as options of this command.
+_AS_OPTIONS = {"data.train": "--data", "data.tokenizer": "--tokenizer"}
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """What one `score` command was asked to do.
+
+    Attributes:
+        data: JSONL and Parquet files, globs allowed.
+        output: the Parquet file to write.
+        backend: ``megatron``, ``hf`` or ``import``.
+        model: folder of the model; may be None with ``import``.
+        write_as: which column the model's log-probs become.
+        tokenizer: name or folder; None = the model's.
+        max_length: positions, at most; None = the model's.
+        tensor_parallel, pipeline_parallel, dtype, max_tokens_per_batch: see ``load_scorer``.
+        chunk_rows, chunk_tokens: what is scored between two saves; the scores may depend on it by rounding.
+    """
+
+    data: list[str]
+    output: Path
+    backend: str
+    model: str | None = None
+    write_as: Literal["behavior", "policy"] = "behavior"
+    tokenizer: str | None = None
+    max_length: int | None = None
+    overlong: Literal["error", "drop"] = "error"
+    overwrite: bool = False
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    dtype: str = "fp32"
+    max_tokens_per_batch: int | None = None
+    chunk_rows: int = 128
+    chunk_tokens: int = 131072
+
+    @property
+    def purpose(self) -> Purpose:
+        """What rows are read for."""
+        return "import" if self.backend == "import" else self.write_as
+
+
+class Source:
+    """The input of a job.
+
+    Attributes:
+        identity: what decides the numbers that are written (see manifest).
+
+    Raises:
+        ScoreError, DataError, RecipeError: no such file, model or tokenizer.
+    """
+
+    def __init__(self, settings: ScoreSettings) -> None:
+        self._settings = settings
+        facts = read_model_facts(settings.model) if settings.model else None
+        self._model_name = settings.model and Path(settings.model).resolve().name
+        self._vocab_size = facts.vocab_size if facts else None
+        self._max_length = settings.max_length or (facts.max_length if facts else None)
+        self._tokenizer = _tokenizer(settings.tokenizer or (facts.tokenizer if facts else None))
+        problems = Problems()
+        self._files = expand_files(settings.data, problems)
+        _raise_if_any(problems)
+        self.identity = {
+            "format_version": FORMAT_VERSION,
+            "backend": settings.backend,
+            "as": settings.write_as,
+            "model": {"name": self._model_name, "digest": facts.digest} if facts else None,
+            "dtype": None if settings.backend == "import" else settings.dtype,
+            "tokenizer_hash": tokenizer_hash(self._tokenizer) if self._tokenizer is not None else None,
+            "max_length": self._max_length,
+            "overlong": settings.overlong,
+            "chunks": [settings.chunk_rows, settings.chunk_tokens],
+            "inputs": digest_inputs(self._files),
+        }
+
+    def rows(self, counts: Counter[str]) -> Iterator[ScoreRow]:
+        """The rows to write; counts them; raises one DataError at the end if any is wrong."""
+        settings, problems = self._settings, Problems()
+        reader = RowReader(
+            settings.purpose,
+            counts,
+            tokenizer=self._tokenizer,
+            vocab_size=self._vocab_size,
+            max_length=self._max_length,
+            overlong=settings.overlong,
+            notes={"model": self._model_name, "backend": settings.backend},
+        )
+        with reading_progress(self._files, sys.stderr.isatty()) as advance:
+            for file in self._files:
+                for row in read_rows(file, problems, strict=False):
+                    try:
+                        found = reader(row)
+                    except RowProblem as problem:
+                        problems.add(row.where, problem)
+                    else:
+                        if found is not None and not problems.total:
+                            yield found
+                    advance(row.size)
+        if not problems.total and not counts["rows"]:
+            problems.add("--data", "no row is left: all are over-long and were dropped (--overlong drop)")
+        _raise_if_any(problems)
+
+
+def _tokenizer(name: str | None) -> Any:
+    if name is None:
+        return None
+    try:
+        return load_tokenizer(name)
+    except DataError as error:
+        raise _in_options(error) from error
+
+
+def _raise_if_any(problems: Problems) -> None:
+    try:
+        problems.raise_if_any()
+    except DataError as error:
+        raise _in_options(error) from error
+
+
+def _in_options(error: DataError) -> DataError:
+    """The error with this command's options where the loader's messages name a recipe's keys."""
+    said = []
+    for problem in error.problems:
+        for key, option in _AS_OPTIONS.items():
+            problem = problem.replace(key, option)
+        said.append(problem)
+    return DataError(said, error.total)

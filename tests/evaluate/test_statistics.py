@@ -1,0 +1,89 @@
+"""pass@k is the chance it says it is, and intervals cover as often as they say."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import pytest
+
+pytest.importorskip("scipy", reason="needs the extra eval")
+
+from pear_megatron.evaluate.statistics import interval, pass_at_k
+
+SHARE = (0.0, 1.0)
+
+
+def test_pass_at_k_is_the_share_of_k_subsets_that_hold_a_right_sample() -> None:
+    n = 6
+    for right in range(n + 1):
+        samples = [i < right for i in range(n)]
+        for k in range(1, n + 1):
+            subsets = list(combinations(samples, k))
+            share = sum(any(subset) for subset in subsets) / len(subsets)
+            assert pass_at_k(n, np.array([right]), k)[0] == pytest.approx(share, abs=1e-15)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_pass_at_k_is_unbiased(k: int) -> None:
+    n, p = 8, 0.13
+    chances = np.array([comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)])
+    assert chances @ pass_at_k(n, np.arange(n + 1), k) == pytest.approx(1 - (1 - p) ** k, abs=1e-14)
+
+
+def test_pass_at_k_of_thousands_of_samples_neither_overflows_nor_cancels() -> None:
+    n, right, k = 5000, 3, 1000
+    exact = 1 - comb(n - right, k) / comb(n, k)
+    assert pass_at_k(n, np.array([right]), k)[0] == pytest.approx(exact, rel=1e-12)
+
+
+@pytest.mark.parametrize(("right", "k"), [(1, 0), (1, 9), (9, 1), (-1, 1)])
+def test_pass_at_k_refuses_what_cannot_be(right: int, k: int) -> None:
+    with pytest.raises(ValueError):
+        pass_at_k(8, np.array([right]), k)
+
+
+def _coverage(draw, truth: float, bounds: tuple[float, float], count: int) -> float:  # type: ignore[no-untyped-def]
+    rng = np.random.default_rng(7)
+    inside = 0
+    for _ in range(count):
+        e = interval(draw(rng), bounds=bounds)
+        inside += e.low <= truth <= e.high
+    return inside / count
+
+
+def test_intervals_over_problems_cover_nineteen_times_in_twenty() -> None:
+    def draw(rng: np.random.Generator) -> np.ndarray:  # pass@1 of skewed difficulties, 4 samples each
+        return rng.binomial(4, rng.beta(0.3, 1.5, size=80)) / 4
+
+    assert 0.91 <= _coverage(draw, 0.3 / 1.8, SHARE, 150) <= 0.985
+
+
+def test_paired_intervals_cover_the_difference_of_two_checkpoints() -> None:
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        easy = rng.beta(1.0, 2.0, size=80)
+        return (rng.binomial(4, 0.9 * easy) - rng.binomial(4, easy)) / 4
+
+    assert 0.91 <= _coverage(draw, -0.1 / 3, (-1.0, 1.0), 150) <= 0.985
+
+
+@pytest.mark.parametrize(("runs_sd", "problems_sd"), [(0.1, 0.05), (0.02, 0.3), (0.0, 0.0)])
+def test_intervals_over_three_runs_cover_runs_and_problems(runs_sd: float, problems_sd: float) -> None:
+    def draw(rng: np.random.Generator) -> np.ndarray:
+        runs = rng.normal(0, runs_sd, size=(3, 1))
+        problems = rng.normal(0, problems_sd, size=(1, 50))
+        return 0.5 + runs + problems + rng.normal(0, 0.2, size=(3, 50))
+
+    assert 0.925 <= _coverage(draw, 0.5, (-9.0, 9.0), 1000) <= 0.995
+
+
+def test_nothing_solved_is_not_certainty() -> None:
+    e = interval(np.zeros(300), bounds=SHARE)
+    assert (e.mean, e.low) == (0.0, 0.0)
+    assert e.high == pytest.approx(0.01222, abs=1e-4)  # Clopper and Pearson's for 0 of 300
+
+
+def test_runs_that_solve_nothing_alike_are_not_certainty_either() -> None:
+    e = interval(np.zeros((3, 50)), bounds=SHARE)
+    assert e.high > 0.05

@@ -1,0 +1,249 @@
+"""GRPO with TRL learns, asks every checkpoint the same, and survives a kill."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("trl", reason="needs the extra rl")
+
+from pear_megatron.data.errors import DataError
+from pear_megatron.errors import RecipeError
+from pear_megatron.rl.graders import GraderError
+from pear_megatron.rl.trl_grpo import main, run
+from pear_megatron.rl.trl_recipe import load_trl_recipe
+from tests.distributed import run_ranks
+from tests.evaluate.words import GRADER, save_word_model, write_problems
+
+
+def write_recipe(folder: Path, grader: str = GRADER, **sections: dict[str, Any]) -> Path:
+    problems = write_problems(folder, grader=grader)
+    values: dict[str, Any] = {
+        "grpo": {"num_prompts_per_step": 4, "num_generations_per_prompt": 4, "max_num_steps": 4},
+        "policy": {
+            "max_total_sequence_length": 16,
+            "train_micro_batch_size": 8,
+            "precision": "float32",
+            "generation": {"max_new_tokens": 6},
+            "optimizer": {"kwargs": {"lr": 0.02}},
+        },
+        "data": {"train": {"jsonl": str(problems), "grader": str(problems.with_suffix(".py"))}},
+        "checkpointing": {"save_period": 2},
+    }
+    for name, keys in sections.items():
+        values[name] = {**values.get(name, {}), **keys}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def train(recipe: Path, checkpoint: Path, output: Path, *overrides: str) -> Path:
+    return run(load_trl_recipe(recipe, list(overrides)), checkpoint, output)
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: value for key, value in row.items() if key != "seconds_per_update"} for row in rows]
+
+
+def test_reward_rises_on_a_task_that_a_tiny_model_can_learn(word_model: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path, grpo={"max_num_steps": 20, "num_prompts_per_step": 6, "num_generations_per_prompt": 8}
+    )
+    final = train(recipe, word_model, tmp_path / "out")
+    rows = metrics(tmp_path / "out")
+    rewards = [row["reward"] for row in rows]
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
+    assert all(0 <= row["groups_with_advantage"] <= 1 for row in rows)
+    assert all(row["loss"] == row["loss"] and row["completion_length"] <= 6 for row in rows)
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained, start = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (final, word_model))
+    assert any(not torch.equal(trained[name], start[name]) for name in start)
+    assert AutoTokenizer.from_pretrained(final)("a b")["input_ids"] == [0, 1]
+    assert not [path.name for path in final.iterdir() if "optimizer" in path.name or path.suffix == ".bin"]
+
+
+# Writes down which problems it is asked to grade.
+_RECORDER = (
+    GRADER
+    + """
+import json, pathlib
+plain = grade
+def grade(response, answer, problem):
+    with pathlib.Path(__file__).with_name("asked").open("a") as file:
+        file.write(problem["id"] + "\\n")
+    return plain(response, answer, problem)
+"""
+)
+
+
+def test_two_checkpoints_are_asked_the_same_prompts_in_the_same_order(
+    word_model: Path, tmp_path: Path
+) -> None:
+    other = save_word_model(tmp_path / "other", seed=5)
+    recipe = write_recipe(tmp_path, _RECORDER)
+    asked, rewards = [], []
+    for name, checkpoint in (("one", word_model), ("two", other)):
+        train(recipe, checkpoint, tmp_path / name)
+        asked.append((tmp_path / "asked").read_text().split())
+        rewards.append([row["reward"] for row in metrics(tmp_path / name)])
+        (tmp_path / "asked").unlink()
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == 4 * 4 * 4
+    assert all(len(set(asked[0][i : i + 4])) == 1 for i in range(0, 64, 4))  # a group is one prompt
+    assert len(set(asked[0])) == 6
+    assert rewards[0] != rewards[1]
+    train(recipe, word_model, tmp_path / "another-seed", "grpo.seed=7")
+    assert (tmp_path / "asked").read_text().split() != asked[0]
+
+
+def test_the_same_run_twice_is_the_same(word_model: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    for name in ("one", "two"):
+        train(recipe, word_model, tmp_path / name)
+    assert without_times(metrics(tmp_path / "one")) == without_times(metrics(tmp_path / "two"))
+
+
+# Ends its run in the third step's grading, once.
+_ENDER = (
+    GRADER
+    + """
+import os, pathlib, signal
+count = 0
+plain = grade
+def grade(response, answer, problem):
+    global count
+    count += 1
+    mark = pathlib.Path(__file__).with_name("ended-once")
+    if count == 2 * 16 + 5 and not mark.exists():
+        mark.touch()
+        END
+    return plain(response, answer, problem)
+"""
+)
+
+
+def _train_on_a_rank(rank: int, recipe: Path, checkpoint: Path, output: Path) -> None:
+    torch.distributed.destroy_process_group()  # Trainer would take it for its own
+    train(recipe, checkpoint, output)
+
+
+def check_continued_run_equals_whole_run(recipe: Path, checkpoint: Path, folder: Path) -> None:
+    assert [row["step"] for row in metrics(folder / "out")] == [1, 2]
+    train(recipe, checkpoint, folder / "out")
+    train(recipe, checkpoint, folder / "whole")
+    assert [row["step"] for row in metrics(folder / "out")] == [1, 2, 3, 4]
+    assert without_times(metrics(folder / "out")) == without_times(metrics(folder / "whole"))
+    weights = [(folder / name / "final" / "model.safetensors").read_bytes() for name in ("out", "whole")]
+    assert weights[0] == weights[1]
+
+
+def test_a_run_stopped_midway_continues_as_if_nothing_had_happened(word_model: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, _ENDER.replace("END", "raise ValueError"))
+    with pytest.raises(GraderError, match="grade raised ValueError"):
+        train(recipe, word_model, tmp_path / "out")
+    half_written = tmp_path / "out" / "checkpoints" / "checkpoint-3"
+    half_written.mkdir()
+    (half_written / "model.safetensors").write_bytes(b"half")
+    check_continued_run_equals_whole_run(recipe, word_model, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_two_updates_a_step_continues_too(word_model: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, _ENDER.replace("END", "os.kill(os.getpid(), signal.SIGKILL)"))
+    recipe.write_text(recipe.read_text().replace("policy:\n", "policy:\n  train_global_batch_size: 8\n"))
+    with pytest.raises(RuntimeError, match="died with exit code -9"):
+        run_ranks(1, _train_on_a_rank, recipe, word_model, tmp_path / "out")
+    check_continued_run_equals_whole_run(recipe, word_model, tmp_path)
+
+
+def test_a_finished_run_is_left_alone_and_may_be_made_longer(word_model: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    final = train(recipe, word_model, tmp_path / "out", "grpo.max_num_steps=2")
+    before = (final / "model.safetensors").stat().st_mtime_ns
+    train(recipe, word_model, tmp_path / "out", "grpo.max_num_steps=2")
+    assert (final / "model.safetensors").stat().st_mtime_ns == before
+    train(recipe, word_model, tmp_path / "out")
+    train(recipe, word_model, tmp_path / "whole")
+    assert without_times(metrics(tmp_path / "out")) == without_times(metrics(tmp_path / "whole"))
+
+
+def test_another_run_is_refused_the_folder(word_model: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    train(recipe, word_model, tmp_path / "out", "grpo.max_num_steps=1")
+    with pytest.raises(RecipeError, match=r"policy\.optimizer\.kwargs\.lr differ"):
+        train(recipe, word_model, tmp_path / "out", "policy.optimizer.kwargs.lr=0.1")
+    with pytest.raises(RecipeError, match="weights differ"):
+        train(recipe, save_word_model(tmp_path / "other", seed=5), tmp_path / "out")
+
+
+def test_kl_is_measured_where_it_is_penalised(word_model: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, loss_fn={"reference_policy_kl_penalty": 0.1})
+    train(recipe, word_model, tmp_path / "out")
+    kl = [row["kl"] for row in metrics(tmp_path / "out")]
+    assert kl[0] == pytest.approx(0.0, abs=1e-6)  # the first rollouts are the checkpoint's own
+    assert kl[-1] > 1e-4
+
+
+def test_trl_and_eval_give_a_model_the_same_prompt_tokens(word_model: Path, tmp_path: Path) -> None:
+    from pear_megatron.data.tokenizer import load_tokenizer
+    from pear_megatron.evaluate.prompts import encode_prompts
+    from pear_megatron.rl.problems import load_problems
+    from pear_megatron.rl.trl_grpo import _trainer
+    from pear_megatron.rl.trl_run_folder import TrlRunFolder
+
+    chat = shutil.copytree(word_model, tmp_path / "chat")
+    (chat / "chat_template.jinja").write_text(
+        "{% for m in messages %}a {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}b{% endif %}"
+    )
+    recipe = load_trl_recipe(write_recipe(tmp_path))
+    problems = load_problems(recipe.data.train)
+    for model in (word_model, chat):
+        trainer = _trainer(recipe, model, problems, TrlRunFolder(tmp_path / model.name, recipe, "w"))
+        encoded = encode_prompts(load_tokenizer(str(model)), problems, 1, None)
+        rows = trainer.train_dataset
+        assert trainer._tokenize_prompts(rows["prompt"][:])[0] == [encoded[i] for i in rows["problem"]]
+    assert encoded[0][0] == 0
+    assert encoded[0][-1] == 1
+
+
+def test_bad_problems_and_grades_stop_the_run_by_name(word_model: Path, tmp_path: Path) -> None:
+    nan = write_recipe(tmp_path / "nan", "def grade(response, answer, problem):\n    return float('nan')\n")
+    with pytest.raises(GraderError, match=r"grade returned nan on problem p\d \(.*problems.jsonl:\d\)"):
+        train(nan, word_model, tmp_path / "out")
+    recipe = write_recipe(tmp_path)
+    with pytest.raises(DataError, match=r"problems.jsonl:6: the prompt of p5 has 7 tokens"):
+        train(recipe, word_model, tmp_path / "long", "policy.max_total_sequence_length=12")
+    train(recipe, word_model, tmp_path / "long", "grpo.max_num_steps=1")  # nothing had begun
+    values = yaml.safe_load(recipe.read_text())
+    values["data"]["validation"] = values["data"]["train"]
+    recipe.write_text(yaml.safe_dump(values))
+    with pytest.raises(RecipeError, match=r"all 6 problems of data.train are in data.validation"):
+        train(recipe, word_model, tmp_path / "leak")
+
+
+def test_the_command_runs_and_says_what_is_wrong(
+    word_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path)
+    command = ["--config", str(recipe), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 1
+    assert "give --checkpoint or policy.model_name" in capsys.readouterr().err
+    main([*command, "--checkpoint", str(word_model), "grpo.max_num_steps=1", "data.train.size=4"])
+    captured = capsys.readouterr()
+    assert str(tmp_path / "out" / "final") in captured.out
+    assert "step 1/1  reward" in captured.err
