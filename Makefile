@@ -5,14 +5,14 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-EXTRAS ?= dev,hf,plot
+EXTRAS ?= dev,hf,eval,rl,plot
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-puzzles test lint format clean
+.PHONY: help setup demo demo-puzzles test test-slurm lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
@@ -36,12 +36,15 @@ $(STAMP): $(BIN)/python $(SOURCES)
 demo: setup  ## PEAR against plain SFT in a small constructed world, on CPU, with pictures
 	@$(BIN)/python -m examples.stretches.demo --output results/demo
 
-demo-puzzles: setup  ## the main job on real input: a real model's answers to puzzles, trained on at TP=2
+demo-puzzles: setup  ## every command on real input: SmolLM2-135M scored, trained at TP=3, exported, evaluated
 	@$(BIN)/python -m examples.puzzles.demo --output results/puzzles
 
-test: setup  ## every test that needs no GPU
+test: setup  ## every test that needs no GPU (TESTS=tests/data for some)
 	@echo "==> tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+
+test-slurm:  ## the sbatch scripts on a real Slurm of two nodes (apt-get install slurm-wlm munge)
+	@$(MAKE) --no-print-directory test TESTS=tests/slurm
 
 lint: setup  ## ruff, mypy, clang-format
 	@$(BIN)/ruff check .

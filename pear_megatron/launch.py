@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from pear_megatron.errors import PearError
+
+_SECONDS_FOR_RANK_0 = 3.0
 
 
 def ensure_ranks(ranks: int, *, copies: int | None = None) -> None:
@@ -43,3 +46,14 @@ def ensure_ranks(ranks: int, *, copies: int | None = None) -> None:
 def is_main() -> bool:
     """Whether this process prints and writes: rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def report_error(error: BaseException) -> None:
+    """Prints a command's error, by rank 0 alone.
+
+    The other ranks give it time: torchrun ends all of them as soon as one has left.
+    """
+    if is_main():
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_SECONDS_FOR_RANK_0)

@@ -42,11 +42,11 @@ on_nodes() { srun --nodes="$1" --ntasks="$1" --ntasks-per-node=1 --cpu-bind=none
 requeue() {
   trap '' USR1
   [[ $(scontrol --oneliner show job "$SLURM_JOB_ID") == *" JobState=RUNNING "* ]] || return 0
+  say "stopped early; requeueing it, to go on where it stopped"
   if scontrol requeue "$SLURM_JOB_ID"; then
-    say "stopped early and requeued; it goes on where it stopped"
     exit 0
   fi
-  say "stopping early; Slurm would not requeue the job: submit it again to go on" >&2
+  say "Slurm would not requeue it: submit it again to go on" >&2
 }
 
 # Slurm warns the batch script alone (--signal=B:USR1@seconds, before the time limit). A script whose processes save

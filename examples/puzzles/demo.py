@@ -53,7 +53,7 @@ def demo(output: Path, *, num_puzzles: int, num_held_out: int, steps: int) -> No
     problems.write_problem_set(output / "held_out.yaml", problems.held_out(num_held_out))
     if not dialogues.exists():
         announce(f"{num_puzzles} solved puzzles as dialogues: {dialogues}")
-        problems.write_dialogues(dialogues, problems.training(num_puzzles))
+        problems.write_dialogues(dialogues, problems.training(num_puzzles), problems.held_out(num_held_out))
     command(output, "score", "--model", base, "--data", dialogues, "--output", scored)
     command(output, "inspect", scored, "--model", base, "--output", output / "inspect.html")
     announce(f"torchrun --nproc-per-node 3 -m pear_megatron.train --config {RECIPES / 'puzzles.yaml'} ...")

@@ -37,10 +37,13 @@ def _problems(size: int, seed: int) -> ProblemsConfig:
     )
 
 
-def write_dialogues(path: Path, config: ProblemsConfig) -> None:
-    """Solved problems as rows of ``messages``, with what reasoning-gym says is the answer."""
+def write_dialogues(path: Path, config: ProblemsConfig, but_not: ProblemsConfig) -> None:
+    """Solved problems as rows of ``messages``, with what reasoning-gym says is the answer.
+
+    Problems that another set asks too are left out.
+    """
     rows = []
-    for problem in load_problems(config):
+    for problem in load_problems(config).without(load_problems(but_not)):
         solution = {"role": "assistant", "content": f"The answer is {problem.answer}."}
         messages = [*problem.prompt, solution]
         rows.append(json.dumps({"id": problem.id, "messages": messages}) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,6 +43,7 @@ def convert(
             convert_with_bridge(hf, output, reason)
             return
         ensure_ranks(tensor_parallel * pipeline_parallel)
+        warnings.simplefilter("ignore")  # of libraries, on every rank
         from pear_megatron.hf.convert import convert_checkpoint
         from pear_megatron.megatron.layout import shutdown
 

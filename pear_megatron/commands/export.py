@@ -58,7 +58,7 @@ def export(
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
-    except PearError as error:
+    except (PearError, ImportError) as error:
         if is_main():
             print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error

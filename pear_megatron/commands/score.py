@@ -92,7 +92,7 @@ def score(
     tensor x pipeline parallel ranks; torchrun does it over several machines.
     """
     from pear_megatron.errors import PearError
-    from pear_megatron.launch import is_main
+    from pear_megatron.launch import is_main, report_error
 
     _speak(is_main())
     try:
@@ -118,8 +118,7 @@ def score(
             why,
         )
     except (PearError, ImportError) as error:
-        if is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        report_error(error)
         raise typer.Exit(1) from error
 
 

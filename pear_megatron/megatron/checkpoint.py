@@ -19,6 +19,7 @@ from pear_megatron.errors import PearError
 from pear_megatron.megatron import rng
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.model import as_chunks, unwrap
+from pear_megatron.megatron.optimizer import load_optimizer, prepare_to_load
 
 log = logging.getLogger("pear_megatron")
 
@@ -182,6 +183,7 @@ def load(
     state = model_state(model)
     models = list(state)
     if optimizer is not None:
+        prepare_to_load(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=SHARDING)
     if layout is not None and read_common(path).get("layout") == rng.describe(layout):
         state["rng"] = rng.sharded_state(layout)
@@ -192,7 +194,7 @@ def load(
     for name, chunk in zip(models, as_chunks(model), strict=True):
         unwrap(chunk).load_state_dict(loaded[name])
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(optimizer, loaded["optimizer"])
     if scheduler is not None:
         scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in state:

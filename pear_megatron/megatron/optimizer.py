@@ -51,3 +51,50 @@ def build_scheduler(recipe: Recipe, optimizer: Any, total_steps: int) -> Any:
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+
+
+def _on_torch_adam(optimizer: Any) -> Any | None:
+    """The distributed optimizer in ``optimizer`` if it runs torch's own Adam: without Apex and TE, so on CPU."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, DistributedOptimizer) and isinstance(
+            part.optimizer, torch.optim.Adam | torch.optim.AdamW
+        ):
+            return part
+    return None
+
+
+def prepare_to_load(optimizer: Any) -> None:
+    """Allocates the state that mcore's distributed optimizer takes for given when it is to load one."""
+    part = _on_torch_adam(optimizer)
+    if part is None:
+        return
+    for group in part.optimizer.param_groups:
+        for parameter in group["params"]:
+            if not part.optimizer.state[parameter]:
+                part.optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict(state)``, with torch's Adam in a distributed optimizer too.
+
+    torch's Adam keeps a step for every parameter. mcore does not expect it among the tensors to load, and
+    gives all parameters one tensor, which Adam would count up for each of them.
+    """
+    part = _on_torch_adam(optimizer)
+    if part is None:
+        optimizer.load_state_dict(state)
+        return
+    state = dict(state)
+    tensors = state.pop("param_state")
+    optimizer.load_state_dict(state)
+    states = list(part.optimizer.state.values())
+    steps = [one.pop("step") for one in states]
+    part.load_parameter_state_from_fully_reshardable(tensors)
+    for one, step in zip(states, steps, strict=True):
+        one["step"] = step.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,10 @@ def start_model(recipe: Recipe, layout: Layout, model: Any) -> None:
     source = None
     if recipe.model.hf:
         source = Path(recipe.model.hf)
-        with HFWeights(source, recipe.model) as weights:
-            load_weights(weights, model, layout)
+        together(partial(_load_from_hf, source, recipe, layout, model))
     elif recipe.checkpoint.pretrained:
-        folder, root = (
-            checkpoint.resolve(recipe.checkpoint.pretrained),
-            find_root(recipe.checkpoint.pretrained),
-        )
+        folder = checkpoint.resolve(recipe.checkpoint.pretrained)
+        root = find_root(folder)
         check_same_model(root, recipe.model)
         checkpoint.load(folder, model)
         source = root / ASSETS if (root / ASSETS).is_dir() else None
@@ -51,3 +49,8 @@ def start_model(recipe: Recipe, layout: Layout, model: Any) -> None:
         )
 
     together(write if layout.is_main else None)
+
+
+def _load_from_hf(source: Path, recipe: Recipe, layout: Layout, model: Any) -> None:
+    with HFWeights(source, recipe.model) as weights:
+        load_weights(weights, model, layout)

@@ -84,7 +84,7 @@ def _stage(recipe: Recipe, dp_size: int, stage: int) -> StageMemory:
             # The output layer's gradient waits for the embedding's.
             at_layer += (2 if bf16 else 4) * word_embedding_parameters(model, tp)
     logits, loss = (sizes.logits, sizes.loss) if last else (0, 0)
-    working = max(at_loss, at_layer) - min(logits + loss, max(at_loss, at_layer))
+    working = max(at_loss, at_layer) - logits - loss
     return StageMemory(
         stage=stage,
         parameters=count,

@@ -129,10 +129,10 @@ def _max_new_tokens(recipe: TrlRecipe, tokenizer: Any, problems: ProblemSet) -> 
     return wanted or total - max(map(len, prompts))
 
 
-def reward_function(problems: ProblemSet) -> Callable[..., list[float]]:
+def reward_function(problems: ProblemSet) -> Callable[..., list[float | None]]:
     """What GRPOTrainer calls: the problems' own graders."""
 
-    def grade(completions: list[Any], problem: list[int], **_: Any) -> list[float]:
+    def grade(completions: list[Any], problem: list[int], **_: Any) -> list[float | None]:
         texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
         return [problems[i].grade(text) for i, text in zip(problem, texts, strict=True)]
 

@@ -16,9 +16,10 @@ LAYOUTS = [(1, 1), (2, 1), (1, 2)]
 
 
 @pytest.fixture(scope="module")
-def ours(hf_models: dict[str, Path]) -> dict[tuple[str, int, int], torch.Tensor]:
+def ours(hf_models: dict[str, Path], converted: dict[str, Path]) -> dict[tuple[str, int, int], torch.Tensor]:
     """Log-probs by name, TP and PP, as the last rank of a world of two has them."""
     cases = {name: (folder, tokens_for(name)) for name, folder in hf_models.items()}
+    cases["converted"] = converted["qwen3"], tokens_for("qwen3")
     return run_ranks(2, rank_logprobs, cases, LAYOUTS)[-1]
 
 
@@ -29,6 +30,13 @@ def test_logprobs_are_those_of_transformers_on_every_layout(
 ) -> None:
     expected = hf_logprobs(hf_models[name], tokens_for(name))
     torch.testing.assert_close(ours[name, tp, pp], expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_a_converted_checkpoint_is_the_same_model_on_every_layout(
+    ours: dict[tuple[str, int, int], torch.Tensor], tp: int, pp: int
+) -> None:
+    assert torch.equal(ours["converted", tp, pp], ours["qwen3", tp, pp])
 
 
 def test_llama3_rope_scaling_is_that_of_transformers_where_it_shows(

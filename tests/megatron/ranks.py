@@ -62,7 +62,7 @@ def train_runs(world: int, data: Path, runs: dict[Path, list[str]]) -> dict[Path
         [f"data.train={data}", f"output_dir={folder}", *SMALL, *extra] for folder, extra in runs.items()
     ]
     for outcomes in run_ranks(world, rank_train, overrides):
-        assert outcomes == [True] * len(runs)
+        assert outcomes == [True] * len(runs), outcomes
     return {folder: metrics(folder) for folder in runs}
 
 

@@ -1,17 +1,25 @@
-"""Real training runs: torchrun, the tiny recipe, trajectories made on the spot."""
+"""Real training runs: the entry point on the tiny recipe, in processes forked from one server or by torchrun."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+from tests.distributed import _FORKSERVER
+
 REPOSITORY = Path(__file__).parents[2]
 TINY = REPOSITORY / "recipes" / "sft" / "tiny.yaml"
+# What differs between two runs that are the same.
+TIMES = {"step_seconds", "tokens_per_second", "mfu"}
 
 
 def write_trajectories(
@@ -34,28 +42,108 @@ def write_trajectories(
     return path
 
 
+class Started:
+    """``python -m pear_megatron.train`` on some ranks: as torchrun starts it, in a fraction of the time."""
+
+    def __init__(self, processes: int, *overrides: str, config: Path = TINY) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="run-")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        arguments = ["--config", str(config), *overrides]
+        self.ranks = [
+            _FORKSERVER.Process(
+                target=_run_entry_point, args=(rank, processes, port, self._output(rank), arguments)
+            )
+            for rank in range(processes)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def _output(self, rank: int) -> str:
+        return str(Path(self._folder.name) / f"{rank}.txt")
+
+    def send(self, number: signal.Signals, rank: int = 0) -> None:
+        """A signal to one rank."""
+        os.kill(self.ranks[rank].pid or 0, number)
+
+    def kill(self) -> None:
+        """SIGKILL to every rank, but not to the processes that they started."""
+        for process in self.ranks:
+            process.kill()
+
+    def wait(self, timeout: float = 120) -> list[int | None]:
+        """Exit codes of the ranks; those that go on after the timeout are killed and have None."""
+        deadline = time.monotonic() + timeout
+        codes = []
+        for process in self.ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+            codes.append(process.exitcode)
+        for process in self.ranks:
+            process.kill()
+            process.join()
+        return codes
+
+    def output(self, rank: int = 0) -> str:
+        """What a rank wrote to standard output and error."""
+        return Path(self._output(rank)).read_text(errors="replace")
+
+
+def _run_entry_point(rank: int, world: int, port: int, output: str, arguments: list[str]) -> None:
+    import torch
+
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    from pear_megatron.train import main
+
+    main(arguments)
+
+
 def launch(
     processes: int, *overrides: str, config: Path = TINY, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """torchrun -m pear_megatron.train on a recipe; one process needs no torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else [])]
+    """A run to its end -> the first exit code that is not 0, and what all ranks said, rank 0 first."""
+    run = Started(processes, *overrides, config=config)
+    codes = run.wait(300)
+    output = "".join(run.output(rank) for rank in range(processes))
+    code = next((code for code in codes if code != 0), 0)
+    if check and code != 0:
+        raise AssertionError(f"{overrides} ended with {codes}:\n{output[-6000:]}")
+    return subprocess.CompletedProcess(overrides, code if code is not None else -1, "", output)
+
+
+def torchrun(processes: int, *overrides: str, config: Path = TINY) -> subprocess.Popen[str]:
+    """The same, started by torchrun itself."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += ["-m", "pear_megatron.train", "--config", str(config), *overrides]
-    done = subprocess.run(
+    return subprocess.Popen(
         command,
-        capture_output=True,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)} failed:\n{done.stderr[-6000:]}")
-    return done
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Rows of a run's metrics.jsonl; of one that is still going on, the whole ones."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def train(folder: Path, data: Path, processes: int, *overrides: str) -> list[dict[str, Any]]:

@@ -38,7 +38,8 @@ BASE_1B = """
 grpo: {num_prompts_per_step: 32, num_generations_per_prompt: 16, max_num_steps: 1000000, val_period: 10,
   val_at_start: false, val_at_end: false, max_val_samples: 256, val_batch_size: 256, val_num_generations_per_prompt: 1}
 loss_fn: {force_on_policy_ratio: false, reference_policy_kl_penalty: 0.01}
-checkpointing: {enabled: false, checkpoint_dir: results/grpo, metric_name: "val:accuracy", save_period: 10}
+checkpointing: {enabled: false, checkpoint_dir: results/grpo, metric_name: "val:accuracy", save_period: 10,
+  checkpoint_must_save_by: null}
 policy:
   model_name: Qwen/Qwen2.5-1.5B
   tokenizer: {name: "${policy.model_name}", chat_template_kwargs: null}

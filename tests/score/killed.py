@@ -3,16 +3,19 @@
     python killed.py MODEL DATA OUTPUT renames|moments
 
 renames: attempts die by SIGKILL right after their first rename, right before their first, right after their
-second, right before their second, and so on. moments: ten attempts die at random moments. Prints how many died.
+second, right before their second, and so on. moments: six attempts die after shares of the time that the job takes,
+whatever they are at. Prints how many died.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import sys
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jinja2  # noqa: F401  # these imports: once, for all attempts
@@ -39,17 +42,22 @@ def die_at_rename(number: int, *, after: bool) -> None:
     os.replace = deadly
 
 
-def start(number: int | None, *job: Path) -> int:
-    """Forks a process that runs the job, and dies at a rename unless ``number`` is None; its id."""
+def die_after(cpu_seconds: float) -> None:
+    """The kernel ends this process, with no handler run, once it has computed for so long."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+
+
+def start(prepare_to_die: Callable[[], None], *job: Path) -> int:
+    """Forks a process that runs the job; its id."""
     child = os.fork()
     if child:
         return child
-    if number is not None:
-        die_at_rename(1 + number // 2, after=number % 2 == 0)
+    prepare_to_die()
     try:
-        run_job(job[1], job[2], job[0], chunk_rows=2)
+        run_job(job[1], job[2], job[0], chunk_rows=4)
     except BaseException as error:
-        print(f"attempt {number}: {error}", file=sys.stderr, flush=True)
+        print(f"failed: {error}", file=sys.stderr, flush=True)
         os._exit(1)
     os._exit(0)
 
@@ -65,24 +73,22 @@ def is_killed(child: int) -> bool:
 def killed_at_renames(*job: Path) -> int:
     """How many attempts died."""
     number = 0
-    while is_killed(start(number, *job)):
+    while is_killed(start(partial(die_at_rename, 1 + number // 2, after=number % 2 == 0), *job)):
         number += 1
     return number
 
 
 def killed_at_moments(*job: Path) -> int:
     """How many attempts died."""
-    started = time.monotonic()
-    is_killed(start(None, *job[:2], job[2].with_name("unhurried.parquet")))
-    longest = time.monotonic() - started
-    job[2].with_name("unhurried.parquet").unlink()
-    rng, killed = random.Random(0), 0
-    for _ in range(10):
-        child = start(None, *job)
-        time.sleep(rng.uniform(0, longest / 2))
-        os.kill(child, signal.SIGKILL)
-        killed += is_killed(child)
-    is_killed(start(None, *job))
+    unhurried = job[2].with_name("unhurried.parquet")
+    is_killed(start(lambda: None, *job[:2], unhurried))
+    unhurried.unlink()
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    killed = 0
+    for share in (0.1, 0.25, 0.4, 0.5, 0.6, 0.7):
+        moment = share * random.uniform(0.9, 1.1) * (usage.ru_utime + usage.ru_stime)
+        killed += is_killed(start(partial(die_after, moment), *job))
+    is_killed(start(lambda: None, *job))
     return killed
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,7 @@ def test_a_preemption_that_reaches_the_node_script_alone_reaches_training(tmp_pa
         [SLURM / "node.sh", "-m", "pear_megatron.train", *arguments],
         cwd=REPOSITORY,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
         env={
             **os.environ,
             "PEAR_PYTHON": sys.executable,
@@ -53,4 +56,5 @@ def test_a_preemption_that_reaches_the_node_script_alone_reaches_training(tmp_pa
         assert (run / "requeue").exists()
         assert list((run / "checkpoints").glob("iter_*"))
     finally:
-        node.kill()
+        with suppress(ProcessLookupError):  # on failure, torchrun and what it has started
+            os.killpg(node.pid, signal.SIGKILL)

@@ -27,7 +27,7 @@ def test_a_job_asked_to_stop_saves_is_requeued_and_ends_as_if_nothing_had_happen
     workspace.cluster.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@300 does
     fields = workspace.finish(job, "COMPLETED")
     assert fields["Restarts"] == "1"
-    assert "stopped early and requeued" in workspace.log(job)
+    assert "stopped early; requeueing it" in workspace.log(job)
     assert workspace.steps() == without_slurm
 
 
@@ -35,15 +35,15 @@ def test_a_job_that_loses_a_node_goes_on_from_its_last_checkpoint(
     workspace: Workspace, without_slurm: Steps
 ) -> None:
     job = workspace.sbatch("--nodes=2 slurm/sft.sbatch recipe.yaml checkpoint.save_interval=4")
-    workspace.wait_for_step(9)
+    workspace.wait_for_step(5)
     workspace.cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     workspace.cluster.wait(job, "PENDING", seconds=40)
     workspace.cluster.run("scontrol", "update", "nodename=n2", "state=resume")
     fields = workspace.finish(job, "COMPLETED")
     assert fields["Restarts"] == "1"
-    first, second = re.findall(r"steps (\d+) to 16", workspace.node_logs(job))
-    assert first == "0"
-    assert int(second) >= 8
+    first, second = sorted(map(int, re.findall(r"steps (\d+) to 16", workspace.node_logs(job))))
+    assert first == 0
+    assert second >= 4
     assert workspace.steps() == without_slurm
 
 
@@ -67,6 +67,7 @@ def test_a_job_that_is_cancelled_stays_cancelled(workspace: Workspace) -> None:
             "the job runs 1 process(es) a node",
         ),
         ("--nodes=2 slurm/sft.sbatch", "no recipe given"),
+        ("slurm/grpo.sbatch --checkpoint run", "no ray.sub in NEMO_RL_DIR"),
         ("--nodes=2 --gpus-per-node=0 slurm/sft.sbatch recipe.yaml", "set SBATCH_GPUS_PER_NODE"),
     ],
 )

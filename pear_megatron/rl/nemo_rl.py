@@ -1,0 +1,112 @@
+"""PearLoss: PEAR as a loss function of NeMo-RL, for those who run SFT there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pear_megatron.config import PearConfig
+from pear_megatron.ops.weights import STATISTICS
+from pear_megatron.weights import importance_weights
+
+_PER_SEQUENCE = "effective_sample_size"
+
+
+class PearLoss:
+    """The reweighted SFT loss behind NeMo-RL's ``LossFunction`` (METHOD: Loss).
+
+    NeMo-RL hands it log-probs with sequence packing undone and tensor and context parallelism gathered, one
+    sequence or a padded batch of them at a time; each row is one trajectory. With ``variant: none`` and without
+    rewards it is NeMo-RL's ``NLLLossFn``.
+
+    Args:
+        config: how the loss is reweighted.
+        use_fused_linear_logprobs: as NeMo-RL's NLLLossFn takes it: policy.megatron_cfg.use_fused_linear_logprobs.
+
+    Raises:
+        ImportError: NeMo-RL is not importable.
+    """
+
+    def __init__(self, config: PearConfig, *, use_fused_linear_logprobs: bool = False) -> None:
+        from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType, MetricNormalizer
+
+        self.config = config
+        self.use_fused_linear_logprobs = use_fused_linear_logprobs
+        self.loss_type = LossType.TOKEN_LEVEL
+        self.input_type = LossInputType.LOGPROB
+        per_sequence = {f"pear/{_PER_SEQUENCE}": MetricNormalizer.SEQUENCES}
+        counts = dict.fromkeys(("num_unmasked_tokens", "num_valid_samples"), MetricNormalizer.NONE)
+        per_token = dict.fromkeys(
+            ("loss", "nll", *(f"pear/{n}" for n in STATISTICS)), MetricNormalizer.TOKENS
+        )
+        self.metric_normalizations = per_token | per_sequence | counts
+
+    def __call__(
+        self,
+        next_token_logprobs: Tensor,
+        data: Mapping[str, Any],
+        global_valid_seqs: Tensor,
+        global_valid_toks: Tensor,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The loss of a micro-batch, or of one sequence of a pack, divided by the global number of decisions.
+
+        Args:
+            next_token_logprobs: [B, S - 1] float32; entry i is of token i + 1.
+            data: NeMo-RL's micro-batch: ``token_mask`` [B, S] and ``sample_mask`` [B], and
+                ``behavior_logprobs`` [B, S] float32, aligned with ``input_ids`` (only ``variant: none`` does without);
+                optionally ``reward`` [B], default 1.
+            global_valid_seqs, global_valid_toks: sequences and decisions of the global batch.
+
+        Returns:
+            The loss, a scalar, and metrics that NeMo-RL adds over micro-batches and ranks.
+
+        Raises:
+            ValueError: no ``behavior_logprobs``, or shapes or dtypes that do not fit.
+        """
+        from nemo_rl.algorithms.utils import masked_mean
+
+        token_mask, sample_mask = data["token_mask"][:, 1:], data["sample_mask"]
+        mask = (token_mask * sample_mask[:, None]).bool()  # [B, S - 1]
+        rows, length = mask.shape
+        # masked_fill: padding may hold -inf, and 0 * -inf is no number
+        logprobs = next_token_logprobs.masked_fill(~mask, 0.0)
+        boundaries = torch.arange(rows + 1, dtype=torch.int32, device=mask.device) * length
+        weights, stats = importance_weights(
+            logprobs.flatten(),
+            self._behavior(data, logprobs).flatten(),
+            mask.flatten(),
+            boundaries,
+            self.config,
+        )
+        coefficient = weights.view(rows, length)
+        if data.get("reward") is not None:
+            reward = data["reward"].to(coefficient)
+            reward = torch.where(reward < 0, reward * self.config.negative_scale, reward)
+            coefficient = coefficient * reward[:, None]
+        loss = -masked_mean(coefficient * logprobs, mask, global_normalization_factor=global_valid_toks)
+        nll = -masked_mean(logprobs.detach(), mask, global_normalization_factor=global_valid_toks)
+        metrics = {"loss": loss.detach(), "nll": nll}
+        for name, (total, _) in stats.items():
+            metrics[f"pear/{name}"] = total / (
+                global_valid_seqs if name == _PER_SEQUENCE else global_valid_toks
+            )
+        values = torch.stack(
+            [value.float().reshape(()) for value in metrics.values()]
+        ).tolist()  # one transfer
+        counts = {"num_unmasked_tokens": mask.sum().item(), "num_valid_samples": sample_mask.sum().item()}
+        return loss, dict(zip(metrics, values, strict=True)) | counts
+
+    def _behavior(self, data: Mapping[str, Any], logprobs: Tensor) -> Tensor:
+        """[B, S - 1] behaviour log-probs, aligned with ``logprobs``."""
+        behavior = data.get("behavior_logprobs")
+        if behavior is not None:
+            return behavior[:, 1:]
+        if self.config.variant != "none":
+            raise ValueError(
+                f"variant {self.config.variant!r} needs data['behavior_logprobs'], [B, S] aligned with input_ids; only "
+                "'none' does without"
+            )
+        return logprobs.detach()

@@ -1,0 +1,28 @@
+"""A small real tokenizer: fast, over bytes, with a chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+_CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save_byte_tokenizer(folder: Path, *, other_words: bool = False, other_template: bool = False) -> Path:
+    """Saves it, 258 tokens; another one with other ids for the same bytes, or with another template."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=other_words)
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
+    tokenizer.chat_template = _CHATML.replace("\n", " ") if other_template else _CHATML
+    tokenizer.save_pretrained(folder)
+    return folder
