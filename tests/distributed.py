@@ -63,7 +63,8 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         torch.save((function, args, device, backend, timeout), Path(folder) / "task.pt")
         processes = [  # no daemons: those may start no processes, and saving a checkpoint does
-            _FORKSERVER.Process(target=_run_rank, args=(rank, world_size, folder)) for rank in range(world_size)
+            _FORKSERVER.Process(target=_run_rank, args=(rank, world_size, folder))
+            for rank in range(world_size)
         ]
         for process in processes:
             process.start()

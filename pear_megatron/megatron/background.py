@@ -49,14 +49,13 @@ def bytes_to_write(state: dict[str, Any]) -> int:
 
 
 def first_cause(error: BaseException) -> str:
-    """The first error that a rank met while writing, without torch's wrapping."""
+    """An error that a rank met while writing, without torch's wrapping; one of the system's, if there is one."""
     failures = getattr(error, "failures", None) or {}
-    for rank, failure in sorted(failures.items()):
-        first: BaseException = failure[0]
-        while first.__cause__ is not None:
-            first = first.__cause__
-        return f"{str(first).removeprefix('Worker failure: ')} (rank {rank})"
-    return str(error)
+    said = [
+        f"{str(failure).removeprefix('Worker failure: ')} (rank {rank})"
+        for rank, (failure, _) in sorted(failures.items())
+    ]
+    return next((text for text in said if "[Errno" in text), said[0] if said else str(error))
 
 
 def write_format(folder: Path) -> None:

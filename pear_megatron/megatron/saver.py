@@ -17,6 +17,7 @@ import tempfile
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,8 @@ class CheckpointSaver:
         size = torch.tensor(bytes_to_write(state), dtype=torch.float64, device=self.layout.device)
         torch.distributed.all_reduce(size)
         what = f"the checkpoint of step {step} cannot be written to {self.root}"
-        partial = self._on_main(lambda: self._make_room(step, int(size)), what)
-        pending = _Pending(step, Path(partial), [])
+        folder = self._on_main(partial(self._make_room, step, int(size)), what)
+        pending = _Pending(step, Path(folder), [])
         options: dict[str, Any] = {}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
             options["async_strategy"] = "mcore"
@@ -123,12 +124,12 @@ class CheckpointSaver:
         try:
             request = dist_checkpointing.save(
                 state,
-                partial,
+                folder,
                 sharded_strategy=saving_strategy(pending.errors),
                 async_sharded_save=True,
                 **options,
             )
-        except OSError as error:  # on this rank alone: nobody may wait for it
+        except (OSError, RuntimeError) as error:  # on this rank alone, so that nobody may wait for it
             raise CheckpointError(f"{what}: {error}") from error
         request.finalize_fns.pop()  # it writes metadata.json on rank 0, where an error would hang the others
         self._queue.schedule_async_request(request)
@@ -162,11 +163,11 @@ class CheckpointSaver:
             done = self._queue.maybe_finalize_async_calls(blocking=blocking)
         except (Exception, CheckpointException) as error:  # raised on every rank
             self._pending = None
-            self._on_main(lambda: shutil.rmtree(pending.partial, ignore_errors=True), what)
-            raise CheckpointError(f"{what}: {first_cause(error)}; {self._last_good()}") from error
+            why = self._on_main(partial(self._give_up, pending, first_cause(error)), what)
+            raise CheckpointError(f"{what}: {why}") from error
         if done:
             self._pending = None
-            self._on_main(lambda: self._commit(pending), what)
+            self._on_main(partial(self._commit, pending), what)
 
     def _on_main(self, action: Callable[[], Any], what: str) -> Any:
         """Runs something on rank 0 -> what it returned, on every rank; its error is everybody's."""
@@ -206,9 +207,9 @@ class CheckpointSaver:
                 f"checkpoint.keep_last, or put output_dir on another disk; {self._last_good()}"
             )
         # A name of its own: a process of a killed run may still be writing into the folder of the last attempt.
-        partial = self._passing(step, "partial")
-        partial.mkdir()
-        return str(partial)
+        folder = self._passing(step, "partial")
+        folder.mkdir()
+        return str(folder)
 
     def _passing(self, step: int, word: str) -> Path:
         return self.root / f".iter_{step:07d}.{word}-{uuid.uuid4().hex[:8]}"
@@ -227,9 +228,14 @@ class CheckpointSaver:
             os.replace(self.root / f".{LATEST}.partial", self.root / LATEST)
             _sync(self.root)
         except OSError as error:
-            shutil.rmtree(pending.partial, ignore_errors=True)
-            raise CheckpointError(f"{error}; {self._last_good()}") from error
+            raise CheckpointError(self._give_up(pending, str(error))) from error
         self._prune(pending.step)
+
+    def _give_up(self, pending: _Pending, cause: str) -> str:
+        """Removes what was written -> what to say."""
+        free = shutil.disk_usage(self.root).free
+        shutil.rmtree(pending.partial, ignore_errors=True)
+        return f"{cause}, with {free / 1e9:.3g} GB free; {self._last_good()}"
 
     def _prune(self, newest: int) -> None:
         kept = 0
@@ -262,14 +268,14 @@ def save_model(root: Path, step: int, layout: Layout, model: Any) -> Path:
     return checkpoint_path(root, step)
 
 
-def _complete(partial: Path) -> None:
+def _complete(folder: Path) -> None:
     """The files that say what the others are: Megatron's metadata.json, and the sizes."""
-    write_format(partial)
-    sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    (partial / FILES).write_text(json.dumps(sizes, indent=1))
-    for path in partial.iterdir():
+    write_format(folder)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    (folder / FILES).write_text(json.dumps(sizes, indent=1))
+    for path in folder.iterdir():
         _sync(path)
-    _sync(partial)
+    _sync(folder)
 
 
 def _write_synced(path: Path, text: str) -> None:

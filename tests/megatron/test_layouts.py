@@ -75,9 +75,7 @@ def test_every_layout_of_four_ranks_trains_like_one_process(
 def test_tied_embeddings_train_alike_on_every_pipeline(
     tmp_path: Path, trajectories: Path, one_process: dict[str, tuple[Path, list[dict[str, Any]]]]
 ) -> None:
-    runs = train_runs(
-        2, trajectories, {tmp_path / "PP2": [TIED, PP], tmp_path / "PP2xVPP2": [TIED, PP, VPP]}
-    )
+    runs = train_runs(2, trajectories, {tmp_path / "PP2": [TIED, PP], tmp_path / "PP2xVPP2": [TIED, PP, VPP]})
     for rows in runs.values():
         assert_same_run(rows, one_process["tied"][1], relative=1e-5)
 
@@ -144,8 +142,14 @@ def test_bf16_with_tied_embeddings_follows_float32_on_every_layout(
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("parallel.context_parallel_size=2", "parallel.context_parallel_size 2 needs a GPU, Transformer Engine"),
-        ("parallel.sequence_parallel=true", "parallel.sequence_parallel True needs a GPU, Transformer Engine"),
+        (
+            "parallel.context_parallel_size=2",
+            "parallel.context_parallel_size 2 needs a GPU, Transformer Engine",
+        ),
+        (
+            "parallel.sequence_parallel=true",
+            "parallel.sequence_parallel True needs a GPU, Transformer Engine",
+        ),
     ],
 )
 def test_layouts_that_need_transformer_engine_are_refused_on_cpu(

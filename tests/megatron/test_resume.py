@@ -21,6 +21,9 @@ from tests.megatron.runs import Started, metrics, torchrun, train, without_times
 from tests.megatron.test_layouts import DISTRIBUTED, PP, TP, VPP, assert_same_run
 
 
+ASYNC = "checkpoint.async_save=true"
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -58,7 +61,7 @@ def test_resumes_on_any_other_layout(tmp_path: Path, trajectories: Path) -> None
     saving = ["checkpoint.save_interval=2"]
     first = {
         1: {"one": [], "one-distributed": [DISTRIBUTED]},
-        2: {"TP2": [TP], "PP2xVPP2": [PP, VPP], "DP2": [DISTRIBUTED], "async": [DISTRIBUTED, "checkpoint.async_save=true"]},
+        2: {"TP2": [TP], "PP2xVPP2": [PP, VPP], "DP2": [DISTRIBUTED], "async": [DISTRIBUTED, ASYNC]},
         4: {"TP2xPP2": [TP, PP, DISTRIBUTED]},
     }  # fmt: skip
     begun: dict[str, Path] = {}
@@ -175,7 +178,7 @@ def send_at_step(folder: Path, run: Started, step: int, number: signal.Signals, 
     ("number", "processes", "rank", "extra"),
     [
         (signal.SIGTERM, 1, 0, []),
-        (signal.SIGUSR1, 2, 1, [DISTRIBUTED, "checkpoint.async_save=true"]),
+        (signal.SIGUSR1, 2, 1, [DISTRIBUTED, ASYNC]),
     ],
     ids=["SIGTERM", "SIGUSR1-to-the-second-of-two-ranks"],
 )
@@ -252,7 +255,9 @@ def test_killed_at_ten_random_moments_ends_like_an_uninterrupted_run(
 
         def due(begun: int = begun, awaited: int = awaited, run: Started = run) -> bool:
             steps = [row["step"] for row in metrics(folder)]
-            return run.ranks[0].exitcode is not None or (bool(steps) and steps[-1] >= min(begun, 28) + awaited)
+            return run.ranks[0].exitcode is not None or (
+                bool(steps) and steps[-1] >= min(begun, 28) + awaited
+            )
 
         wait_until(due)
         if rng.random() < 0.5:  # in the middle of the next save, if there is one
