@@ -19,7 +19,7 @@ _SHIFTS = tuple(range(-FURTHEST, FURTHEST + 1))
 _SUMS = 6
 _MIN_PAIRS = 200
 # (correlation, margin over every other shift, standard errors of the gain over shift 0): one is enough.
-_CONCLUSIVE = ((0.6, 0.4, 6.0), (0.95, 0.1, 3.0))
+_CONCLUSIVE = ((0.65, 0.45, 6.0), (0.95, 0.1, 3.0))
 
 
 @dataclass(frozen=True)
@@ -106,20 +106,20 @@ def _pair_sums(x: Tensor, y: Tensor, segment: Tensor, shift: int) -> Tensor:
 def read_alignment(sums: Tensor) -> Alignment:
     """Correlations at every shift, and a shift other than 0 only where the evidence is conclusive.
 
-    A shift of 1 or 2 either way is accused if it correlates by 0.6 and by 0.4 more than every other shift
+    A shift of 1 or 2 either way is accused if it correlates by 0.65 and by 0.45 more than every other shift
     from -8 to 8 (repetitive text alone lifts several shifts at once), or by 0.95 and 0.1 (nearly the same
     model on very repetitive text), over 200 pairs or more, and if its gain over shift 0 is beyond chance.
 
     The bounds come from SmolLM2-135M on its own answers, prose, code, JSON, sums, sorting and digits (350 to
     2880 decisions each), with its log-probs exact, at temperature 0.7 and 1.3, of a copy with noise in its
-    weights (0.6 less log-prob a token) and of one without its last two layers (3 less). Aligned, the best
-    wrong shift led every other by at most 0.23, for policies from these to models without half their layers
-    and with fresh weights, in 10 500 samples of 2 to 16 rows; none was accused. Fresh weights reach a
-    correlation of 0.6 on digits, but at several shifts alike. Of 10 500 policies that are random functions
-    of the last one to three tokens the best led by 0.36 with 0.58, on sorting. Shifted by 1 or 2, the same
-    models led by 0.49 to 0.91, except on digits (0.16 to 0.2, found by the second bound) and on answers of
-    seven tokens, which are too few to tell. A policy that has little to do with the writer (a correlation
-    below 0.6) is never accused: shifted data pass there, and PEAR's weights mean little anyway.
+    weights (0.4 less log-prob a token) and of one without its last two layers (2 less). Aligned, the best
+    wrong shift led every other by at most 0.23, with a correlation of 0.3, for policies from these to models
+    without a third of their layers and with fresh weights, in 10 500 samples of 2 to 16 rows; none was
+    accused. Nor was one of 7 500 policies that are random functions of the last one to three tokens; the
+    nearest led by 0.35 with 0.58, on sorting. Shifted by 1 or 2, the same models led by 0.49 to 0.91 with
+    0.69 to 1, except on digits (0.16 to 0.2, found by the second bound if the models are alike) and on
+    answers of seven tokens, which are too few to tell. A policy that has little to do with the writer
+    (a correlation below 0.65) is never accused: shifted data pass there.
     """
     pairs, xx, yy, xy, gain, gain_squared = sums.double().cpu().unbind(1)  # [17] each
     scale = (xx * yy).sqrt()

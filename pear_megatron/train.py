@@ -9,6 +9,7 @@ import sys
 import warnings
 
 from pear_megatron.errors import PearError
+from pear_megatron.launch import is_main, report_error
 from pear_megatron.recipe import check_layout, load_recipe
 from pear_megatron.stop import EXIT_REQUEUE, StopRequest, remove_requeue_file
 from pear_megatron.weights_and_biases import check_wandb
@@ -45,17 +46,15 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     stop = StopRequest()
     stop.install()
-    is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("pear_megatron").setLevel(logging.INFO if is_main else logging.ERROR)
+    logging.getLogger("pear_megatron").setLevel(logging.INFO if is_main() else logging.ERROR)
     for category in (UserWarning, FutureWarning, DeprecationWarning):  # of libraries, on every rank
         warnings.filterwarnings("ignore", category=category)
 
     try:
         finished = _run(args, stop)
     except PearError as error:
-        if is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        report_error(error)
         sys.exit(1)
     stop.ignore()
     if not finished:
@@ -66,7 +65,7 @@ def _run(args: argparse.Namespace, stop: StopRequest) -> bool:
     # Megatron-Core takes seconds to import: a mistake in the recipe is said before that.
     recipe = load_recipe(args.config, args.overrides)
     check_wandb(recipe)
-    if os.environ.get("RANK", "0") == "0":
+    if is_main():
         remove_requeue_file(recipe.output_dir)
     check_layout(
         recipe.model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,7 +27,7 @@ def convert(
 ) -> None:
     """Make a checkpoint that checkpoint.pretrained takes, on any layout, from a Hugging Face folder."""
     from pear_megatron.errors import PearError
-    from pear_megatron.launch import ensure_ranks, is_main
+    from pear_megatron.launch import ensure_ranks, is_main, report_error
 
     try:
         from pear_megatron.hf.config import UnsupportedArchitecture, model_keys
@@ -52,8 +51,7 @@ def convert(
         )
         shutdown()
     except PearError as error:
-        if is_main():
-            print(f"error: {error}", file=sys.stderr)
+        report_error(error)
         raise typer.Exit(1) from error
     if is_main():
         print(f"{output}: train from it with checkpoint.pretrained={output}")

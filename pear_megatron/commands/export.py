@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,7 +33,7 @@ def export(
 ) -> None:
     """Write a folder that transformers, vLLM and NeMo-RL open: weights, configuration, tokenizer."""
     from pear_megatron.errors import PearError
-    from pear_megatron.launch import ensure_ranks, is_main
+    from pear_megatron.launch import ensure_ranks, is_main, report_error
 
     try:
         from pear_megatron.hf.folders import check_output
@@ -59,8 +58,7 @@ def export(
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
     except (PearError, ImportError) as error:
-        if is_main():
-            print(f"error: {error}", file=sys.stderr)
+        report_error(error)
         raise typer.Exit(1) from error
     if is_main():
         print(

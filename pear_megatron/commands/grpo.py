@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +15,17 @@ EPILOG = (
 )
 
 
+class Engine(StrEnum):
+    """Who runs GRPO."""
+
+    nemo_rl = "nemo-rl"
+    trl = "trl"
+
+
 def grpo(
     config: Annotated[
-        Path, typer.Option(help="a NeMo-RL recipe, such as recipes/grpo/*", show_default=False)
+        Path,
+        typer.Option(help="a recipe: recipes/grpo/* (nemo-rl), recipes/grpo_trl/* (trl)", show_default=False),
     ],
     checkpoint: Annotated[
         Path,
@@ -29,14 +38,30 @@ def grpo(
         list[str] | None,
         typer.Argument(help="key=value; +key=value for keys NeMo-RL's files do not show", show_default=False),
     ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="nemo-rl: what NEMO_RL_DIR names; trl: here, on one GPU or the CPU")
+    ] = Engine.nemo_rl,
+    output: Annotated[Path | None, typer.Option(help="trl: folder of the run", show_default=False)] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check everything, print the command on stdout, start nothing")
+        bool, typer.Option("--dry-run", help="nemo-rl: check everything, print the command, start nothing")
     ] = False,
 ) -> None:
-    """Run GRPO with the NeMo-RL that NEMO_RL_DIR names. Exit code 1, before anything starts, if it would fail."""
-    from pear_megatron.errors import PearError
+    """Run GRPO from a checkpoint. Exit code 1, before anything starts, if it would fail."""
+    from pear_megatron.errors import PearError, RecipeError
 
     try:
+        if engine is Engine.trl:
+            if output is None or dry_run:
+                raise RecipeError("--engine trl needs --output DIR, and has no --dry-run")
+            from pear_megatron.rl.trl_grpo import run
+            from pear_megatron.rl.trl_recipe import load_trl_recipe
+
+            print(f"done: {run(load_trl_recipe(config, list(overrides or [])), checkpoint, output)}")
+            return
+        if output is not None:
+            raise RecipeError(
+                "--output is for --engine trl; NeMo-RL's folder is checkpointing.checkpoint_dir"
+            )
         from pear_megatron.rl.nemo_rl_launch import prepare
 
         launch = prepare(config, checkpoint, list(overrides or []))
@@ -49,6 +74,6 @@ def grpo(
             print(launch.shell())
         else:
             launch.run()
-    except PearError as error:
+    except (PearError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error

@@ -51,8 +51,8 @@ def check_alignment(
     """Compares the model's log-probs of the first step with those in the data, by forward passes alone.
 
     Changes nothing: no gradients, no random numbers. Does nothing for plain SFT, where
-    train.check_alignment is false, and under context parallelism, where a rank's neighbouring tokens are
-    not neighbours. Every rank calls it.
+    train.check_alignment is false, for fresh weights, which know nothing of the data, and under context
+    parallelism, where a rank's neighbouring tokens are not neighbours. Every rank calls it.
 
     Args:
         recipe: of the run.
@@ -66,7 +66,9 @@ def check_alignment(
         DataError: on every rank, if the log-probs in the data conclusively fit better when moved by a token
             or two (see ``read_alignment``).
     """
-    if recipe.pear.variant == "none" or not recipe.train.check_alignment or layout.cp_size > 1:
+    starts_from = recipe.model.hf or recipe.checkpoint.pretrained
+    wanted = recipe.train.check_alignment and recipe.pear.variant != "none" and layout.cp_size == 1
+    if starts_from is None or not wanted:
         return
     held = list(batches)
     sums = no_sums(layout.device)
@@ -79,7 +81,7 @@ def check_alignment(
         ids = ", ".join(dataset[i].id for i in indices)
         raise DataError([f"{dataset.meta['files'][0]} ({ids}, ...): {alignment.refusal()}"])
     if layout.is_main:
-        _say(alignment, starts_from=recipe.model.hf or recipe.checkpoint.pretrained)
+        _say(alignment, starts_from)
 
 
 def _forward(
@@ -116,9 +118,9 @@ def _forward(
     return reports if layout.reports else []
 
 
-def _say(alignment: Alignment, *, starts_from: str | None) -> None:
+def _say(alignment: Alignment, starts_from: str) -> None:
     r, count = alignment.correlations[0], alignment.decisions
-    if starts_from and r < _UNRELATED and count >= _ENOUGH:
+    if r < _UNRELATED and count >= _ENOUGH:
         log.warning(
             "behavior_logprobs have nothing to do with the log-probs of %s (correlation %.2f over %d "
             "decisions): were they computed over other tokens, with another tokenizer or chat template? "

@@ -1,11 +1,10 @@
 """GRPO on one machine with TRL's GRPOTrainer, on the CPU or one GPU.
 
-python -m pear_megatron.rl.trl_grpo --config recipes/grpo_trl/X.yaml --checkpoint EXPORT --output DIR [key=value ...]
+pear-megatron grpo --engine trl --config recipes/grpo_trl/X.yaml --checkpoint EXPORT --output DIR [key=value ...]
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import warnings
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from pear_megatron.data.tokenizer import load_tokenizer
-from pear_megatron.errors import PearError, RecipeError
+from pear_megatron.errors import RecipeError
 from pear_megatron.evaluate.prompts import as_tokenizer_takes_it, check_model_folder, encode_prompts
 from pear_megatron.rl.problems import ProblemSet, load_problems
-from pear_megatron.rl.trl_recipe import DataConfig, TrlRecipe, load_trl_recipe
+from pear_megatron.rl.trl_recipe import DataConfig, TrlRecipe
 
 
 def prompt_order(num_problems: int, num_prompts_per_step: int, max_num_steps: int, seed: int) -> list[int]:
@@ -103,6 +102,7 @@ def _trainer(recipe: TrlRecipe, model: Path, problems: ProblemSet, folder: Any) 
     from pear_megatron.rl.trl_run_folder import WriteMetrics
 
     logging.disable_progress_bar()  # of loading and saving weights
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of TRL's own calls
     tokenizer = load_tokenizer(str(model))
     tokenizer.padding_side = "left"
     new_tokens = _max_new_tokens(recipe, tokenizer, problems)
@@ -179,37 +179,3 @@ def _arguments(recipe: TrlRecipe, max_new_tokens: int, checkpoints: Path) -> Any
         report_to=[],
         disable_tqdm=True,
     )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pear_megatron.rl.trl_grpo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--config", type=Path, required=True, metavar="RECIPE", help="recipes/grpo_trl/*.yaml"
-    )
-    parser.add_argument(
-        "--checkpoint", metavar="DIR", help="Hugging Face folder (default: policy.model_name)"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="the same command continues it"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
-    options = parser.parse_intermixed_args(arguments)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
-        recipe = load_trl_recipe(options.config, options.overrides)
-        checkpoint = options.checkpoint or recipe.policy.model_name
-        if not checkpoint:
-            raise RecipeError("no checkpoint to start from; give --checkpoint or policy.model_name")
-        print(f"done: {run(recipe, checkpoint, options.output)}")
-    except (PearError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
-
-
-if __name__ == "__main__":
-    main()

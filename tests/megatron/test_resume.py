@@ -20,7 +20,6 @@ from tests.megatron.ranks import SMALL, be_quiet, failures, final_weights, train
 from tests.megatron.runs import Started, metrics, torchrun, train, without_times, write_trajectories
 from tests.megatron.test_layouts import DISTRIBUTED, PP, TP, VPP, assert_same_run
 
-
 ASYNC = "checkpoint.async_save=true"
 
 

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 pytest.importorskip("trl", reason="needs the extra rl")
 
+from pear_megatron.cli import app
 from pear_megatron.data.errors import DataError
 from pear_megatron.errors import RecipeError
 from pear_megatron.rl.graders import GraderError
-from pear_megatron.rl.trl_grpo import main, run
+from pear_megatron.rl.trl_grpo import run
 from pear_megatron.rl.trl_recipe import load_trl_recipe
 from tests.distributed import run_ranks
 from tests.evaluate.words import GRADER, save_word_model, write_problems
@@ -234,16 +236,14 @@ def test_bad_problems_and_grades_stop_the_run_by_name(word_model: Path, tmp_path
         train(recipe, word_model, tmp_path / "leak")
 
 
-def test_the_command_runs_and_says_what_is_wrong(
-    word_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_runs_and_says_what_is_wrong(word_model: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    command = ["--config", str(recipe), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit) as stopped:
-        main(command)
-    assert stopped.value.code == 1
-    assert "give --checkpoint or policy.model_name" in capsys.readouterr().err
-    main([*command, "--checkpoint", str(word_model), "grpo.max_num_steps=1", "data.train.size=4"])
-    captured = capsys.readouterr()
-    assert str(tmp_path / "out" / "final") in captured.out
-    assert "step 1/1  reward" in captured.err
+    command = ["grpo", "--engine", "trl", "--config", str(recipe), "--checkpoint", str(word_model)]
+    wrong = CliRunner().invoke(app, command)
+    assert wrong.exit_code == 1
+    assert "--engine trl needs --output" in wrong.stderr
+    options = ["--output", str(tmp_path / "out"), "grpo.max_num_steps=1", "data.train.size=4"]
+    done = CliRunner().invoke(app, [*command, *options])
+    assert done.exit_code == 0, done.stderr
+    assert str(tmp_path / "out" / "final") in done.stdout
+    assert "step 1/1  reward" in done.stderr
