@@ -41,13 +41,19 @@ fi
 submit() { sbatch --parsable "$@" | cut -d';' -f1; }  # the id, without the cluster's name
 after() { echo "--dependency=afterok:$1 --kill-on-invalid-dep=yes"; }
 
+jobs=()
+trap '((${#jobs[@]} % 3 == 0)) || scancel "${jobs[@]}"' EXIT  # all three or none
+
 mkdir -p "$output_dir"
 score=$(submit "$here/score.sbatch" --output "$output_dir/scored.parquet" "$@")
+jobs+=("$score")
 # shellcheck disable=SC2046  # two options
 sft=$(submit $(after "$score") --nodes="$nodes" "$here/sft.sbatch" "${recipe[@]}" \
   "data.train=$output_dir/scored.parquet")
+jobs+=("$sft")
 # shellcheck disable=SC2046
 export=$(submit $(after "$sft") "$here/export.sbatch" --checkpoint "$output_dir" --output "$output_dir/export")
+jobs+=("$export")
 
 cat <<END
 score   job $score  pear-score-$score.log   -> $output_dir/scored.parquet

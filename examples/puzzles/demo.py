@@ -43,8 +43,10 @@ def report_training(metrics: list[dict[str, float]]) -> None:
     Console().print(table)
 
 
-def demo(output: Path, *, num_puzzles: int, num_held_out: int, steps: int) -> None:
-    """Every step whose result is not there yet."""
+def demo(
+    output: Path, *, num_puzzles: int, num_held_out: int, steps: int, overrides: tuple[str, ...] = ()
+) -> None:
+    """Every step whose result is not there yet; ``overrides`` are the training's."""
     base, dialogues, scored = output / "smollm2", output / "dialogues.jsonl", output / "scored.parquet"
     output.mkdir(parents=True, exist_ok=True)
     if not base.is_dir():
@@ -57,15 +59,15 @@ def demo(output: Path, *, num_puzzles: int, num_held_out: int, steps: int) -> No
     command(output, "score", "--model", base, "--data", dialogues, "--output", scored)
     command(output, "inspect", scored, "--model", base, "--output", output / "inspect.html")
     announce(f"torchrun --nproc-per-node 3 -m pear_megatron.train --config {RECIPES / 'puzzles.yaml'} ...")
-    overrides = [f"model.hf={base}", f"data.train={scored}", f"train.max_steps={steps}"]
-    train(RECIPES / "puzzles.yaml", output / "run", overrides, processes=3)
+    settings = [f"model.hf={base}", f"data.train={scored}", f"train.max_steps={steps}", *overrides]
+    train(RECIPES / "puzzles.yaml", output / "run", settings, processes=3)
     lines = (output / "run" / "metrics.jsonl").read_text().splitlines()
     report_training([json.loads(line) for line in lines])
     if not (output / "export").is_dir():
         command(output, "export", "--checkpoint", output / "run", "--output", output / "export")
-    settings = ("--problems", output / "held_out.yaml", "--num-samples", "4", "--max-new-tokens", "24")
+    sampling = ("--problems", output / "held_out.yaml", "--num-samples", "4", "--max-new-tokens", "24")
     for name, model in (("before", base), ("after", output / "export")):
-        command(output, "eval", "--model", model, *settings, "--output", output / "eval" / name)
+        command(output, "eval", "--model", model, *sampling, "--output", output / "eval" / name)
     report_evaluation(output / "eval")
 
 

@@ -9,6 +9,7 @@ from html import escape
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 40, 40  # margins: labels stand in them
 _TICK_STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+_WITHIN = (0.0, math.log10(2), math.log10(5))  # ticks of a decade
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Axis:
         """Round values between the ends, about ``count`` of them."""
         low, high = sorted((self.low, self.high))
         span = high - low or 1.0
+        if self.decades and span < 2:
+            found = [
+                power + part for power in range(math.floor(low), math.ceil(high) + 1) for part in _WITHIN
+            ]
+            return [value for value in found if low <= value <= high]
         raw = span / count
         power = 10.0 ** math.floor(math.log10(raw))
         step = next(s * power for s in _TICK_STEPS if s * power >= raw * 0.999)
@@ -43,8 +49,7 @@ class Axis:
     def show(self, value: float) -> str:
         """A tick's text."""
         if self.decades:
-            power = round(value)
-            return f"{10.0**power:g}" if -3 <= power <= 4 else f"1e{power}"
+            return f"{10.0**value:.1g}" if value < 0 else f"{10.0**value:.0f}"
         return f"{value * 100:g}%" if self.percent else f"{value:g}".replace("-", "\N{MINUS SIGN}")
 
 

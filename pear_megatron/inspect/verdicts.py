@@ -173,23 +173,30 @@ def about_weights(measured: Weights, alternatives: list[Setting]) -> list[Verdic
             )
         )
     if s["weight_at_ceiling"] > 0.05:
+        low, high = measured.config.log_ratio_clip
+        drift = (
+            " The clip is wider above than below, so log weights drift up along a response."
+            if high > -low
+            else ""
+        )
         found.append(
             Verdict(
                 "warning",
                 "weights at their ceiling",
-                f"{s['weight_at_ceiling']:.0%} of the weights are at their ceiling: these tokens rule the gradient. "
-                "The clip cuts ratios below 1 shorter than those above, so log weights drift up along a response.",
+                f"{s['weight_at_ceiling']:.0%} of the weights are at their ceiling, where tokens count alike, as in "
+                f"plain SFT.{drift}",
                 _better(alternatives, "weight_at_ceiling", "at the ceiling"),
             )
         )
-    if not 0.2 <= s["weight"] <= 3 and measured.config.normalize == "none":
+    if s["weight"] > 3 and measured.config.normalize == "none":
         size = shown(s["weight"])
         found.append(
             Verdict(
                 "note",
-                "the size of the weights",
-                f"The mean weight is {size}: the gradient is about {size} times SFT's.",
-                "Divide optimizer.lr by as much when you compare with SFT, or set pear.normalize=sequence.",
+                "large weights",
+                f"The mean weight is {size}, and the gradient about {size} times SFT's. AdamW does not mind a factor, "
+                "but optimizer.clip_grad then cuts every step.",
+                "Raise optimizer.clip_grad by that factor, or set pear.normalize=sequence.",
             )
         )
     return found

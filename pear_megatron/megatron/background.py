@@ -11,11 +11,13 @@ from typing import Any
 
 
 def saving_strategy(errors: list[BaseException]) -> Any:
-    """mcore's strategy for saving shards, the one that can do so in the background.
+    """mcore's strategy for saving shards in the background, shared out over the data-parallel ranks.
 
     Rank 0 writes the index of the shards while the others wait for its word. An error there is put into
     ``errors`` and the word is given, for ``_commit`` to tell everybody.
     """
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     class Strategy(TorchDistSaveShardedStrategy):
@@ -31,7 +33,8 @@ def saving_strategy(errors: list[BaseException]) -> Any:
             writer.finish = finish_or_remember
             return super()._get_save_and_finalize_callbacks(writer, *args)
 
-    return Strategy("torch_dist", 1)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return FullyParallelSaveStrategyWrapper(Strategy("torch_dist", 1), group)
 
 
 def bytes_to_write(state: dict[str, Any]) -> int:

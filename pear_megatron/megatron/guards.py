@@ -56,6 +56,26 @@ def raise_not_finite(
     )
 
 
+def raise_bad_gradient(norm: float, step: int, rows: list[list[int]], dataset: TrajectoryDataset) -> NoReturn:
+    """Stops a run whose loss is finite and whose gradient is not, before the weights that it made are saved.
+
+    Args:
+        norm: of the gradient, alike on every rank.
+        step: counted from 1.
+        rows: the trajectories of the step.
+        dataset: what their indices point into.
+
+    Raises:
+        TrainingError: always.
+    """
+    ids = [dataset[i].id for row in rows for i in row]
+    raise TrainingError(
+        f"the gradient's norm is {norm} at step {step} and the loss is finite; nothing was saved since the last "
+        f"checkpoint. Trajectories of the step: {', '.join(ids[:8])}{', ...' if len(ids) > 8 else ''}. Lower "
+        "optimizer.lr or optimizer.clip_grad, or train with train.precision=fp32"
+    )
+
+
 def warn_of_collapse(metrics: dict[str, Any], recipe: Recipe) -> None:
     """Says, now and then, that most weights are at their floor."""
     step, share = metrics["step"], metrics["pear/weight_at_floor"]

@@ -9,12 +9,6 @@ on all of them, and leaves the checkpoints before it as they were.
 from __future__ import annotations
 
 import inspect
-import json
-import logging
-import os
-import shutil
-import tempfile
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,29 +18,11 @@ from typing import Any
 import torch
 
 from pear_megatron.megatron import rng
-from pear_megatron.megatron.background import (
-    bytes_to_write,
-    first_cause,
-    saving_strategy,
-    use_results_file,
-    write_format,
-)
-from pear_megatron.megatron.checkpoint import (
-    FILES,
-    LATEST,
-    SHARDING,
-    CheckpointError,
-    checkpoint_path,
-    damage,
-    model_state,
-    steps_on_disk,
-)
+from pear_megatron.megatron.background import bytes_to_write, first_cause, saving_strategy, use_results_file
+from pear_megatron.megatron.checkpoint import SHARDING, CheckpointError, checkpoint_path, model_state
+from pear_megatron.megatron.folder import CheckpointFolder
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.megatron_lm import megatron_lm_state
-
-log = logging.getLogger("pear_megatron")
-
-_PASSING = (".partial-", ".removed-")
 
 
 @dataclass
@@ -58,7 +34,7 @@ class _Pending:
     """
 
     step: int
-    partial: Path
+    folder: Path
     errors: list[BaseException]
 
 
@@ -80,12 +56,12 @@ class CheckpointSaver:
     ) -> None:
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-        self.root, self.layout = root, layout
-        self.keep_last, self.asynchronous = keep_last, asynchronous
+        self.layout, self.asynchronous = layout, asynchronous
+        self.folder = CheckpointFolder(root, keep_last)
         self._queue = AsyncCallsQueue()
         self._results = use_results_file()
         self._pending: _Pending | None = None
-        self._on_main(self._tidy, f"checkpoints cannot be written to {root}")
+        self._on_main(self.folder.tidy, f"checkpoints cannot be written to {root}")
 
     def save(
         self, step: int, model: Any, optimizer: Any, scheduler: Any, common: dict[str, Any] | None = None
@@ -114,8 +90,8 @@ class CheckpointSaver:
 
         size = torch.tensor(bytes_to_write(state), dtype=torch.float64, device=self.layout.device)
         torch.distributed.all_reduce(size)
-        what = f"the checkpoint of step {step} cannot be written to {self.root}"
-        folder = self._on_main(partial(self._make_room, step, int(size)), what)
+        what = f"the checkpoint of step {step} cannot be written to {self.folder.root}"
+        folder = self._on_main(partial(self.folder.make_room, step, int(size)), what)
         pending = _Pending(step, Path(folder), [])
         options: dict[str, Any] = {}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
@@ -158,16 +134,16 @@ class CheckpointSaver:
         pending = self._pending
         if pending is None:
             return
-        what = f"the checkpoint of step {pending.step} cannot be written to {self.root}"
+        what = f"the checkpoint of step {pending.step} cannot be written to {self.folder.root}"
         try:
             done = self._queue.maybe_finalize_async_calls(blocking=blocking)
         except (Exception, CheckpointException) as error:  # raised on every rank
             self._pending = None
-            why = self._on_main(partial(self._give_up, pending, first_cause(error)), what)
+            why = self._on_main(partial(self.folder.give_up, pending.folder, first_cause(error)), what)
             raise CheckpointError(f"{what}: {why}") from error
         if done:
             self._pending = None
-            self._on_main(partial(self._commit, pending), what)
+            self._on_main(partial(self.folder.commit, pending.step, pending.folder, pending.errors), what)
 
     def _on_main(self, action: Callable[[], Any], what: str) -> Any:
         """Runs something on rank 0 -> what it returned, on every rank; its error is everybody's."""
@@ -182,81 +158,6 @@ class CheckpointSaver:
             raise CheckpointError(f"{what}: {outcome[1]}")
         return outcome[0]
 
-    def _last_good(self) -> str:
-        good = next((s for s in steps_on_disk(self.root) if not damage(checkpoint_path(self.root, s))), None)
-        return "there is none before it" if good is None else f"that of step {good} is whole"
-
-    # The rest runs on rank 0 alone.
-
-    def _tidy(self) -> None:
-        """Makes the folder, tries whether it takes files, and clears what an interrupted run left."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.root) as file:
-            file.write(b"\0" * 4096)
-        for path in self.root.iterdir():
-            if path.name.startswith(".iter_") and any(word in path.name for word in _PASSING):
-                shutil.rmtree(path, ignore_errors=True)
-
-    def _make_room(self, step: int, size: int) -> str:
-        """The new folder for a checkpoint of that many bytes, if they fit on the disk."""
-        free = shutil.disk_usage(self.root).free
-        needed = int(size * 1.02) + (1 << 20)
-        if free < needed:
-            raise CheckpointError(
-                f"it takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free; make room, lower "
-                f"checkpoint.keep_last, or put output_dir on another disk; {self._last_good()}"
-            )
-        # A name of its own: a process of a killed run may still be writing into the folder of the last attempt.
-        folder = self._passing(step, "partial")
-        folder.mkdir()
-        return str(folder)
-
-    def _passing(self, step: int, word: str) -> Path:
-        return self.root / f".iter_{step:07d}.{word}-{uuid.uuid4().hex[:8]}"
-
-    def _commit(self, pending: _Pending) -> None:
-        """Makes a checkpoint that is written visible, then the older ones go."""
-        try:
-            if pending.errors:
-                raise pending.errors[0]
-            _complete(pending.partial)
-            final = checkpoint_path(self.root, pending.step)
-            if final.exists():  # of an earlier attempt: damaged, or not the one that was resumed from
-                self._remove(pending.step)
-            os.replace(pending.partial, final)
-            _write_synced(self.root / f".{LATEST}.partial", str(pending.step))
-            os.replace(self.root / f".{LATEST}.partial", self.root / LATEST)
-            _sync(self.root)
-        except OSError as error:
-            raise CheckpointError(self._give_up(pending, str(error))) from error
-        self._prune(pending.step)
-
-    def _give_up(self, pending: _Pending, cause: str) -> str:
-        """Removes what was written -> what to say."""
-        free = shutil.disk_usage(self.root).free
-        shutil.rmtree(pending.partial, ignore_errors=True)
-        return f"{cause}, with {free / 1e9:.3g} GB free; {self._last_good()}"
-
-    def _prune(self, newest: int) -> None:
-        kept = 0
-        for step in steps_on_disk(self.root):
-            if self.keep_last is None or step > newest:
-                continue  # later ones belong to somebody who went back to this one
-            if kept >= self.keep_last:
-                self._remove(step)
-            elif damage(checkpoint_path(self.root, step)) is None:
-                kept += 1
-
-    def _remove(self, step: int) -> None:
-        """Takes a checkpoint out of sight in one go; its files go after that."""
-        gone = self._passing(step, "removed")
-        try:
-            os.replace(checkpoint_path(self.root, step), gone)
-        except OSError as error:
-            log.warning("cannot remove %s: %s", checkpoint_path(self.root, step), error)
-            return
-        shutil.rmtree(gone, ignore_errors=True)
-
 
 def save_model(root: Path, step: int, layout: Layout, model: Any) -> Path:
     """Writes a checkpoint of a model alone, for ``checkpoint.pretrained`` -> its folder.
@@ -266,27 +167,3 @@ def save_model(root: Path, step: int, layout: Layout, model: Any) -> Path:
     """
     CheckpointSaver(root, layout).save(step, model, None, None)
     return checkpoint_path(root, step)
-
-
-def _complete(folder: Path) -> None:
-    """The files that say what the others are: Megatron's metadata.json, and the sizes."""
-    write_format(folder)
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    (folder / FILES).write_text(json.dumps(sizes, indent=1))
-    for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    path.write_text(text)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Has the disk hold a file, or a folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,7 +20,7 @@ from pear_megatron.megatron.alignment_check import check_alignment
 from pear_megatron.megatron.checkpoint import checkpoint_path
 from pear_megatron.megatron.dataset import open_dataset
 from pear_megatron.megatron.forward_step import PearForwardStep
-from pear_megatron.megatron.guards import raise_not_finite, warn_of_collapse
+from pear_megatron.megatron.guards import raise_bad_gradient, raise_not_finite, warn_of_collapse
 from pear_megatron.megatron.layout import Layout, packed_attention
 from pear_megatron.megatron.model import build_chunks, wrap_ddp
 from pear_megatron.megatron.optimizer import build_optimizer, build_scheduler
@@ -216,6 +216,9 @@ class Trainer:
         if recipe.optimizer.clip_grad == 0:
             grad_norm = self.optimizer.get_grad_norm()
         epoch, planned = self.plan.rows(self.step)
+        if not math.isfinite(grad_norm):
+            self.saver.finish()
+            raise_bad_gradient(grad_norm, self.step + 1, planned, self.dataset)
         self.scheduler.step(increment=1)
         self.step += 1
         lengths = [int(self.dataset.lengths[i]) - 1 for row in planned for i in row]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pear_megatron.alignment import Alignment
 from tests.megatron.ranks import failures, train_runs
 from tests.megatron.runs import launch, metrics
 from tests.structured import VOCAB_SIZE, make_rows, write_rows
@@ -71,6 +72,22 @@ def test_aligned_data_pass_and_so_does_who_knows_better(tmp_path: Path, policy: 
 def test_fresh_weights_are_never_refused(tmp_path: Path, aligned: Path) -> None:
     runs = {tmp_path / f"run{seed}": [*MODEL, f"seed={seed}", "train.max_steps=1"] for seed in range(3)}
     train_runs(1, aligned, runs)
+
+
+def test_log_probs_of_other_text_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    from pear_megatron.megatron.alignment_check import _say
+
+    def look(correlation: float, decisions: int) -> str:
+        caplog.clear()
+        correlations = {shift: correlation if shift == 0 else 0.0 for shift in range(-8, 9)}
+        with caplog.at_level("INFO", "pear_megatron"):
+            _say(Alignment(decisions, correlations, shift=0, spread_ratio=1.0), "path/to/model")
+        return f"{caplog.records[0].levelname} {caplog.text}"
+
+    assert look(0.02, 5000).startswith("WARNING")
+    assert "nothing to do with the log-probs of path/to/model (correlation 0.02" in look(0.02, 5000)
+    assert look(0.8, 5000).startswith("INFO")
+    assert look(0.02, 50).startswith("INFO")  # too few to say
 
 
 def test_the_check_changes_no_bit_of_a_run(tmp_path: Path, policy: Path, aligned: Path) -> None:

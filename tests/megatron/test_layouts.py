@@ -139,6 +139,28 @@ def test_bf16_with_tied_embeddings_follows_float32_on_every_layout(
     )
 
 
+@pytest.mark.parametrize("layout", [[PP, VPP], [DISTRIBUTED]], ids=["PP2xVPP2", "DP2"])
+def test_a_loss_that_is_not_finite_names_rank_step_and_trajectories_on_every_layout(
+    tmp_path: Path, trajectories: Path, layout: list[str]
+) -> None:
+    explosive = ["optimizer.lr=1e30", "optimizer.clip_grad=0"]
+    messages = failures(2, trajectories, tmp_path / "run", *layout, *explosive)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("TrainingError: ")
+    assert " at step " in messages[0]
+    assert "rank 1: trajectory-" in messages[0]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_though_its_loss_is(tmp_path: Path) -> None:
+    data = write_trajectories(tmp_path / "data.jsonl", count=8)
+    rows = [json.loads(line) | {"reward": 1e30} for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (message,) = failures(1, data, tmp_path / "run")
+    assert "the gradient's norm is inf at step 1 and the loss is finite" in message
+    assert "trajectory-" in message
+    assert not (tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt").exists()
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [

@@ -19,6 +19,7 @@ from tests.score.tiny import save_tiny_llama
 
 pytestmark = pytest.mark.slow
 
+SCORE = "-- --model teacher --data data.jsonl"
 # Of the tiny Llama that the test makes: model.hf gives the rest.
 RECIPE = {
     "defaults": str(REPOSITORY / "recipes" / "sft" / "base.yaml"),
@@ -85,9 +86,14 @@ def test_a_stage_that_fails_stops_the_chain_and_its_log_says_why(models: Workspa
 
 
 def test_a_mistake_in_the_recipe_submits_nothing(models: Workspace) -> None:
-    said = models.shell(
-        "slurm/pipeline.sh recipe.yaml train.max_step=2 -- --model teacher --data data.jsonl 2>&1",
-        check=False,
-    )
+    said = models.shell(f"slurm/pipeline.sh recipe.yaml train.max_step=2 {SCORE} 2>&1", check=False)
     assert "unknown key 'max_step'; did you mean 'max_steps'?" in said
     assert not jobs_of(said)
+
+
+def test_a_chain_that_slurm_does_not_take_whole_is_taken_back(models: Workspace) -> None:
+    (models.folder / "slurm" / "export.sbatch").unlink()
+    said = models.shell(f"slurm/pipeline.sh recipe.yaml {SCORE} 2>&1", check=False)
+    assert "export.sbatch" in said
+    assert not jobs_of(said)
+    wait_until(lambda: not models.shell("squeue --noheader"), "no job to be left", 20)
