@@ -32,6 +32,7 @@ def _next_token_logits(model: Any, tokens: Tensor, vocab_size: int) -> Tensor:
 
 def init(recipe_path: Path, output: Path) -> None:
     """Writes a run's folder whose checkpoint is the untrained model with shared position vectors."""
+    from pear_megatron.hf.assets import write_model_files
     from pear_megatron.megatron.load import new_model
     from pear_megatron.megatron.saver import save_model
     from pear_megatron.recipe import load_recipe, to_yaml
@@ -43,6 +44,7 @@ def init(recipe_path: Path, output: Path) -> None:
         table.copy_(shared_position_embedding(table))
     shutil.rmtree(output, ignore_errors=True)
     save_model(output / "checkpoints", 0, layout, model)
+    write_model_files(output, recipe.model, recipe.train.precision, source=None)
     (output / "config.yaml").write_text(to_yaml(recipe))
 
 

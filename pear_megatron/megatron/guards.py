@@ -77,14 +77,23 @@ def raise_bad_gradient(norm: float, step: int, rows: list[list[int]], dataset: T
 
 
 def warn_of_collapse(metrics: dict[str, Any], recipe: Recipe) -> None:
-    """Says, now and then, that most weights are at their floor."""
-    step, share = metrics["step"], metrics["pear/weight_at_floor"]
-    due = step == 1 or step % 50 == 0
-    if share > 0.5 and due and recipe.pear.variant != "none":
+    """Says, now and then, that most weights are at one of their bounds."""
+    step, low, high = metrics["step"], metrics["pear/weight_at_floor"], metrics["pear/weight_at_ceiling"]
+    if recipe.pear.variant == "none" or not (step == 1 or step % 50 == 0):
+        return
+    if low > 0.5:
         log.warning(
             "step %d: %.0f%% of the weights are at their floor (exp of pear.log_weight_clip[0]): most tokens "
-            "train nothing. The model finds the data unlikely; try pear.baseline=sequence_mean, a higher "
-            "lower bound in pear.log_ratio_clip, or pear.variant=block",
+            "train nothing. The model finds the data unlikely; try pear.baseline=sequence_mean with a clip as "
+            "wide below as above (pear.log_ratio_clip=[-0.08,0.08]), and look at it with `pear-megatron inspect`",
             step,
-            100 * share,
+            100 * low,
+        )
+    if high > 0.5:
+        log.warning(
+            "step %d: %.0f%% of the weights are at their ceiling (exp of pear.log_weight_clip[1]): those tokens "
+            "count alike, as in plain SFT. Try pear.log_ratio_clip with an upper bound no wider than the lower "
+            "one, and look at it with `pear-megatron inspect`",
+            step,
+            100 * high,
         )

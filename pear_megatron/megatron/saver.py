@@ -80,14 +80,7 @@ class CheckpointSaver:
         from megatron.core import dist_checkpointing
 
         self.finish()
-        state = model_state(model)
-        if optimizer is not None:
-            state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=SHARDING)
-            state["scheduler"] = scheduler.state_dict()
-        state["rng"] = rng.sharded_state(self.layout)
-        state |= {"step": step, "layout": rng.describe(self.layout), **(common or {})}
-        state |= megatron_lm_state(step, self.layout, has_optimizer=optimizer is not None)
-
+        state = self._state(step, model, optimizer, scheduler) | (common or {})
         size = torch.tensor(bytes_to_write(state), dtype=torch.float64, device=self.layout.device)
         torch.distributed.all_reduce(size)
         what = f"the checkpoint of step {step} cannot be written to {self.folder.root}"
@@ -112,6 +105,14 @@ class CheckpointSaver:
         self._pending = pending
         if not self.asynchronous:
             self.finish()
+
+    def _state(self, step: int, model: Any, optimizer: Any, scheduler: Any) -> dict[str, Any]:
+        state = model_state(model)
+        if optimizer is not None:
+            state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=SHARDING)
+            state["scheduler"] = scheduler.state_dict()
+        state |= {"step": step, "layout": rng.describe(self.layout), "rng": rng.sharded_state(self.layout)}
+        return state | megatron_lm_state(step, self.layout, has_optimizer=optimizer is not None)
 
     def poll(self) -> None:
         """Makes a checkpoint visible if its writing is done; raises what ``save`` raises."""

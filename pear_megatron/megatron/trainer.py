@@ -132,7 +132,7 @@ class Trainer:
             log.info(
                 "%s: %s",
                 "done" if finished else "asked to stop, and saved; the same command goes on",
-                checkpoint_path(self.saver.root, self.step),
+                checkpoint_path(self.saver.folder.root, self.step),
             )
             if not finished:
                 message = f"stopped at step {self.step} of {self.total_steps}"
