@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import queue
@@ -14,11 +15,14 @@ def saving_strategy(errors: list[BaseException]) -> Any:
     """mcore's strategy for saving shards in the background, shared out over the data-parallel ranks.
 
     Rank 0 writes the index of the shards while the others wait for its word. An error there is put into
-    ``errors`` and the word is given, for ``_commit`` to tell everybody.
+    ``errors`` and the word is given, for ``CheckpointFolder.commit`` to tell everybody.
     """
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    # 0.19 advises every rank to take a package instead that older versions do not know.
+    logging.getLogger(TorchDistSaveShardedStrategy.__module__).setLevel(logging.ERROR)
 
     class Strategy(TorchDistSaveShardedStrategy):
         def _get_save_and_finalize_callbacks(self, writer: Any, *args: Any) -> Any:

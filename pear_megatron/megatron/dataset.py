@@ -39,8 +39,15 @@ def open_dataset(recipe: Recipe, layout: Layout) -> TrajectoryDataset:
                 vocab_size=recipe.model.vocab_size,
                 progress=True,
             )
-        except (DataError, ImportError, OSError) as error:
+        except (DataError, ImportError) as error:
             outcome[0] = error
+        except OSError as error:
+            outcome[0] = DataError(
+                [
+                    f"{data.cache_dir}: the prepared data cannot be written ({error}); "
+                    "set data.cache_dir to another disk"
+                ]
+            )
     torch.distributed.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], Exception):
         raise outcome[0]

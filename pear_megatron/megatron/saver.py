@@ -99,7 +99,8 @@ class CheckpointSaver:
                 **options,
             )
         except (OSError, RuntimeError) as error:  # on this rank alone, so that nobody may wait for it
-            raise CheckpointError(f"{what}: {error}") from error
+            why = self.folder.give_up(pending.folder, str(error)) if self.layout.is_main else str(error)
+            raise CheckpointError(f"{what}: {why}") from error
         request.finalize_fns.pop()  # it writes metadata.json on rank 0, where an error would hang the others
         self._queue.schedule_async_request(request)
         self._pending = pending

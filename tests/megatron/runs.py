@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,13 @@ def write_trajectories(
 class Started:
     """``python -m pear_megatron.train`` on some ranks: as torchrun starts it, in a fraction of the time."""
 
-    def __init__(self, processes: int, *overrides: str, config: Path = TINY) -> None:
+    def __init__(
+        self,
+        processes: int,
+        *overrides: str,
+        config: Path = TINY,
+        target: Callable[[int, int, int, str, list[str]], None] | None = None,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="run-")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -53,7 +60,7 @@ class Started:
         arguments = ["--config", str(config), *overrides]
         self.ranks = [
             _FORKSERVER.Process(
-                target=_run_entry_point, args=(rank, processes, port, self._output(rank), arguments)
+                target=target or run_entry_point, args=(rank, processes, port, self._output(rank), arguments)
             )
             for rank in range(processes)
         ]
@@ -89,7 +96,8 @@ class Started:
         return Path(self._output(rank)).read_text(errors="replace")
 
 
-def _run_entry_point(rank: int, world: int, port: int, output: str, arguments: list[str]) -> None:
+def run_entry_point(rank: int, world: int, port: int, output: str, arguments: list[str]) -> None:
+    """What a rank of ``Started`` does, unless ``target`` says otherwise."""
     import torch
 
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

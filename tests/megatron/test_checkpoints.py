@@ -19,7 +19,7 @@ from pear_megatron.megatron import checkpoint
 from pear_megatron.megatron.checkpoint import CheckpointError
 from tests.distributed import run_ranks
 from tests.megatron.ranks import SMALL, be_quiet, failures, train_runs
-from tests.megatron.runs import Started, metrics, without_times
+from tests.megatron.runs import Started, metrics, run_entry_point, without_times
 from tests.megatron.test_layouts import DISTRIBUTED, TP
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -295,6 +295,31 @@ def test_a_folder_that_cannot_be_written_stops_the_run_before_its_first_step(
     for message in failures(2, trajectories, run):
         assert f"checkpoints cannot be written to {run}/checkpoints" in message
     assert metrics(run) == []
+
+
+def run_without_room_for_small_files(rank: int, *arguments: Any) -> None:
+    """The entry point; from the moment at which a save has found room, rank 0 cannot write 1000 bytes."""
+    from pear_megatron.megatron.folder import CheckpointFolder
+
+    make_room = CheckpointFolder.make_room
+
+    def make_room_and_lose_it(self: CheckpointFolder, step: int, size: int) -> str:
+        folder = make_room(self, step, size)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        return folder
+
+    CheckpointFolder.make_room = make_room_and_lose_it  # type: ignore[method-assign]
+    run_entry_point(rank, *arguments)
+
+
+def test_an_error_on_rank_0_before_the_shards_does_not_hang_the_others(
+    tmp_path: Path, trajectories: Path
+) -> None:
+    arguments = [f"data.train={trajectories}", f"output_dir={tmp_path / 'run'}", *SMALL]
+    run = Started(2, *arguments, TP, target=run_without_room_for_small_files)
+    assert run.wait(timeout=60) == [1, 1]
+    assert "error: the check" in run.output()  # the file of the output is cut, too
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_what_a_killed_run_left_half_written_goes_with_the_next_start(

@@ -59,6 +59,7 @@ def one_process(
     return {folder.name: (folder, rows) for folder, rows in train_runs(1, trajectories, runs).items()}
 
 
+@pytest.mark.slow
 def test_every_layout_of_four_ranks_trains_like_one_process(
     tmp_path: Path, trajectories: Path, one_process: dict[str, tuple[Path, list[dict[str, Any]]]]
 ) -> None:
