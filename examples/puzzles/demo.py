@@ -73,16 +73,14 @@ def demo(
 
 def report_evaluation(folder: Path) -> None:
     """Estimates before and after, with intervals."""
-    table = Table(title="held-out puzzles, means and 95 % intervals (eval/*/results.json)")
-    rows = {
-        name: json.loads((folder / name / "results.json").read_text())["estimates"]
-        for name in ("before", "after")
-    }
-    table.add_column("SmolLM2-135M-Instruct")
-    for measure in rows["before"]:
-        table.add_column(measure.replace("_", " "), justify="right")
-    for name, row in rows.items():
-        table.add_row(name, *(f"{v['mean']:.3g} [{v['low']:.3g}, {v['high']:.3g}]" for v in row.values()))
+    table = Table("SmolLM2-135M-Instruct", title="held-out puzzles, means and 95 % intervals")
+    names = ("before", "after")
+    estimates = [json.loads((folder / name / "results.json").read_text())["estimates"] for name in names]
+    for name in names:
+        table.add_column(name, justify="right")
+    for measure in estimates[0]:
+        cells = (row[measure] for row in estimates)
+        table.add_row(measure, *(f"{v['mean']:.3g} [{v['low']:.3g}, {v['high']:.3g}]" for v in cells))
     Console().print(table)
 
 
