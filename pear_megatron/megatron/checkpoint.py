@@ -172,7 +172,7 @@ def load(
         layout: of the run to resume: random states are restored if it is the one that was saved.
 
     Returns:
-        The step the checkpoint was written at.
+        The step the checkpoint was written at; 0 if another program wrote it.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model.
@@ -199,4 +199,4 @@ def load(
         scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in state:
         rng.restore(loaded["rng"])
-    return int(loaded["step"])
+    return int(loaded.get("step", 0))  # another program's checkpoint has none

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from pear_megatron.hf.weights import HFWeights, load_weights
 from pear_megatron.megatron import checkpoint
 from pear_megatron.megatron.initialize import initialize_weights
 from pear_megatron.megatron.layout import Layout
-from pear_megatron.recipe import Recipe
+from pear_megatron.recipe import Recipe, RecipeError
+
+log = logging.getLogger("pear_megatron")
 
 
 def start_model(recipe: Recipe, layout: Layout, model: Any) -> None:
@@ -35,10 +38,11 @@ def start_model(recipe: Recipe, layout: Layout, model: Any) -> None:
         together(partial(_load_from_hf, source, recipe, layout, model))
     elif recipe.checkpoint.pretrained:
         folder = checkpoint.resolve(recipe.checkpoint.pretrained)
-        root = find_root(folder)
-        check_same_model(root, recipe.model)
+        root = _root_of(folder)
+        if root is not None:
+            check_same_model(root, recipe.model)
         checkpoint.load(folder, model)
-        source = root / ASSETS if (root / ASSETS).is_dir() else None
+        source = root / ASSETS if root is not None and (root / ASSETS).is_dir() else None
     else:
         initialize_weights(model, seed=recipe.seed, vocab_size=recipe.model.vocab_size)
 
@@ -49,6 +53,18 @@ def start_model(recipe: Recipe, layout: Layout, model: Any) -> None:
         )
 
     together(write if layout.is_main else None)
+
+
+def _root_of(folder: Path) -> Path | None:
+    """The checkpoint's root; None, with a warning, where another program wrote it (Megatron-LM, say)."""
+    try:
+        return find_root(folder)
+    except RecipeError:
+        log.warning(
+            "%s has no model.yaml: that it holds the recipe's model is taken on trust, but for its shapes",
+            folder,
+        )
+        return None
 
 
 def _load_from_hf(source: Path, recipe: Recipe, layout: Layout, model: Any) -> None:

@@ -58,11 +58,14 @@ class World:
                  "+model.num_query_groups=2", "+model.kv_channels=24", "+model.vocab_size=517",
                  "+model.max_position_embeddings=4096", "+model.qk_layernorm=true",
                  "+model.share_embeddings_and_output_weights=true"]  # fmt: skip
+        bare = root / "written-by-another-program" / "iter"
+        shutil.copytree(checkpoint / "iter_0000000", bare)
         self.outcomes = self.train(
             1,
             {
                 "tp1": [from_hf, NO_TOKENIZER],
                 "pretrained": [from_checkpoint, *model, "+model.num_layers=4"],
+                "bare": [f"+checkpoint.pretrained={bare}", *model, "+model.num_layers=4"],
                 "other": [from_checkpoint, *model, "+model.num_layers=2"],
                 "foreign": [from_hf, f"data.train={foreign}"],
             },
@@ -102,8 +105,11 @@ def test_the_first_step_sees_the_weights_of_the_folder(world: World) -> None:
     )
 
 
-def test_a_converted_checkpoint_starts_the_same_run(world: World) -> None:
-    assert metrics(world.root / "pretrained") == metrics(world.root / "tp1")
+@pytest.mark.parametrize("run", ["pretrained", "bare"])
+def test_a_converted_checkpoint_starts_the_same_run_also_without_its_model_file(
+    world: World, run: str
+) -> None:
+    assert metrics(world.root / run) == metrics(world.root / "tp1")
 
 
 @pytest.mark.parametrize("run", ["tp1", "pretrained"])
