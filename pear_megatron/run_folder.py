@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pear_megatron.atomic import write_atomically
 from pear_megatron.recipe import Recipe, RecipeError, differing_keys, to_yaml
 from pear_megatron.weights_and_biases import WandbLog
 
@@ -33,13 +33,6 @@ _MAY_CHANGE = (
     "train.check_alignment",
     "data.cache_dir",
 )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file by way of a temporary one beside it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def check_same_run(folder: Path, recipe: Recipe) -> None:

@@ -6,9 +6,10 @@ own end) must not tear a step apart: the run finishes it, saves, and ends with E
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
+
+from pear_megatron.atomic import write_atomically
 
 # EX_TEMPFAIL of sysexits.h: failed for now, try again later. The exit code of "saved; requeue me".
 EXIT_REQUEUE = 75
@@ -41,9 +42,7 @@ class StopRequest:
 
 def leave_requeue_file(output_dir: str, message: str) -> None:
     """Says beside the run's other files that the same command goes on from here."""
-    partial = Path(output_dir) / f".{REQUEUE_FILE}.partial"
-    partial.write_text(message + "\n")
-    os.replace(partial, partial.with_name(REQUEUE_FILE))
+    write_atomically(Path(output_dir) / REQUEUE_FILE, message + "\n")
 
 
 def remove_requeue_file(output_dir: str) -> None:

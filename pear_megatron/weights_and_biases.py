@@ -7,6 +7,7 @@ import os
 import uuid
 from pathlib import Path
 
+from pear_megatron.atomic import write_atomically
 from pear_megatron.recipe import Recipe, RecipeError
 
 RUN_ID = "wandb_run_id.txt"
@@ -74,7 +75,5 @@ def _run_id(folder: Path) -> str:
     if path.exists():
         return path.read_text().strip()
     name = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
-    partial = path.with_name(f".{RUN_ID}.partial")
-    partial.write_text(name)
-    os.replace(partial, path)
+    write_atomically(path, name)
     return name

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from pear_megatron.atomic import sync
 from pear_megatron.data.errors import DataError
 from pear_megatron.data.trajectory import Trajectory
 
@@ -158,14 +159,14 @@ class TrajectoryWriter:
         with (self._temporary / _META).open("w", encoding="utf-8") as file:
             json.dump({"format_version": FORMAT_VERSION, "shapes": shapes, **meta}, file, indent=1)
             _sync(file)
-        _sync_folder(self._temporary)
+        sync(self._temporary)
         try:
             self._temporary.rename(self._folder)
         except OSError:
             if not self._folder.exists():
                 raise
             TrajectoryDataset.open(self._folder)  # another run was faster with the same data: fine
-        _sync_folder(self._folder.parent)
+        sync(self._folder.parent)
 
 
 class _NpyStream:
@@ -199,11 +200,3 @@ class _NpyStream:
 def _sync(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pear_megatron.atomic import write_atomically
 from pear_megatron.evaluate.errors import EvalError
 from pear_megatron.evaluate.results import Results, read_results
 from pear_megatron.evaluate.settings import OF_THE_RUN, differences
 from pear_megatron.evaluate.statistics import Estimate, interval
-from pear_megatron.run_folder import write_atomically
 
 
 @dataclass(frozen=True)

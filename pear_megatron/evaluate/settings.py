@@ -8,10 +8,10 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from pear_megatron.atomic import write_atomically
 from pear_megatron.evaluate.engines import Sampling
 from pear_megatron.evaluate.errors import EvalError
 from pear_megatron.evaluate.samples import FILE
-from pear_megatron.run_folder import write_atomically
 from pear_megatron.schema import StrictModel
 
 _FILE = "settings.json"

@@ -10,6 +10,7 @@ import tempfile
 import uuid
 from pathlib import Path
 
+from pear_megatron.atomic import sync
 from pear_megatron.megatron.background import write_format
 from pear_megatron.megatron.checkpoint import (
     FILES,
@@ -86,7 +87,7 @@ class CheckpointFolder:
             os.replace(folder, final)
             _write_synced(self.root / f".{LATEST}.partial", str(step))
             os.replace(self.root / f".{LATEST}.partial", self.root / LATEST)
-            _sync(self.root)
+            sync(self.root)
         except OSError as error:
             raise CheckpointError(self.give_up(folder, str(error))) from error
         self._prune(step)
@@ -128,19 +129,10 @@ def _complete(folder: Path) -> None:
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     (folder / FILES).write_text(json.dumps(sizes, indent=1))
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
 def _write_synced(path: Path, text: str) -> None:
     path.write_text(text)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Has the disk hold a file, or a folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pear_megatron.atomic import write_atomically
 from pear_megatron.data.trajectory import Trajectory
-from pear_megatron.run_folder import write_atomically
 from pear_megatron.score.errors import ScoreError
 from pear_megatron.score.manifest import Identity
 from pear_megatron.score.rows import ScoreRow

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_rows import CHATML
 
 from pear_megatron.data import DataConfig
+from tests.byte_tokenizer import make_byte_tokenizer
 
 
 @pytest.fixture
@@ -28,20 +28,8 @@ def config(tmp_path: Path) -> Callable[..., DataConfig]:
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> Callable[..., Any]:
     """Makes a fast tokenizer over bytes with the ChatML special tokens and a given template."""
-    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    def make(chat_template: str | None = CHATML) -> Any:
-        vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-        core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        core.decoder = decoders.ByteLevel()
-        core.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
-        tokenizer.chat_template = chat_template
-        return tokenizer
-
-    return make
+    pytest.importorskip("transformers", reason="needs the extra hf")
+    return make_byte_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from sample_rows import (
-    CHATML,
     CHATML_THAT_FORGETS,
     CHATML_WITH_MARKS,
     a_row,
@@ -27,6 +26,7 @@ from pear_megatron.data import (
 )
 from pear_megatron.data.chat import ChatEncoder
 from pear_megatron.data.errors import RowProblem
+from tests.byte_tokenizer import CHATML
 
 Config = Callable[..., DataConfig]
 Tokenizers = Callable[..., Any]

@@ -14,9 +14,10 @@ import pytest
 
 from pear_megatron.data import DataConfig, DataError, Trajectory, TrajectoryDataset, prepare
 from pear_megatron.score.errors import ScoreError
+from tests.byte_tokenizer import make_byte_tokenizer
 from tests.distributed import run_ranks
 from tests.score.jobs import chat_row, rows_of_ids, run_job, score_rows, some_rows, write_jsonl
-from tests.score.tiny import VOCAB_SIZE, byte_tokenizer, plainly_scored, save_tiny_llama, without_tokenizer
+from tests.score.tiny import VOCAB_SIZE, plainly_scored, save_tiny_llama, without_tokenizer
 
 
 def prepared(output: Path, folder: Path, **options: object) -> TrajectoryDataset:
@@ -79,7 +80,7 @@ def test_truncated_text_ends_where_the_policy_stopped(tiny_llama: Path, tmp_path
         tmp_path, [chat_row("q", "abc"), chat_row("q", "abc", truncated=True)], tiny_llama
     )
     end = len(whole["loss_mask"]) - whole["loss_mask"][::-1].index(True)
-    assert byte_tokenizer().convert_ids_to_tokens(whole["input_ids"][end - 1]) == "<|im_end|>"
+    assert make_byte_tokenizer().convert_ids_to_tokens(whole["input_ids"][end - 1]) == "<|im_end|>"
     assert cut["input_ids"] == whole["input_ids"][: end - 1]
     assert sum(cut["loss_mask"]) == sum(whole["loss_mask"]) - 1
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from pear_megatron.data import DataConfig, DataError, TrajectoryDataset, prepare
+from tests.byte_tokenizer import make_byte_tokenizer
 from tests.score.jobs import Row, score_rows
-from tests.score.tiny import VOCAB_SIZE, byte_tokenizer
+from tests.score.tiny import VOCAB_SIZE
 
 MESSAGES = [{"role": "user", "content": "1+1?"}]
 ANSWER = "two"
@@ -21,12 +22,14 @@ LOGPROBS = [-0.1, -0.2, -0.3, -0.4]  # of t, w, o and the end of turn
 
 
 def prompt_ids() -> list[int]:
-    encoded = byte_tokenizer().apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True)
+    encoded = make_byte_tokenizer().apply_chat_template(
+        MESSAGES, add_generation_prompt=True, return_dict=True
+    )
     return list(encoded["input_ids"])
 
 
 def answer_ids() -> list[int]:
-    return list(byte_tokenizer()(ANSWER + END)["input_ids"])
+    return list(make_byte_tokenizer()(ANSWER + END)["input_ids"])
 
 
 def chat(*, ids: bool = False, ids_as_text: bool = False, **fields: Any) -> Row:

@@ -10,27 +10,9 @@ import numpy as np
 import torch
 
 from pear_megatron.data import Trajectory
+from tests.byte_tokenizer import make_byte_tokenizer
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 VOCAB_SIZE = 258
-
-
-def byte_tokenizer() -> Any:
-    """A fast tokenizer over bytes with ChatML's special tokens."""
-    import transformers
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
-    tokenizer.chat_template = CHATML
-    return tokenizer
 
 
 def save_tiny_llama(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
@@ -51,7 +33,7 @@ def save_tiny_llama(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     }
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    make_byte_tokenizer().save_pretrained(folder)
     return folder
 
 
