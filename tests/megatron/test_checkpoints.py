@@ -298,17 +298,24 @@ def test_a_folder_that_cannot_be_written_stops_the_run_before_its_first_step(
 
 
 def run_without_room_for_small_files(rank: int, *arguments: Any) -> None:
-    """The entry point; from the moment at which a save has found room, rank 0 cannot write 1000 bytes."""
+    """The entry point; from finding room for a save until giving it up, rank 0 cannot write 1000 bytes."""
     from pear_megatron.megatron.folder import CheckpointFolder
 
-    make_room = CheckpointFolder.make_room
+    make_room, give_up = CheckpointFolder.make_room, CheckpointFolder.give_up
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
     def make_room_and_lose_it(self: CheckpointFolder, step: int, size: int) -> str:
         folder = make_room(self, step, size)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
         return folder
 
+    def give_up_and_say_so(self: CheckpointFolder, folder: Path, cause: str) -> str:
+        # The message goes into a file too, which threads that log may have filled to the limit by now.
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        return give_up(self, folder, cause)
+
     CheckpointFolder.make_room = make_room_and_lose_it  # type: ignore[method-assign]
+    CheckpointFolder.give_up = give_up_and_say_so  # type: ignore[method-assign]
     run_entry_point(rank, *arguments)
 
 
@@ -318,7 +325,7 @@ def test_an_error_on_rank_0_before_the_shards_does_not_hang_the_others(
     arguments = [f"data.train={trajectories}", f"output_dir={tmp_path / 'run'}", *SMALL]
     run = Started(2, *arguments, TP, target=run_without_room_for_small_files)
     assert run.wait(timeout=60) == [1, 1]
-    assert "error: the check" in run.output()  # the file of the output is cut, too
+    assert "error: the checkpoint of step 2 cannot be written to" in run.output()
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
