@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from pear_megatron.commands import convert, eval, export, grpo, inspect, plan, score, validate
+from pear_megatron.commands import compare, convert, eval, export, grpo, inspect, plan, score, validate
 
 app = typer.Typer(
     help="PEAR for Megatron-Core. Train with: torchrun -m pear_megatron.train --config RECIPE.yaml",
@@ -27,6 +27,7 @@ app.command("convert", epilog=convert.EPILOG)(convert.convert)
 app.command("export", epilog=export.EPILOG)(export.export)
 app.command("grpo", epilog=grpo.EPILOG)(grpo.grpo)
 app.command("eval", epilog=eval.EPILOG)(eval.evaluate)
+app.command("compare", epilog=compare.EPILOG)(compare.compare)
 
 if __name__ == "__main__":
     app()

@@ -25,6 +25,8 @@ class PearConfig(StrictModel):
         log_weight_clip: bounds (lo, hi) of each log weight, applied before ``exp``.
         baseline: ``sequence_mean`` subtracts the trajectory's mean log ratio before clipping.
         normalize: ``sequence`` divides the weights by their mean over the trajectory's decisions.
+        control: ``shuffled`` puts the weights of a micro-batch's decisions on other decisions of it, at random:
+            the control experiment that keeps how the weights are distributed and takes away what they mean.
         negative_scale: factor on the reward of trajectories whose reward is below zero, >= 0.
 
     Raises:
@@ -39,6 +41,7 @@ class PearConfig(StrictModel):
     baseline: Literal["none", "sequence_mean"] = "none"
     normalize: Literal["none", "sequence"] = "none"
     negative_scale: float = Field(default=1.0, ge=0.0)
+    control: Literal["none", "shuffled"] = "none"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -55,5 +58,10 @@ class PearConfig(StrictModel):
             raise ValueError(
                 "normalize='sequence' divides by the trajectory's mean weight, which with variant='sequence' "
                 "makes every weight 1; use normalize='none', or variant='token' or 'block'"
+            )
+        if self.variant == "none" and self.control != "none":
+            raise ValueError(
+                f"control={self.control!r} moves weights around, and with variant='none' all of them are 1; "
+                "choose another variant, or control='none'"
             )
         return self

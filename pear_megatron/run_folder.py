@@ -108,7 +108,7 @@ class RunFolder:
         scalars = {
             name if "/" in name else f"train/{name}": value
             for name, value in metrics.items()
-            if name != "step"
+            if not isinstance(value, str) and name != "step"
         }
         for name, value in scalars.items():
             self._tensorboard.add_scalar(name, value, step)

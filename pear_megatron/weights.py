@@ -67,7 +67,7 @@ def importance_weights(
 
     if cp_group is None or cp_group.size() == 1:
         weights, stats = pear_weights(lp, lb, mask, cu, config)
-        return weights, dict(zip(STATISTICS, stats, strict=True))
+        return _controlled(weights, lb, mask, config), dict(zip(STATISTICS, stats, strict=True))
 
     ranks = cp_group.size()
     check_shards(cu, ranks, "zigzag", lp.numel())
@@ -76,4 +76,19 @@ def importance_weights(
     whole = shards.new_empty((3, ranks * lp.numel()))
     whole[:, positions.flatten()] = shards.transpose(0, 1).flatten(1)
     weights, stats = pear_weights(whole[0], whole[1], whole[2].bool(), cu, config)
+    weights = _controlled(weights, whole[1], whole[2].bool(), config)
     return weights[positions[cp_group.rank()]], dict(zip(STATISTICS, stats / ranks, strict=True))
+
+
+def _controlled(weights: Tensor, behavior_logprobs: Tensor, mask: Tensor, config: PearConfig) -> Tensor:
+    """The weights, or those of the control experiment; [T] float32 each.
+
+    The order is drawn from the data, which all tensor-parallel ranks have alike. This waits for the device.
+    """
+    if config.control == "none":
+        return weights
+    seed = int(behavior_logprobs[mask].double().sum().abs() * 1e6) % 2**31
+    order = torch.randperm(int(mask.sum()), generator=torch.Generator().manual_seed(seed))
+    shuffled = weights.clone()
+    shuffled[mask] = weights[mask][order.to(weights.device)]
+    return shuffled

@@ -15,15 +15,18 @@ its log-probs are exact: the first symbol of a stretch has the log-probability o
 follows from what came before it and has log-probability 0. Values and residues are different tokens, which is
 why the first symbol gives the style away.
 
-Tokens (vocabulary 33):
+Tokens (vocabulary 37):
 
     0..22    a value x of Z_23                        "0" .. "22"
     23..27   a residue, x mod 5                       "~0" .. "~4"
     28..31   an operation: x+7, 5x, x^3, 11-x
-    32       end of the answer                        "."
+    32..35   the same as the last one of a stretch    "x+7;" .. "11-x;"
+    36       end of the answer                        "."
 
 Layout (66 tokens): 32 operations, the start value, 32 symbols, the end token. The start value stands next to
-the answer so that every symbol is predicted from the value (or residue) just before it.
+the answer so that every symbol is predicted from the value (or residue) just before it, and its operation
+always stands 32 tokens before that. The marked operations tell a model with rotary positions, which knows
+distances and no places, where a stretch ends.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ RESIDUES = 5
 NUM_STRETCHES = 4
 STRETCH_LENGTH = 8
 NUM_OPERATIONS = NUM_STRETCHES * STRETCH_LENGTH
+_ENDS = slice(STRETCH_LENGTH - 1, NUM_OPERATIONS, STRETCH_LENGTH)  # where each stretch ends
 
 OPERATIONS = ("x+7", "5x", "x^3", "11-x")
 _OUTPUT = np.array(  # [operation, x] -> value; each row is a permutation of Z_23
@@ -51,7 +55,7 @@ _OUTPUT = np.array(  # [operation, x] -> value; each row is a permutation of Z_2
 
 RESIDUE_0 = MODULUS
 OPERATION_0 = RESIDUE_0 + RESIDUES
-END = OPERATION_0 + len(OPERATIONS)
+END = OPERATION_0 + 2 * len(OPERATIONS)
 VOCAB_SIZE = END + 1
 
 PROMPT_LENGTH = NUM_OPERATIONS + 1
@@ -62,6 +66,7 @@ TOKENS = (
     *(str(x) for x in range(MODULUS)),
     *(f"~{x}" for x in range(RESIDUES)),
     *OPERATIONS,
+    *(f"{name};" for name in OPERATIONS),
     ".",
 )
 
@@ -81,19 +86,31 @@ class Answers:
     logprobs: np.ndarray  # [N, 33] of the policy that wrote the answers
     careful: np.ndarray  # [N, 4] bool
 
+    def __getitem__(self, chosen: np.ndarray) -> Answers:
+        """The chosen ones."""
+        return Answers(
+            self.prompts[chosen], self.responses[chosen], self.logprobs[chosen], self.careful[chosen]
+        )
+
+    @property
+    def right(self) -> np.ndarray:
+        """Which answers the verifier accepts: bool [N]."""
+        return verify(self.prompts, self.responses)
+
 
 def sample_problems(
     rng: np.random.Generator, count: int, operations: Sequence[int] = ALL_OPERATIONS
 ) -> np.ndarray:
     """Draw ``count`` problems over the given operations: prompts [count, 33]."""
     program = rng.choice(np.asarray(operations), size=(count, NUM_OPERATIONS)) + OPERATION_0
+    program[:, _ENDS] += len(OPERATIONS)
     start = rng.integers(MODULUS, size=(count, 1))
     return np.concatenate([program, start], axis=1)
 
 
 def run_program(prompts: np.ndarray) -> np.ndarray:
     """The value after each operation: prompts [N, 33] -> values [N, 32]."""
-    operations = prompts[:, :NUM_OPERATIONS] - OPERATION_0
+    operations = (prompts[:, :NUM_OPERATIONS] - OPERATION_0) % len(OPERATIONS)
     x = prompts[:, NUM_OPERATIONS]
     values = np.empty_like(operations)
     for j in range(NUM_OPERATIONS):
@@ -102,10 +119,20 @@ def run_program(prompts: np.ndarray) -> np.ndarray:
     return values
 
 
+def stretch_ends(prompts: np.ndarray) -> np.ndarray:
+    """The values that the verifier asks for: prompts [N, 33] -> [N, 4]."""
+    return run_program(prompts)[:, _ENDS]
+
+
+def to_text(tokens: np.ndarray) -> str:
+    """Token ids [n] as the world's tokenizer reads them."""
+    return " ".join(TOKENS[t] for t in tokens)
+
+
 def write_answers(values: np.ndarray, careful: np.ndarray) -> np.ndarray:
     """Write values [N, 32] in the style of each stretch, careful [N, 4]: responses [N, 33]."""
     shows_value = np.repeat(careful, STRETCH_LENGTH, axis=1)
-    shows_value[:, STRETCH_LENGTH - 1 :: STRETCH_LENGTH] = True  # both styles end in the value itself
+    shows_value[:, _ENDS] = True  # both styles end in the value itself
     symbols = np.where(shows_value, values, RESIDUE_0 + values % RESIDUES)
     return np.concatenate([symbols, np.full((len(symbols), 1), END)], axis=1)
 
@@ -120,6 +147,20 @@ def sample_answers(rng: np.random.Generator, prompts: np.ndarray, careful_probab
     return Answers(prompts, write_answers(run_program(prompts), careful), logprobs, careful)
 
 
+def sample_guesses(rng: np.random.Generator, prompts: np.ndarray, careful_probability: float) -> Answers:
+    """The same policy with one difference: it guesses the value at the end of each coarse stretch.
+
+    The guess is uniform over Z_23, and its log-probability exact. Most of these answers are wrong: they are
+    the negative examples of this world.
+    """
+    answers = sample_answers(rng, prompts, careful_probability)
+    coarse = ~answers.careful
+    guesses = rng.integers(MODULUS, size=coarse.shape)
+    answers.responses[:, _ENDS] = np.where(coarse, guesses, answers.responses[:, _ENDS])
+    answers.logprobs[:, _ENDS] = np.where(coarse, -np.log(MODULUS), 0.0)
+    return answers
+
+
 def verify(prompts: np.ndarray, responses: np.ndarray) -> np.ndarray:
     """Whether all four stretches end in the right value: [..., 33], [..., 33] -> bool [...].
 
@@ -128,8 +169,7 @@ def verify(prompts: np.ndarray, responses: np.ndarray) -> np.ndarray:
     shape = np.broadcast_shapes(prompts.shape[:-1], responses.shape[:-1])
     flat_prompts = np.broadcast_to(prompts, (*shape, PROMPT_LENGTH)).reshape(-1, PROMPT_LENGTH)
     values = run_program(flat_prompts).reshape(*shape, NUM_OPERATIONS)
-    ends = slice(STRETCH_LENGTH - 1, NUM_OPERATIONS, STRETCH_LENGTH)
-    return (responses[..., ends] == values[..., ends]).all(axis=-1)
+    return (responses[..., _ENDS] == values[..., _ENDS]).all(axis=-1)
 
 
 def careful_stretches(responses: np.ndarray) -> np.ndarray:

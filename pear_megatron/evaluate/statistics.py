@@ -90,6 +90,29 @@ def interval(
     return Estimate(mean, max(low, bounds[0]), min(high, bounds[1]))
 
 
+def over_runs(values: np.ndarray, *, bounds: tuple[float, float], confidence: float = 0.95) -> Estimate:
+    """The mean of one number a run and its Student's interval; of a single run the interval is all of ``bounds``.
+
+    Args:
+        values: [R].
+        bounds: what a value can be at least and at most.
+        confidence: of the interval.
+
+    Raises:
+        EvalError: scipy is missing.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Estimate(mean, *bounds)
+    half = (
+        _scipy_stats().t.ppf(0.5 + confidence / 2.0, len(values) - 1)
+        * values.std(ddof=1)
+        / np.sqrt(len(values))
+    )
+    return Estimate(mean, max(mean - float(half), bounds[0]), min(mean + float(half), bounds[1]))
+
+
 def _all_agree(mean: float, count: int, bounds: tuple[float, float], tail: float) -> tuple[float, float]:
     """Where all problems agree the bootstrap would claim certainty (0 of 300 solved: [0, 0]).
 

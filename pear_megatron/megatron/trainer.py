@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pear_megatron.data import BatchPlan, PackedBatch, micro_batches, num_micro_batches
+from pear_megatron.digest import digest
 from pear_megatron.loss import REPORT_KEYS
 from pear_megatron.megatron import resume
 from pear_megatron.megatron.alignment_check import check_alignment
@@ -232,6 +233,7 @@ class Trainer:
             **self.throughput(lengths, seconds),
             "tokens": sum(lengths),
             "decisions": decisions,
+            "trajectories": digest([i for row in planned for i in row]),
             **means,
         }
         return metrics, stop_asked

@@ -109,13 +109,14 @@ def _trainer(recipe: TrlRecipe, model: Path, problems: ProblemSet, folder: Any) 
     grpo = recipe.grpo
     order = prompt_order(len(problems), grpo.num_prompts_per_step, grpo.max_num_steps, grpo.seed)
     prompts = [as_tokenizer_takes_it(tokenizer, problem) for problem in problems]
+    asked: list[int] = []
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        reward_funcs=reward_function(problems),
+        reward_funcs=reward_function(problems, asked),
         args=_arguments(recipe, new_tokens, folder.checkpoints),
         train_dataset=Dataset.from_dict({"prompt": [prompts[i] for i in order], "problem": order}),
         processing_class=tokenizer,
-        callbacks=[WriteMetrics(folder, recipe)],
+        callbacks=[WriteMetrics(folder, recipe, asked)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -129,10 +130,11 @@ def _max_new_tokens(recipe: TrlRecipe, tokenizer: Any, problems: ProblemSet) -> 
     return wanted or total - max(map(len, prompts))
 
 
-def reward_function(problems: ProblemSet) -> Callable[..., list[float | None]]:
-    """What GRPOTrainer calls: the problems' own graders."""
+def reward_function(problems: ProblemSet, asked: list[int]) -> Callable[..., list[float | None]]:
+    """What GRPOTrainer calls: the problems' own graders; ``asked`` gets the number of each response's problem."""
 
     def grade(completions: list[Any], problem: list[int], **_: Any) -> list[float | None]:
+        asked.extend(problem)
         texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
         return [problems[i].grade(text) for i, text in zip(problem, texts, strict=True)]
 

@@ -12,6 +12,7 @@ import yaml
 from transformers import TrainerCallback
 
 from pear_megatron.atomic import write_atomically
+from pear_megatron.digest import digest
 from pear_megatron.errors import RecipeError
 from pear_megatron.recipe import differing_keys
 from pear_megatron.rl.trl_recipe import TrlRecipe
@@ -104,10 +105,15 @@ class WriteMetrics(TrainerCallback):
     """A line of metrics.jsonl and of progress a step.
 
     ``groups_with_advantage`` is the share of prompts whose responses did not all get the same reward: the
-    others teach nothing.
+    others teach nothing. ``problems`` is a digest of what was asked: two runs with the same one asked the same.
+
+    Args:
+        folder, recipe: of the run.
+        asked: the problems of the responses that were graded since the last line; emptied with each.
     """
 
-    def __init__(self, folder: TrlRunFolder, recipe: TrlRecipe) -> None:
+    def __init__(self, folder: TrlRunFolder, recipe: TrlRecipe, asked: list[int]) -> None:
+        self._asked = asked
         self._path = folder.folder / "metrics.jsonl"
         self._steps, self._updates = recipe.grpo.max_num_steps, recipe.updates_per_step
 
@@ -120,6 +126,8 @@ class WriteMetrics(TrainerCallback):
         step = state.global_step // self._updates
         row = {"step": step} | {ours: logs[theirs] for theirs, ours in _METRICS.items() if theirs in logs}
         row["groups_with_advantage"] = 1.0 - logs["frac_reward_zero_std"]
+        row["problems"] = digest(self._asked)
+        self._asked.clear()
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(

@@ -325,7 +325,7 @@ def test_an_error_on_rank_0_before_the_shards_does_not_hang_the_others(
     arguments = [f"data.train={trajectories}", f"output_dir={tmp_path / 'run'}", *SMALL]
     run = Started(2, *arguments, TP, target=run_without_room_for_small_files)
     assert run.wait(timeout=60) == [1, 1]
-    assert "error: the checkpoint of step 2 cannot be written to" in run.output()
+    assert "error: the checkpoint of step " in run.output()
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 

@@ -1,0 +1,73 @@
+"""check_seed: the arms of a seed differ in what the recipe says, and in nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from pear_megatron.compare import stages
+from pear_megatron.compare.arms import Cell
+from pear_megatron.compare.outcome import CellResult, read_metrics
+from pear_megatron.compare.recipe import CompareRecipe
+from pear_megatron.errors import PearError
+from pear_megatron.recipe import differing_keys
+
+_BATCHES = ("data.", "train.global_batch_size", "train.num_epochs", "train.max_steps")
+
+
+def check_seed(recipe: CompareRecipe, results: list[CellResult]) -> None:
+    """Compares what the runs of a seed wrote down while they ran.
+
+    The offline phases took the same trajectories in the same order, step by step, unless an arm's overrides ask
+    for other data; RL asked the same problems in the same order under the same settings; the evaluations asked the
+    same problems with the same random numbers.
+
+    Raises:
+        PearError: they did not; names the arms, the seed and the step.
+    """
+    cells = {result.arm: result.cell for result in results}
+    first = cells[recipe.baseline]
+    reference = next((c for c in (first, *cells.values()) if c.has_offline_phase and not other_data(c)), None)
+    for cell in cells.values():
+        if cell.has_offline_phase and not other_data(cell) and reference is not None:
+            _same(reference, cell, stages.RUN, "trajectories")
+        _same(first, cell, stages.RL, "problems")
+        _same_settings(first, cell)
+
+
+def other_data(cell: Cell) -> bool:
+    """Whether the arm's own overrides give it other trajectories, or other batches of them."""
+    own = cell.recipe.arms[cell.arm] or []
+    return any(text.lstrip("+~").startswith(_BATCHES) for text in own)
+
+
+def _same(first: Cell, second: Cell, stage: str, key: str) -> None:
+    seen = [[row[key] for row in read_metrics(cell.folder / stage)] for cell in (first, second)]
+    if seen[0] == seen[1]:
+        return
+    pairs = zip(seen[0], seen[1], strict=False)
+    step = next((i for i, (a, b) in enumerate(pairs, 1) if a != b), min(map(len, seen)) + 1)
+    raise PearError(
+        f"{first.name} and {second.name} did not see the same {key}: {stage}/metrics.jsonl differ from step {step} "
+        f"on ({len(seen[0])} and {len(seen[1])} steps); the arms cannot be compared"
+    )
+
+
+def _same_settings(first: Cell, second: Cell) -> None:
+    def read(cell: Cell) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "rl": yaml.safe_load((cell.folder / stages.RL / "config.yaml").read_text())
+        }
+        for name in (stages.BEFORE, stages.AFTER):
+            settings[name] = yaml.safe_load((cell.folder / name / "settings.json").read_text())
+        for part in settings.values():
+            part.pop("weights", None)
+            part.pop("model", None)
+        return settings
+
+    changed = differing_keys(read(first), read(second))
+    if changed:
+        raise PearError(
+            f"{first.name} and {second.name} differ in {', '.join(changed)}; they cannot be compared"
+        )

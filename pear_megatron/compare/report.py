@@ -1,0 +1,68 @@
+"""run_and_report: a comparison, its files in output_dir, and its table on the terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pear_megatron.atomic import write_atomically
+from pear_megatron.compare import figures
+from pear_megatron.compare.arms import tuning_cells
+from pear_megatron.compare.outcome import CellResult, Outcome, read_cell
+from pear_megatron.compare.page import page, show
+from pear_megatron.compare.recipe import CompareRecipe
+from pear_megatron.compare.run import Comparison
+
+
+def run_and_report(recipe: CompareRecipe, jobs: int | None = None) -> Outcome:
+    """Runs what is missing, and writes results.json, index.html, curves.png and seeds.png each time a seed is done.
+
+    Raises:
+        PearError: see ``Comparison.run``.
+    """
+    root = Path(recipe.output_dir)
+    root.mkdir(parents=True, exist_ok=True)
+
+    def write(results: list[CellResult], chosen: dict[str, tuple[str, ...]]) -> Outcome:
+        outcome = Outcome(recipe, chosen, results, _tuning(recipe))
+        write_atomically(root / "results.json", json.dumps(outcome.as_json(), indent=1) + "\n")
+        write_atomically(root / "index.html", page(outcome))
+        figures.write_png(figures.learning_curves(outcome), root / "curves.png")
+        figures.write_png(figures.every_seed(outcome), root / "seeds.png")
+        return outcome
+
+    comparison = Comparison(recipe, jobs, on_seed=write)
+    results = comparison.run()
+    return write(results, comparison.chosen)
+
+
+def _tuning(recipe: CompareRecipe) -> dict[str, dict[float, float]]:
+    return {
+        arm: {value: read_cell(cell).mean_reward for value, cell in by_value.items()}
+        for arm, by_value in tuning_cells(recipe).items()
+    }
+
+
+def print_table(outcome: Outcome) -> None:
+    """Means, and below each the difference from the baseline."""
+    recipe, one_seed = outcome.recipe, len(outcome.seeds) == 1
+    table = Table(
+        title=f"{len(outcome.seeds)} seed(s); 95 % intervals; second lines: difference from {recipe.baseline}, paired"
+    )
+    table.add_column("arm")
+    for measure in outcome.measures:
+        table.add_column(measure.title, justify="right")
+    for arm in recipe.arms:
+        means, differences = [], []
+        for measure in outcome.measures:
+            known = measure.values[arm].ndim == 2 or not one_seed
+            means.append(show(measure.estimate(arm), measure, signed=False, known=known))
+            difference = measure.difference(arm, recipe.baseline)
+            differences.append(show(difference, measure, signed=True, known=known))
+        table.add_row(arm, *means)
+        if arm != recipe.baseline:
+            table.add_row("", *differences, style="dim", end_section=True)
+    Console(highlight=False, width=max(120, Console().width)).print(table)

@@ -1,0 +1,188 @@
+"""run_comparison: prepares, tunes, runs every cell, as many at once as asked for; continues what it finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from pear_megatron.atomic import write_atomically
+from pear_megatron.compare import stages, workers
+from pear_megatron.compare.arms import Cell, cells_of, fill, tuning_cells
+from pear_megatron.compare.checks import check_seed
+from pear_megatron.compare.outcome import CellResult, read_cell
+from pear_megatron.compare.progress import Progress
+from pear_megatron.compare.recipe import CompareRecipe
+from pear_megatron.errors import PearError, RecipeError
+
+_PREPARED = "prepared.json"
+_DONE = "done.json"
+
+
+@dataclass
+class Comparison:
+    """A comparison being run.
+
+    Args:
+        recipe: what to run.
+        jobs: cells at once; None = as many as there are cores for, one where there is a GPU.
+        on_seed: called with the results so far each time a seed is complete.
+    """
+
+    recipe: CompareRecipe
+    jobs: int | None = None
+    on_seed: Callable[[list[CellResult], dict[str, tuple[str, ...]]], None] | None = None
+    chosen: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _running: set[ForkServerProcess] = field(default_factory=set)
+    _stopped: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> list[CellResult]:
+        """Every cell -> their results, seed by seed.
+
+        Raises:
+            PearError: a recipe cannot be used, before anything is run; or cells failed, after the others are done:
+                names each with the end of its log.
+        """
+        self._check_recipes()
+        self._count_cores()
+        workers.preload()
+        tuning = tuning_cells(self.recipe)
+        seeds = [*self.recipe.seeds, *([self.recipe.tune.seed] if self.recipe.tune else [])]
+        if self.recipe.prepare:
+            self._in_parallel("prepare", seeds, self._prepare, lambda seed: f"seed {seed}")
+        if tuning:
+            tried = [cell for by_value in tuning.values() for cell in by_value.values()]
+            self._in_parallel("tune", tried, self._run_cell, lambda cell: cell.name)
+            self.chosen = self._choose(tuning)
+        cells = cells_of(self.recipe, self.chosen)
+        return self._in_parallel("compare", cells, self._run_cell, lambda cell: cell.name, self._seed_done)
+
+    def _check_recipes(self) -> None:
+        """Every mistake that can be found before hours are spent."""
+        tried = [cell for by_value in tuning_cells(self.recipe).values() for cell in by_value.values()]
+        for cell in [*cells_of(self.recipe, {}), *tried]:
+            if cell.evaluated and cell.rl.data.validation is None:
+                raise RecipeError(
+                    f"{self.recipe.rl.recipe} has no data.validation; add the problems that before and after ask"
+                )
+            if cell.evaluated:
+                _ = cell.max_new_tokens
+            if not any("model.hf={prepared}" in text for text in self.recipe.offline.overrides):
+                cell.describe()  # with it, config.json may be not there yet
+
+    def _count_cores(self) -> None:
+        import torch
+
+        cores, ranks = os.cpu_count() or 1, self.recipe.offline.processes
+        if self.jobs is None:
+            self.jobs = 1 if torch.cuda.is_available() else max(1, cores // ranks)
+        self._threads = max(1, cores // (self.jobs * ranks))
+
+    def _prepare(self, seed: int) -> None:
+        folder = self.recipe.prepared_root / f"seed{seed}"
+        commands = [shlex.split(text) for text in fill(self.recipe.prepare, seed, folder)]
+        marker = folder / _PREPARED
+        if marker.is_file():
+            if json.loads(marker.read_text()) == commands:
+                return
+            raise RecipeError(
+                f"{folder} was prepared by other commands; choose another folder, or remove that one"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        stages.prepare(commands, folder / "prepare.log", self._threads)
+        write_atomically(marker, json.dumps(commands, indent=1) + "\n")
+
+    def _run_cell(self, cell: Cell) -> CellResult:
+        cell.claim()
+        done = cell.folder / _DONE
+        if not done.is_file():
+            started = time.monotonic()
+            for name, function, arguments, ranks in stages.stages_of(cell):
+                if self._stopped.is_set():
+                    raise PearError("stopped")
+                workers.run_stage(
+                    function,
+                    *arguments,
+                    log=cell.folder / f"{name}.log",
+                    threads=self._threads
+                    if name == stages.RUN
+                    else max(1, (os.cpu_count() or 1) // (self.jobs or 1)),
+                    ranks=ranks,
+                    running=self._running,
+                )
+            write_atomically(done, json.dumps({"seconds": round(time.monotonic() - started, 1)}) + "\n")
+        return read_cell(cell)
+
+    def _choose(self, tuning: dict[str, dict[float, Cell]]) -> dict[str, tuple[str, ...]]:
+        """The value with the highest mean reward over RL, for each arm."""
+        return {
+            arm: max(by_value.values(), key=lambda cell: read_cell(cell).mean_reward).chosen
+            for arm, by_value in tuning.items()
+        }
+
+    def _seed_done(self, results: list[CellResult]) -> None:
+        """Called after each cell; acts when a seed is complete."""
+        seeds = [seed for seed in self.recipe.seeds if self._of(results, seed)]
+        last = results[-1].seed if results else None
+        if last in seeds:
+            check_seed(self.recipe, self._of(results, last))
+            if self.on_seed is not None:
+                self.on_seed([r for seed in seeds for r in self._of(results, seed)], self.chosen)
+
+    def _of(self, results: list[CellResult], seed: Any) -> list[CellResult]:
+        """The results of a seed, in the arms' order; none unless there are all."""
+        by_arm = {result.arm: result for result in results if result.seed == seed}
+        return [by_arm[arm] for arm in self.recipe.arms] if len(by_arm) == len(self.recipe.arms) else []
+
+    def _in_parallel(
+        self,
+        title: str,
+        items: Sequence[Any],
+        work: Callable[[Any], Any],
+        name: Callable[[Any], str],
+        after: Callable[[list[Any]], None] = lambda done: None,
+    ) -> list[Any]:
+        """``work`` of every item -> what it returned, in the items' order; an error does not stop the others."""
+        results: dict[int, Any] = {}
+        finished: list[Any] = []
+        errors: list[str] = []
+        with Progress(title, len(items)) as progress, ThreadPoolExecutor(self.jobs) as pool:
+            futures = {pool.submit(work, item): i for i, item in enumerate(items)}
+            try:
+                for future in as_completed(futures):
+                    i = futures[future]
+                    try:
+                        results[i] = future.result()
+                    except PearError as error:
+                        errors.append(f"{name(items[i])}: {error}")
+                        progress.advance(f"{name(items[i])}: FAILED")
+                        continue
+                    finished.append(results[i])
+                    progress.advance(f"{name(items[i])}{self._said(results[i])}")
+                    after(finished)
+            except BaseException:
+                self._stop()
+                pool.shutdown(cancel_futures=True)
+                raise
+        if errors:
+            raise PearError(
+                f"{len(errors)} of {len(items)} failed; the same command runs those again:\n"
+                + "\n".join(errors)
+            )
+        return [results[i] for i in range(len(items))]
+
+    def _said(self, result: Any) -> str:
+        return f": {result.summary(self.recipe)}" if isinstance(result, CellResult) else ""
+
+    def _stop(self) -> None:
+        self._stopped.set()
+        for process in list(self._running):
+            process.kill()

@@ -1,0 +1,147 @@
+"""run_stage: a function in processes of its own, its output in a log; an error names the log and its end.
+
+On the CPU the processes are forked from a server that has imported torch, Megatron-Core and TRL once: a stage of
+a small run then costs what it does, not twenty seconds of imports.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from pear_megatron.errors import PearError
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_LINES = 15
+
+
+class StageError(PearError):
+    """A stage of a cell that failed."""
+
+
+def preload() -> None:
+    """Tells the server what to import; before the first stage."""
+    import torch
+
+    if not torch.cuda.is_available():  # with a GPU, Transformer Engine starts CUDA, which no fork survives
+        _CONTEXT.set_forkserver_preload(
+            ["pear_megatron.compare.preload", "trl", "pear_megatron.compare.stages"]
+        )
+
+
+def run_stage(
+    function: Callable[..., None],
+    *arguments: Any,
+    log: Path,
+    threads: int,
+    ranks: int | None = None,
+    running: set[ForkServerProcess] | None = None,
+) -> None:
+    """Runs ``function(*arguments)`` and waits for it.
+
+    Args:
+        function: picklable, as its arguments.
+        log: gets standard output and error; what an earlier attempt wrote stays above.
+        threads: of a process.
+        ranks: as many processes with torchrun's environment; None = one without.
+        running: holds the processes while they run, for whoever wants to stop them.
+
+    Raises:
+        StageError: a process failed; quotes the end of the log.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    port = _free_port()
+    processes = [
+        _CONTEXT.Process(
+            target=_run, args=(function, arguments, log, threads, _torchrun_environment(rank, ranks, port))
+        )
+        for rank in range(ranks or 1)
+    ]
+    mine = set(processes)
+    running = running if running is not None else set()
+    running |= mine
+    try:
+        for process in processes:
+            process.start()
+        _wait(processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        running -= mine
+    codes = [process.exitcode for process in processes]
+    if any(codes):
+        lines = log.read_text(errors="replace").splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        said = errors[-1:] or lines[-_LINES:]
+        raise StageError(f"{log.stem} failed (exit codes {codes}); {log} ends with:\n" + "\n".join(said))
+
+
+def _wait(processes: list[ForkServerProcess]) -> None:
+    """Until all have ended, or one has failed and the others had time to say why."""
+    left = {process.sentinel: process for process in processes}
+    while left:
+        for sentinel in wait(list(left)):
+            process = left.pop(sentinel)  # type: ignore[arg-type]
+            process.join()
+            if process.exitcode:
+                deadline = time.monotonic() + 5.0
+                while left and time.monotonic() < deadline:
+                    for other in wait(list(left), timeout=max(0.0, deadline - time.monotonic())):
+                        left.pop(other).join()  # type: ignore[arg-type]
+                return
+
+
+def _torchrun_environment(rank: int, ranks: int | None, port: int) -> dict[str, str]:
+    if ranks is None:
+        return {}
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_PORT": port,
+    }
+    return {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _run(
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+    log: Path,
+    threads: int,
+    environment: dict[str, str],
+) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ |= {"OMP_NUM_THREADS": str(threads), **environment}
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        function(*arguments)
+    except PearError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
