@@ -59,7 +59,7 @@ def learning_curves(outcome: Outcome) -> Any:
     for i, arm in enumerate(outcome.recipe.arms):
         smooth = _smooth(outcome.curves(arm))  # [R, steps]
         steps = np.arange(1, smooth.shape[1] + 1)
-        if 1 < len(smooth) and len(outcome.recipe.arms) <= 4:
+        if len(smooth) > 1 and len(outcome.recipe.arms) <= 4:
             for row in smooth:
                 axes.plot(steps, row, color=_style(i)["color"], linewidth=0.5, alpha=0.35)
         axes.plot(steps, smooth.mean(axis=0), linewidth=1.8, label=arm, **_style(i))

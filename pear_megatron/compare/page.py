@@ -44,9 +44,10 @@ def _head(outcome: Outcome) -> str:
         "offline phase": recipe.offline.recipe.rpartition("/")[2],
         "RL": f"{recipe.rl.recipe.rpartition('/')[2]}: {grpo.max_num_steps} steps of {grpo.num_prompts_per_step} x "
         f"{grpo.num_generations_per_prompt}",
-        "evaluations": f"{len(before.problems) if before else 0} held-out problems, {recipe.eval.num_samples} samples each",
-        "checked": "in each seed all arms saw the same trajectories in the same order (but for those with data of their "
-        "own), the same RL problems in the same order, and were asked the same held-out problems",
+        "evaluations": f"{len(before.problems) if before else 0} held-out problems, {recipe.eval.num_samples} "
+        "samples each",
+        "checked": "in each seed all arms saw the same trajectories in the same order (but for those with data of "
+        "their own), the same RL problems in the same order, and were asked the same held-out problems",
     }
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     return (

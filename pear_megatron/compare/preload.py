@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 
 from pear_megatron.megatron import cpu
 
-with cpu._without_compiler():  # as on CPU; importing alone changes nothing in torch
+with (
+    warnings.catch_warnings(),
+    cpu._without_compiler(),
+):  # as on CPU; importing alone changes nothing in torch
+    warnings.simplefilter("ignore")  # of missing Transformer Engine and Apex
     for name in (
         "megatron.core.tensor_parallel",
         "megatron.core.models.gpt",
@@ -18,5 +23,7 @@ with cpu._without_compiler():  # as on CPU; importing alone changes nothing in t
         "torch.utils.tensorboard",
         "hydra._internal.config_loader_impl",
         "pear_megatron.megatron.trainer",
+        "pear_megatron.compare.stages",
+        "trl",
     ):
         importlib.import_module(name)

@@ -22,7 +22,7 @@ class OfflineConfig(StrictModel):
     """
 
     recipe: str
-    overrides: list[str] = []
+    overrides: list[str] = Field(default=[])
     processes: int = Field(default=1, ge=1)
 
 
@@ -35,7 +35,7 @@ class RlConfig(StrictModel):
     """
 
     recipe: str
-    overrides: list[str] = []
+    overrides: list[str] = Field(default=[])
 
 
 class EvalConfig(StrictModel):
@@ -47,7 +47,7 @@ class EvalConfig(StrictModel):
     """
 
     num_samples: int = Field(default=8, ge=1)
-    k: list[int] = [1, 8]
+    k: list[int] = Field(default=[1, 8])
     temperature: float = Field(default=1.0, ge=0)
     max_new_tokens: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=64, ge=1)
@@ -87,7 +87,7 @@ class CompareRecipe(StrictModel):
     """
 
     output_dir: str
-    prepare: list[str] = []
+    prepare: list[str] = Field(default=[])
     prepared_dir: str | None = None
     seeds: list[int] = Field(min_length=1)
     offline: OfflineConfig

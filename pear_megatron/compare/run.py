@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 from typing import Any
 
 from pear_megatron.atomic import write_atomically
@@ -39,7 +38,7 @@ class Comparison:
 
     recipe: CompareRecipe
     jobs: int | None = None
-    on_seed: Callable[[list[CellResult], dict[str, tuple[str, ...]]], None] | None = None
+    on_seed: Callable[[list[CellResult], dict[str, tuple[str, ...]]], object] | None = None
     chosen: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _running: set[ForkServerProcess] = field(default_factory=set)
     _stopped: threading.Event = field(default_factory=threading.Event)

@@ -33,9 +33,7 @@ def preload() -> None:
     import torch
 
     if not torch.cuda.is_available():  # with a GPU, Transformer Engine starts CUDA, which no fork survives
-        _CONTEXT.set_forkserver_preload(
-            ["pear_megatron.compare.preload", "trl", "pear_megatron.compare.stages"]
-        )
+        _CONTEXT.set_forkserver_preload(["pear_megatron.compare.preload"])
 
 
 def run_stage(
