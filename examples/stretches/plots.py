@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.stretches.estimates import Estimate
-
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure  # drawn without pyplot: no display, no global state
@@ -145,35 +143,4 @@ def plot_weight_distributions(
     panels[-1].set_xscale("log")
     panels[-1].xaxis.set_major_formatter(_plain)
     panels[-1].set_xlabel("weight of a decision (log)")
-    _save(figure, path)
-
-
-def plot_results(path: str | Path, results: Mapping[str, Mapping[str, Estimate]]) -> None:
-    """A panel per measure, a point with its 95 % interval per arm.
-
-    Args:
-        path: PNG to write.
-        results: arm -> measure -> estimate; every arm has the same measures.
-    """
-    arms = list(results)
-    measures = list(next(iter(results.values())))
-    figure = Figure(figsize=(2.7 * len(measures) + 0.6, 3.0), layout="constrained")
-    panels = figure.subplots(1, len(measures), squeeze=False)[0]
-    for axes, measure in zip(panels, measures, strict=True):
-        for k, arm in enumerate(arms):
-            estimate = results[arm][measure]
-            reach = [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
-            marker = _MARKERS[k % len(_MARKERS)]
-            axes.errorbar(k, estimate.mean, yerr=reach, fmt=marker, capsize=4, markersize=6, **_style(k))
-            axes.annotate(
-                f"{estimate.mean:.2g}", (k, estimate.mean), xytext=(8, 0), textcoords="offset points",
-                va="center", fontsize=8,
-            )  # fmt: skip
-        axes.set_xticks(range(len(arms)), [arm.replace(" ", "\n") for arm in arms], fontsize=8)
-        axes.set_xlim(-0.4, len(arms) - 0.3)
-        top = max(results[arm][measure].high for arm in arms) or 1.0
-        axes.set_ylim(-0.03 * top, 1.05 * top)
-        axes.set_title(measure.replace("_", " "), fontsize=10)
-        _tidy(axes)
-    panels[0].set_ylabel("mean and 95 % interval")
     _save(figure, path)
