@@ -21,9 +21,9 @@ SYSTEM = "You solve puzzles. Answer with one short sentence."
 _HELD_OUT_SEED = 1_000_003
 
 
-def training(size: int) -> ProblemsConfig:
+def training(size: int, seed: int = 0) -> ProblemsConfig:
     """The problems whose solutions are trained on."""
-    return _problems(size, 0)
+    return _problems(size, seed)
 
 
 def held_out(size: int) -> ProblemsConfig:

@@ -195,6 +195,7 @@ class Outcome:
         }
         return {
             "seeds": self.seeds,
+            "measures": {measure.key: measure.title for measure in self.measures},
             "baseline": self.recipe.baseline,
             "take_off_reward": self.recipe.take_off,
             "recipe": self.recipe.model_dump(mode="json"),
