@@ -1,0 +1,43 @@
+"""docs/study.md says what the committed numbers say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from examples.publish_study import NUMBERS, STUDY, fill
+
+PUBLISHED = sorted(NUMBERS.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_the_tables_are_those_of_the_committed_results(path: Path) -> None:
+    text = STUDY.read_text()
+    assert f"<!-- table {path.stem} -->" in text
+    assert fill(text, path.stem, json.loads(path.read_text())) == text
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_the_committed_results_know_no_machine(path: Path) -> None:
+    assert "/work/" not in path.read_text()
+    assert "/home/" not in path.read_text()
+
+
+def test_a_table_is_put_where_its_marks_are_and_nowhere_else() -> None:
+    estimate = {"mean": 0.25, "low": 0.1, "high": 0.4}
+    arm = {"measures": {"after/pass@1": estimate}, "against_baseline": None}
+    better = {"measures": {"after/pass@1": estimate}, "against_baseline": {"after/pass@1": estimate}}
+    results = {
+        "seeds": [0, 1],
+        "measures": {"after/pass@1": "pass@1 after RL"},
+        "arms": {"SFT": arm, "token": better},
+    }
+    text = "a\n<!-- table x -->\nold\n<!-- end -->\nb\n<!-- table y -->\nkept\n<!-- end -->\n"
+    filled = fill(text, "x", results | {"tuning": {}})
+    assert "old" not in filled
+    assert "kept" in filled
+    assert "| SFT | 0.250 [0.100, 0.400] |" in filled
+    assert "| token | 0.250 [0.100, 0.400]<br>**+0.250 [+0.100, +0.400]** |" in filled
+    assert fill(filled, "x", results | {"tuning": {}}) == filled
