@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pear_megatron.config import PearConfig
-from pear_megatron.ops.output_layer import linear_logprob
 from pear_megatron.ops.logprob import vocab_parallel_logprob
+from pear_megatron.ops.output_layer import linear_logprob
 from pear_megatron.ops.suffix_sum import as_cu_seqlens
 from pear_megatron.ops.weights import STATISTICS
 from pear_megatron.weights import importance_weights

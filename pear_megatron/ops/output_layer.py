@@ -156,10 +156,10 @@ class _Accumulator:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        main_grad = getattr(weight, "main_grad", None)
+        main_grad: Tensor | None = getattr(weight, "main_grad", None)
         watched = hasattr(weight, "grad_added_to_main_grad")  # by Megatron's hook
         self.into_main_grad = watched and main_grad is not None and main_grad.dtype == torch.float32
-        if self.into_main_grad:
+        if main_grad is not None and self.into_main_grad:
             self.total = main_grad
         else:
             self.total = torch.zeros_like(weight, dtype=torch.float32)
