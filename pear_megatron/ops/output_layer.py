@@ -109,7 +109,7 @@ class _LinearLogprob(torch.autograd.Function):
         if tp_group is not None and tp_group.size() > 1:
             ctx.reduce_group = tp_group if reduce_hidden_gradient else None
         stats = hidden.new_empty((3, hidden.shape[0]), dtype=torch.float32)
-        for rows, logits in _chunks_of_logits(hidden, weight, chunk_tokens):
+        for rows, logits in chunks_of_logits(hidden, weight, chunk_tokens):
             of_chunk = None if mask is None else mask[rows]
             stats[:, rows] = ops.logprob_forward(logits, target[rows], of_chunk, *ctx.vocab)
         of_ranks = stats.unsqueeze(0)
@@ -126,8 +126,8 @@ class _LinearLogprob(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad = grad.float().contiguous()
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        accumulator = _Accumulator(weight) if wants_weight else None
-        for rows, logits in _chunks_of_logits(hidden, weight, ctx.chunk_tokens):
+        accumulator = WeightGradient(weight) if wants_weight else None
+        for rows, logits in chunks_of_logits(hidden, weight, ctx.chunk_tokens):
             of_chunk = None if mask is None else mask[rows]
             ops.logprob_backward_(logits, target[rows], of_chunk, lse[rows], grad[rows], *ctx.vocab)
             if grad_hidden is not None:
@@ -140,7 +140,7 @@ class _LinearLogprob(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
-def _chunks_of_logits(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Iterator[tuple[slice, Tensor]]:
+def chunks_of_logits(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their logits [rows, V_local]); the logits are good until the next chunk is asked for."""
     tokens = hidden.shape[0]
     buffer = hidden.new_empty((min(chunk_tokens, tokens), weight.shape[0]))
@@ -151,7 +151,7 @@ def _chunks_of_logits(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Iter
         yield rows, logits
 
 
-class _Accumulator:
+class WeightGradient:
     """The sum over chunks of a weight's gradient, in float32."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -163,7 +163,7 @@ class _Accumulator:
             self.total = main_grad
         else:
             self.total = torch.zeros_like(weight, dtype=torch.float32)
-        self.fused = _adds_products_in_float32(weight.device, weight.dtype)
+        self.fused = adds_products_in_float32(weight.device, weight.dtype)
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
         """total += a @ b, for a [V_local, rows] and b [rows, H]."""
@@ -185,7 +185,7 @@ class _Accumulator:
 
 
 @functools.cache
-def _adds_products_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+def adds_products_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch can add a product of 16-bit matrices to a float32 one without rounding it before."""
     if device.type == "cpu" or dtype == torch.float32 or not hasattr(torch.ops.aten.addmm, "dtype_out"):
         return False

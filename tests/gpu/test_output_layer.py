@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron import PearConfig, linear_logprob, pear_linear_loss
-from pear_megatron.ops.output_layer import _adds_products_in_float32
+from pear_megatron.ops.output_layer import adds_products_in_float32
 from tests.gpu.device import DEVICE, needs_cuda, needs_device
 from tests.packs import CONFIGS, config_id
 
@@ -56,7 +56,7 @@ def test_the_weights_gradient_is_not_rounded_between_chunks(dtype):
 @needs_cuda
 def test_this_torch_adds_16_bit_products_in_float32():
     """Where it does not, every chunk's product is rounded once, and this says so."""
-    assert _adds_products_in_float32(torch.empty(0).device, torch.bfloat16)
+    assert adds_products_in_float32(torch.empty(0).device, torch.bfloat16)
 
 
 @needs_cuda
