@@ -90,7 +90,7 @@ def step_table(record: dict[str, Any]) -> str:
         )
     if record.get("longest"):
         unit = record["longest_unit"]
-        lines += ["", f"Longest sequence in {unit} tokens that one step fits:", ""]
+        lines += ["", f"Longest sequence whose step fits into memory, in {unit} tokens:", ""]
         lines += [f"- {name}: {tokens}" for name, tokens in record["longest"].items()]
     return "\n".join(lines)
 
