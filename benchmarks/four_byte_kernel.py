@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 4096
-_WARPS = 8
+_BLOCK = 8192
+_WARPS = 32  # one program on a multiprocessor at a time, or the rows in flight are more than L2
 
 
 @triton.jit

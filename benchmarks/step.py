@@ -159,7 +159,7 @@ def main() -> None:
     record: dict[str, Any] = {"rows": rows}
     if args.longest:
         unit = 4096 if device.type == "cuda" else 256
-        record["longest_unit"], record["longest"] = f"multiples of {unit}", {}
+        record |= {"longest_unit": unit, "longest_limit": args.longest_limit, "longest": {}}
         for name, loss in losses.items():
             found = longest(steps, *loss, unit, args.longest_limit, args.longest_seconds)
             record["longest"][name] = found

@@ -89,9 +89,11 @@ def step_table(record: dict[str, Any]) -> str:
             row(e["name"], str(e["tokens"]), f"{e['ms']:.4g}", f"{1e3 * e['tokens'] / e['ms']:.0f}", memory)
         )
     if record.get("longest"):
-        unit = record["longest_unit"]
-        lines += ["", f"Longest sequence whose step fits into memory, in {unit} tokens:", ""]
-        lines += [f"- {name}: {tokens}" for name, tokens in record["longest"].items()]
+        unit, limit = record["longest_unit"], record["longest_limit"]
+        lines += ["", f"Longest sequence whose step fits into memory, in multiples of {unit} tokens:", ""]
+        for name, tokens in record["longest"].items():
+            more = ", the longest tried" if tokens + unit > limit else ""
+            lines.append(f"- {name}: {tokens}{more}")
     return "\n".join(lines)
 
 
@@ -148,6 +150,15 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+# What a file of each kind is about, for README.
+CAPTIONS = {
+    "logprob": "The loss alone on given logits, forward and backward, with a weight per token; all in the same run.",
+    "output_layer": "The whole output layer: its three GEMMs (four in chunks), loss, both gradients.",
+    "step": "Whole training steps: forward, loss, backward, clipping, AdamW.",
+    "real_model": "A real model, from import to evaluation.",
+}
+
+
 def kind(path: Path) -> str:
     return next(name for name in TABLES if path.stem.startswith(name))
 
@@ -167,7 +178,8 @@ def readme_section() -> str:
     for path in committed():
         record = json.loads(path.read_text())
         image = f"docs/images/{path.stem}.png"
-        parts.append(f"![{path.stem}]({image})\n\n{TABLES[kind(path)](record)}")
+        about = CAPTIONS[kind(path)]
+        parts.append(f"{about}\n\n![{about}]({image})\n\n{TABLES[kind(path)](record)}")
     return "\n\n".join(parts)
 
 
