@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -87,6 +88,8 @@ class Chain:
         from examples.puzzles.smollm2 import make_folder
 
         self.work.mkdir(parents=True, exist_ok=True)
+        for former in ("token", "none", "eval"):  # training and evaluation would go on from them
+            shutil.rmtree(self.work / former, ignore_errors=True)
         make_folder(self.base)
         held_out = problems.held_out(self.args.held_out)
         problems.write_problem_set(self.problems, held_out)
@@ -103,7 +106,7 @@ class Chain:
             f"train-{variant}",
             *("-m", "pear_megatron.train", "--config", ROOT / "recipes" / "sft" / "puzzles.yaml"),
             *(f"model.hf={self.base}", f"data.train={self.scored}", f"output_dir={run}"),
-            *("parallel.tensor_model_parallel_size=1", f"pear.variant={variant}", "checkpoint.resume=false"),
+            *("parallel.tensor_model_parallel_size=1", f"pear.variant={variant}"),
             *(f"train.max_steps={args.steps}", f"train.precision={'bf16' if on_gpu else 'fp32'}"),
             *(f"train.global_batch_size={args.rows}", f"train.micro_batch_size={args.rows}"),
             *(f"data.seq_length={args.seq_length}", f"cluster.gpu={'H100-80GB' if on_gpu else 'cpu'}"),
