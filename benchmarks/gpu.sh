@@ -106,7 +106,7 @@ if wanted model "$@"; then
   TAIL=20 step real_model 270 "$PYTHON" benchmarks/real_model.py --device cuda
 fi
 if wanted profile "$@"; then
-  TAIL=100 step profile 120 env OUT="$(mktemp -d)" ncu --kernel-name 'regex:forward_rows|backward_rows|exp_rows' --launch-count 12 \
+  TAIL=100 step profile 120 env OUT="$(mktemp -d)" ncu --kernel-name 'regex:forward_rows|backward_rows|exp_rows' --launch-count 60 \
     --metrics gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum \
     "$PYTHON" benchmarks/output_layer.py --device cuda --only 'whole logits' 'four bytes' --tokens 8192 \
     --columns 152064 --seconds 0

@@ -26,6 +26,7 @@ from pear_megatron.megatron.forward_step import PearForwardStep
 from pear_megatron.megatron.layout import initialize, packed_attention, shutdown
 from pear_megatron.megatron.model import build_model, unwrap, wrap_ddp
 from pear_megatron.megatron.optimizer import build_optimizer
+from pear_megatron.megatron.output_chunks import supports_output_processor
 from pear_megatron.recipe import OptimizerConfig, Recipe, TrainConfig
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -136,6 +137,9 @@ def main() -> None:
     steps = Steps(args)
     device = steps.layout.device
     losses = forward_steps(steps.vocab_size, steps.layout.tp_group, args.precision, args.chunk_tokens)
+    if not supports_output_processor(steps.model):
+        losses = {name: x for name, x in losses.items() if x[0].output_chunk_tokens is None}
+        print("no chunks: this megatron-core has no output_processor (0.19+)", flush=True)
     if args.only:
         losses = {name: x for name, x in losses.items() if any(part in name for part in args.only)}
 

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from tests.gpu.device import DEVICE, needs_device
+from tests.megatron.ranks import train_runs
 from tests.megatron.runs import REPOSITORY, TINY, metrics, write_trajectories
-from tests.megatron.test_output_chunks import needs_output_processor
+from tests.megatron.test_layouts import TIED, TP
+from tests.megatron.test_output_chunks import CHUNKS, needs_output_processor
 
 pytestmark = needs_device
 
@@ -60,6 +62,22 @@ def test_chunks_of_the_output_layer_train_alike(
 ) -> None:
     rows = train(tmp_path / "chunks", data, f"train.precision={precision}", "train.output_chunk_tokens=50")
     assert_same(rows, float32, relative=1e-4 if precision == "fp32" else 5e-2)
+
+
+def test_two_tensor_parallel_ranks_on_one_card_train_like_one(tmp_path: Path, data: Path) -> None:
+    """Over gloo, which lets two ranks share a card."""
+    (expected,) = train_runs(1, data, {tmp_path / "one": []}).values()
+    for rows in train_runs(2, data, {tmp_path / "two": [TP]}).values():
+        assert_same(rows, expected, relative=1e-4)
+
+
+@needs_output_processor
+def test_two_tensor_parallel_ranks_on_one_card_share_chunks_of_the_output_layer(
+    tmp_path: Path, data: Path
+) -> None:
+    runs = {tmp_path / "whole": [TIED, TP], tmp_path / "chunks": [TIED, TP, CHUNKS]}
+    whole, chunks = train_runs(2, data, runs).values()
+    assert_same(chunks, whole, relative=1e-4)
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, data: Path) -> None:
