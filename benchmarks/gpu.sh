@@ -6,6 +6,7 @@
 #
 # Parts, each under ten minutes with the build that comes first (a no-op once built):
 #   tests       tests/gpu: every claim of the CPU tests on CUDA tensors, two ranks on the card, graphs, large rows
+#   training    tests/gpu/test_training.py: the entry point in both precisions, in chunks, over two ranks, continued
 #   sanitizer   compute-sanitizer memcheck, racecheck and initcheck over every kernel
 #   loss        benchmarks/logprob.py: the loss on given logits, against its peers
 #   layer       benchmarks/output_layer.py: GEMMs included; chunks of tokens; the four-byte scheme
@@ -25,13 +26,13 @@
 #   OUT=DIR             for results and logs (default: benchmarks/results)
 #   DRY_RUN=1           only say what would be run
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' benchmarks/gpu.sh
   exit
 fi
-known=" tests sanitizer loss layer steps longest model profile benchmarks "
+known=" tests training sanitizer loss layer steps longest model profile benchmarks "
 for part in "$@"; do
   if [[ $known != *" $part "* ]]; then
     echo "gpu.sh: no part $part; there are:$known(--help says more)" >&2
@@ -75,7 +76,10 @@ fi
 PEAR_MEGATRON_CUDA=1 step build 150 "$PYTHON" setup.py build_ext --inplace
 
 if wanted tests "$@"; then
-  TAIL=20 step tests 420 "$PYTHON" -m pytest tests/gpu -q --maxfail=20
+  TAIL=20 step tests 300 "$PYTHON" -m pytest tests/gpu -q --maxfail=20 --ignore tests/gpu/test_training.py
+fi
+if wanted training "$@"; then
+  TAIL=20 step training 200 "$PYTHON" -m pytest tests/gpu/test_training.py -q
 fi
 if wanted sanitizer "$@"; then
   if [[ -n $DRY_RUN ]] || command -v compute-sanitizer >/dev/null; then
@@ -87,10 +91,10 @@ if wanted sanitizer "$@"; then
   fi
 fi
 if wanted loss "$@"; then
-  TAIL=400 step logprob 150 "$PYTHON" benchmarks/logprob.py --device cuda --seconds 0.05 --tokens 8192
+  TAIL=400 step logprob 130 "$PYTHON" benchmarks/logprob.py --device cuda --seconds 0.05 --tokens 8192
 fi
 if wanted layer "$@"; then
-  TAIL=100 step output_layer 150 "$PYTHON" benchmarks/output_layer.py --device cuda --seconds 0.2
+  TAIL=100 step output_layer 130 "$PYTHON" benchmarks/output_layer.py --device cuda --seconds 0.2
 fi
 for model in 0.5b 1b; do
   if wanted steps "$@"; then
@@ -98,12 +102,12 @@ for model in 0.5b 1b; do
       --tokens 4096 8192 32768 --seconds 1
   fi
   if wanted longest "$@"; then
-    TAIL=20 step "step-longest-$model" 140 "$PYTHON" benchmarks/step.py --device cuda --model "$model" --tokens \
-      --recompute --longest --longest-limit 131072 --longest-seconds 20 --only Megatron none "PEAR token" --name "step-longest-$model"
+    TAIL=20 step "step-longest-$model" 150 "$PYTHON" benchmarks/step.py --device cuda --model "$model" --tokens \
+      --recompute --longest --longest-limit 131072 --longest-seconds 20 --only Megatron "PEAR token" --name "step-longest-$model"
   fi
 done
 if wanted model "$@"; then
-  TAIL=20 step real_model 270 "$PYTHON" benchmarks/real_model.py --device cuda
+  TAIL=20 step real_model 250 "$PYTHON" benchmarks/real_model.py --device cuda
 fi
 if wanted profile "$@"; then
   TAIL=100 step profile 120 env OUT="$(mktemp -d)" ncu --kernel-name 'regex:forward_rows|backward_rows|exp_rows' --launch-count 60 \
