@@ -92,8 +92,9 @@ def one_sweep_loss(
     Raises:
         ValueError: settings whose weights need more than the tokens that follow.
     """
-    if config.variant != "token" or config.baseline != "none" or config.normalize != "none":
-        raise ValueError(f"one sweep knows the token variant without baseline or normaliser, got {config}")
+    clips = {"log_ratio_clip": config.log_ratio_clip, "log_weight_clip": config.log_weight_clip}
+    if config != PearConfig(variant="token", gamma=config.gamma, **clips):
+        raise ValueError(f"one sweep knows the token variant with its gamma and clips alone, got {config}")
     bounds = cu_seqlens.tolist()  # a host copy; a loader has one
     args = (target, behavior_logprobs, mask, bounds, config, chunk_tokens)
     return _OneSweep.apply(hidden, weight, *args)

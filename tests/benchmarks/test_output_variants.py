@@ -59,6 +59,10 @@ def test_one_sweep_refuses_weights_that_look_back():
 
     hidden, weight, case = make_case()
     args = (hidden, weight, *pear(case)[:-1])
-    for config in (PearConfig(variant="sequence"), PearConfig(normalize="sequence")):
-        with pytest.raises(ValueError, match="token variant without baseline or normaliser"):
+    for config in (
+        PearConfig(variant="sequence"),
+        PearConfig(normalize="sequence"),
+        PearConfig(baseline="sequence_mean"),
+    ):
+        with pytest.raises(ValueError, match="token variant with its gamma and clips alone"):
             one_sweep_loss(*args, config, chunk_tokens=7)
