@@ -53,6 +53,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's own error, or that of a library that found none left."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+
+
 class Steps:
     """A model on the device, and one training step of it with any of the losses."""
 
@@ -99,13 +104,15 @@ class Steps:
 
     def fits(self, forward_step: PearForwardStep, fused: bool, tokens: int) -> bool:
         """Whether a step of one sequence of so many tokens ends."""
+        fitted = True
         try:
             self.run(forward_step, fused, random_batch(tokens, self.vocab_size, self.layout.device))
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            self.forget()
-        return True
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            fitted = False
+        self.forget()
+        return fitted
 
     def forget(self) -> None:
         """Gives back what an interrupted step held."""
@@ -155,7 +162,9 @@ def main() -> None:
             try:
                 row["ms"] = time_ms(device, lambda: None, run, args.seconds)
                 row["peak_bytes"] = peak_bytes(device, run)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 row = {**row, "error": "out of memory"}
             steps.forget()
             rows.append(row)
