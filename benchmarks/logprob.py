@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from measure import copy_bandwidth, peak_bytes, save, time_ms
 from peers import LOSSES, Case, Loss, Unavailable
-from table import print_logprob
+from table import print_record
 
 from pear_megatron.megatron import cpu
 
@@ -123,7 +123,7 @@ def main() -> None:
         del pristine
     record = {"copy_bytes_per_second": copy, "rows": rows, "skipped": skipped}
     path = save(args.name, device, record)
-    print_logprob(path)
+    print_record(path)
     print(f"written to {Path(path)}")
 
 

@@ -1,173 +1,189 @@
-"""A whole training step on one device, with Megatron's loss, ours without weights, and ours with PEAR.
+"""A whole training step on one device: Megatron's loss, ours without weights, with PEAR, and in chunks.
 
-    python benchmarks/step.py --device cuda --tokens 4096 8192
-    python benchmarks/step.py --device cpu --model tiny --tokens 256
+    python benchmarks/step.py --device cuda --model 1b --tokens 4096 8192 32768
+    python benchmarks/step.py --device cuda --model 1b --recompute --longest
+    python benchmarks/step.py --device cpu --model tiny --tokens 256 --chunk-tokens 64 --longest --longest-limit 1024
 
-Forward, loss, backward, gradient clipping and AdamW of a GPT built by Megatron-Core, through its own
-schedules, DDP and optimizer, on random tokens. Writes results/step-<device>.json.
+Forward, loss, backward, gradient clipping and AdamW of a GPT built by Megatron-Core, through its own schedules, DDP
+and optimizer, on random tokens. --longest looks for the longest sequence whose step fits into memory, by doubling
+and halving. Writes results/step-<model>-<device>.json.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import gc
+import time
 from typing import Any
 
 import torch
 from measure import peak_bytes, save, time_ms
-from table import print_step
-from torch import Tensor
+from steps import MODELS, forward_steps, random_batch, use_flash_attention
+from table import print_record
 
-from pear_megatron import PearConfig
-from pear_megatron.data.batches import PackedBatch
 from pear_megatron.data.config import DataConfig
-from pear_megatron.megatron.forward_step import LossOutput, PearForwardStep
+from pear_megatron.megatron.forward_step import PearForwardStep
 from pear_megatron.megatron.layout import initialize, packed_attention, shutdown
 from pear_megatron.megatron.model import build_model, unwrap, wrap_ddp
 from pear_megatron.megatron.optimizer import build_optimizer
-from pear_megatron.recipe import ModelConfig, OptimizerConfig, Recipe, TrainConfig
+from pear_megatron.megatron.output_chunks import supports_output_processor
+from pear_megatron.recipe import OptimizerConfig, Recipe, TrainConfig
 
-COMMON: dict[str, Any] = {"max_position_embeddings": 131072, "share_embeddings_and_output_weights": True}
-MODELS = {
-    "tiny": ModelConfig(
-        num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, vocab_size=8000, **COMMON
-    ),
-    # Sizes of Qwen2.5-0.5B and Llama-3.2-1B.
-    "0.5b": ModelConfig(
-        num_layers=24,
-        hidden_size=896,
-        ffn_hidden_size=4864,
-        num_attention_heads=14,
-        num_query_groups=2,
-        vocab_size=151936,
-        **COMMON,
-    ),
-    "1b": ModelConfig(
-        num_layers=16,
-        hidden_size=2048,
-        ffn_hidden_size=8192,
-        num_attention_heads=32,
-        num_query_groups=8,
-        vocab_size=128256,
-        **COMMON,
-    ),
-}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
-class MegatronLoss(PearForwardStep):
-    """Plain SFT as Megatron does it: the model computes the loss of every token from ``labels``."""
-
-    def __call__(
-        self, data_iterator: Iterator[PackedBatch], model: Any
-    ) -> tuple[Tensor, Callable[[Tensor], LossOutput]]:
-        batch = next(data_iterator)
-        inputs = self._inputs(batch)
-        labels = batch.labels.clamp_min(0).view(inputs["input_ids"].shape)
-
-        def loss(per_token: Tensor) -> LossOutput:
-            mask = batch.loss_mask.view(-1)
-            total = torch.dot(per_token.float().view(-1), mask.float())
-            return total, mask.sum(dtype=torch.int32), {}
-
-        return model(**inputs, labels=labels), loss
-
-
-def forward_steps(vocab_size: int, tp_group: Any, precision: str) -> dict[str, tuple[PearForwardStep, bool]]:
-    """Name -> (what Megatron's schedule calls, whether Megatron's fused cross entropy is on)."""
-    attention = packed_attention(precision)
-    common = {"vocab_size": vocab_size, "tp_group": tp_group, "packed_attention": attention}
-    return {
-        "Megatron-Core": (MegatronLoss(PearConfig(variant="none"), **common), False),
-        "Megatron-Core, fused": (MegatronLoss(PearConfig(variant="none"), **common), True),
-        "ours, variant none": (PearForwardStep(PearConfig(variant="none"), **common), False),
-        "ours, PEAR token": (PearForwardStep(PearConfig(), **common), False),
-        "ours, PEAR block": (PearForwardStep(PearConfig(variant="block"), **common), False),
-    }
-
-
-def random_batch(tokens: int, vocab_size: int, device: torch.device) -> PackedBatch:
-    """One row of four trajectories, of which the first quarter is prompt."""
-    length = tokens // 4
-    labels = torch.randint(vocab_size, (1, tokens))
-    mask = (torch.arange(tokens) % length >= length // 4).view(1, -1)
-    batch = PackedBatch(
-        tokens=torch.randint(vocab_size, (1, tokens)),
-        labels=labels.where(mask, -100),
-        loss_mask=mask,
-        behavior_logprobs=(-12 - torch.rand(1, tokens)).where(mask, 0.0),
-        position_ids=(torch.arange(tokens) % length).view(1, -1),
-        cu_seqlens=torch.arange(0, tokens + 1, length, dtype=torch.int32),
-        reward=torch.ones(4),
-        trajectory_index=torch.arange(4),
-        max_seqlen=length,
-    )
-    return batch.to(device)
-
-
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--model", choices=list(MODELS), default="1b")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192], help="of a micro-batch")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 8192], help="of a micro-batch")
+    parser.add_argument("--chunk-tokens", type=int, default=2048, help="of the chunked output layer")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--recompute", action="store_true", help="full activation recomputation")
+    parser.add_argument("--longest", action="store_true", help="look for the longest sequence that fits")
+    parser.add_argument("--longest-limit", type=int, default=1 << 18, help="tokens (default: 262144)")
+    parser.add_argument(
+        "--longest-seconds", type=float, default=60, help="spent on one loss's search (default: 60)"
+    )
+    parser.add_argument("--only", nargs="+", help="names, or parts of names, of what to run")
     parser.add_argument("--seconds", type=float, default=3.0, help="spent on each number")
-    parser.add_argument("--name", default="step", help="of the result file")
-    args = parser.parse_args()
+    parser.add_argument("--name", help="of the result file (default: step-<model>)")
+    return parser.parse_args()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's own error, or that of a library that found none left."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+
+
+class Steps:
+    """A model on the device, and one training step of it with any of the losses."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        config = MODELS[args.model]
+        recipe = Recipe(
+            output_dir="unused",
+            model=config,
+            train=TrainConfig(
+                global_batch_size=1, precision=args.precision, **(FULL if args.recompute else {})
+            ),
+            optimizer=OptimizerConfig(lr=1e-6),
+            data=DataConfig.model_construct(seq_length=1),
+        )
+        self.layout = initialize(recipe.model, recipe.parallel, recipe.train)
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        torch.manual_seed(0)
+        self.model = wrap_ddp(build_model(config, self.layout, recipe.train), recipe.parallel)
+        self.attention = "Transformer Engine"
+        if packed_attention(args.precision) == "mask":
+            use_flash_attention(self.model)
+            self.attention = "torch's flash attention, causal over the row"
+        self.model.train()
+        self.optimizer = build_optimizer(recipe, self.model)
+        self.forward_backward = get_forward_backward_func()
+        self.vocab_size = config.vocab_size
+
+    def run(self, forward_step: PearForwardStep, fused: bool, batch: Any) -> None:
+        """One step."""
+        unwrap(self.model).config.cross_entropy_loss_fusion = fused
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self.forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=iter([batch]),
+            model=[self.model],
+            num_microbatches=1,
+            seq_length=batch.tokens.numel(),
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        self.optimizer.step()
+
+    def fits(self, forward_step: PearForwardStep, fused: bool, tokens: int) -> bool:
+        """Whether a step of one sequence of so many tokens ends."""
+        fitted = True
+        try:
+            self.run(forward_step, fused, random_batch(tokens, self.vocab_size, self.layout.device))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            fitted = False
+        self.forget()
+        return fitted
+
+    def forget(self) -> None:
+        """Gives back what an interrupted step held."""
+        gc.collect()
+        if self.layout.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def longest(
+    steps: Steps, forward_step: PearForwardStep, fused: bool, unit: int, limit: int, seconds: float
+) -> int:
+    """The largest tried multiple of ``unit`` that fits: doubled until it does not, then halved in between."""
+    deadline = time.perf_counter() + seconds
+    good, bad = 0, limit // unit + 1
+    trial = 1
+    while bad - good > 1 and time.perf_counter() < deadline:
+        if steps.fits(forward_step, fused, trial * unit):
+            good = trial
+        else:
+            bad = trial
+        trial = min(2 * good, bad - 1) if good and bad > limit // unit else (good + bad) // 2
+    return good * unit
+
+
+def main() -> None:
+    args = arguments()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device here; try --device cpu --model tiny")
-
-    model_config = MODELS[args.model]
-    recipe = Recipe(
-        output_dir="unused",
-        model=model_config,
-        train=TrainConfig(global_batch_size=1, precision=args.precision),
-        optimizer=OptimizerConfig(lr=1e-6),
-        data=DataConfig.model_construct(seq_length=max(args.tokens)),
-    )
-    layout = initialize(recipe.model, recipe.parallel, recipe.train)
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    torch.manual_seed(0)
-    model = wrap_ddp(build_model(model_config, layout, recipe.train), recipe.parallel)
-    optimizer = build_optimizer(recipe, model)
-    forward_backward = get_forward_backward_func()
-    steps = forward_steps(model_config.vocab_size, layout.tp_group, args.precision)
+    steps = Steps(args)
+    device = steps.layout.device
+    losses = forward_steps(steps.vocab_size, steps.layout.tp_group, args.precision, args.chunk_tokens)
+    if not supports_output_processor(steps.model):
+        losses = {name: x for name, x in losses.items() if x[0].output_chunk_tokens is None}
+        print("no chunks: this megatron-core has no output_processor (0.19+)", flush=True)
+    if args.only:
+        losses = {name: x for name, x in losses.items() if any(part in name for part in args.only)}
 
     rows: list[dict[str, Any]] = []
     for tokens in args.tokens:
-        batch = random_batch(tokens, model_config.vocab_size, layout.device)
-        for name, (forward_step, fused) in steps.items():
-            unwrap(model).config.cross_entropy_loss_fusion = fused
-
-            def train_step(forward_step: PearForwardStep = forward_step, tokens: int = tokens) -> None:
-                model.zero_grad_buffer()
-                optimizer.zero_grad()
-                forward_backward(
-                    forward_step_func=forward_step,
-                    data_iterator=iter([batch]),  # noqa: B023  (run before the next batch is made)
-                    model=[model],
-                    num_microbatches=1,
-                    seq_length=tokens,
-                    micro_batch_size=1,
-                    forward_only=False,
-                )
-                optimizer.step()
-
+        batch = random_batch(tokens, steps.vocab_size, device)
+        for name, loss in losses.items():
             row: dict[str, Any] = {"name": name, "tokens": tokens}
+
+            def run(_: Any = None, loss: Any = loss, batch: Any = batch) -> None:
+                steps.run(*loss, batch)
+
             try:
-                row["ms"] = time_ms(layout.device, lambda: None, lambda _: train_step(), args.seconds)
-                row["peak_bytes"] = peak_bytes(layout.device, train_step)
-            except torch.OutOfMemoryError:
-                row["error"] = "out of memory"
-                if layout.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                row["ms"] = time_ms(device, lambda: None, run, args.seconds)
+                row["peak_bytes"] = peak_bytes(device, run)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                row = {**row, "error": "out of memory"}
+            steps.forget()
             rows.append(row)
-            print(f"{tokens:6} tokens  {name:22}", row.get("ms") or row["error"], flush=True)
-    what = f"{args.model} ({sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters), {args.precision}"
-    path = save(args.name, layout.device, {"model": what, "rows": rows})
-    print_step(path)
+            print(f"{tokens:6} tokens  {name:40}", row.get("error") or row["ms"], flush=True)
+    record: dict[str, Any] = {"rows": rows}
+    if args.longest:
+        unit = 4096 if device.type == "cuda" else 256
+        record |= {"longest_unit": unit, "longest_limit": args.longest_limit, "longest": {}}
+        for name, loss in losses.items():
+            found = longest(steps, *loss, unit, args.longest_limit, args.longest_seconds)
+            record["longest"][name] = found
+            print(f"longest sequence  {name:40}", found, flush=True)
+    millions = sum(p.numel() for p in steps.model.parameters()) / 1e6
+    recompute = ", full recomputation" if args.recompute else ""
+    record["model"] = (
+        f"{args.model} ({millions:.0f} M parameters), {args.precision}{recompute}; {steps.attention}"
+    )
+    path = save(args.name or f"step-{args.model}", device, record)
+    print_record(path)
     print(f"written to {path}")
     shutdown()
 

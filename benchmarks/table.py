@@ -1,17 +1,21 @@
-"""Prints the tables of README from the committed results, as Markdown.
+"""Makes README's figures from the committed results: Markdown tables, and with --write the plots and README itself.
 
-python benchmarks/table.py                                    # every file of results/
+python benchmarks/table.py                                    # prints every file of results/
 python benchmarks/table.py benchmarks/results/logprob-cpu.json
+python benchmarks/table.py --write                            # README between its markers, docs/images/
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+BEGIN, END = "<!-- benchmarks/table.py --write: begin -->", "<!-- benchmarks/table.py --write: end -->"
 
 
 def row(*cells: str) -> str:
@@ -72,7 +76,7 @@ def logprob_tables(record: dict[str, Any]) -> str:
 
 
 def step_table(record: dict[str, Any]) -> str:
-    """Whole training steps."""
+    """Whole training steps, and the longest sequence that each loss can train."""
     lines = [heading(record), "", f"**{record['model']}**", ""]
     lines.append(row("loss", "tokens", "ms / step", "tokens / s", "peak GB"))
     lines.append(row("---", *["---:"] * 4))
@@ -84,15 +88,116 @@ def step_table(record: dict[str, Any]) -> str:
         lines.append(
             row(e["name"], str(e["tokens"]), f"{e['ms']:.4g}", f"{1e3 * e['tokens'] / e['ms']:.0f}", memory)
         )
+    if record.get("longest"):
+        unit, limit = record["longest_unit"], record["longest_limit"]
+        lines += ["", f"Longest sequence whose step fits into memory, in multiples of {unit} tokens:", ""]
+        for name, tokens in record["longest"].items():
+            more = ", the longest tried" if tokens + unit > limit else ""
+            lines.append(f"- {name}: {tokens}{more}")
     return "\n".join(lines)
 
 
-def print_logprob(path: Path) -> None:
-    print(logprob_tables(json.loads(path.read_text())))
+def output_layer_tables(record: dict[str, Any]) -> str:
+    """One table per shape: time of forward and backward, against the GEMMs alone, and memory."""
+    lines = [heading(record)]
+    shapes: dict[tuple, list[dict[str, Any]]] = {}
+    for entry in record["rows"]:
+        key = (entry["tokens"], entry["hidden"], entry["columns"], entry["dtype"])
+        shapes.setdefault(key, []).append(entry)
+    for (tokens, hidden, columns, dtype), entries in shapes.items():
+        alone = next((e.get("ms") for e in entries if e["name"] == "the three GEMMs alone"), None)
+        lines += ["", f"**{tokens} tokens x {hidden} -> {columns}, {dtype}**", ""]
+        lines.append(row("", "ms", "time / GEMMs alone", "extra memory MB", "memory / logits"))
+        lines.append(row("---", *["---:"] * 4))
+        for e in entries:
+            if "error" in e:
+                lines.append(row(e["name"], e["error"], "-", "-", "-"))
+                continue
+            memory = ("-", "-")
+            if "peak_bytes" in e:
+                memory = (f"{e['peak_bytes'] / 1e6:.0f}", f"{e['peak_bytes'] / e['logits_bytes']:.3f}")
+            lines.append(
+                row(e["name"], f"{e['ms']:.4g}", f"{e['ms'] / alone:.2f}" if alone else "-", *memory)
+            )
+    if record["skipped"]:
+        reasons = "; ".join(f"{name} ({why})" for name, why in record["skipped"].items())
+        lines += ["", f"Not run: {reasons}."]
+    return "\n".join(lines)
 
 
-def print_step(path: Path) -> None:
-    print(step_table(json.loads(path.read_text())))
+def real_model_table(record: dict[str, Any]) -> str:
+    """SmolLM2-135M: speed of training against TRL's, and what the commands ended with."""
+    lines = [heading(record), "", f"**{record['model']}**", ""]
+    lines.append(row("", "tokens / s", "last nll", "solved", "interval"))
+    lines.append(row("---", *["---:"] * 4))
+    for e in record["rows"]:
+        if "error" in e:
+            lines.append(row(e["name"], e["error"], "-", "-", "-"))
+            continue
+        solved = e.get("solved")
+        cells = ("-", "-") if solved is None else (f"{solved[0]:.1%}", f"{solved[1]:.1%} to {solved[2]:.1%}")
+        speed, nll = (f"{e[key]:.4g}" if e.get(key) else "-" for key in ("tokens_per_second", "nll"))
+        lines.append(row(e["name"], speed, nll, *cells))
+    return "\n".join(lines)
+
+
+# By the beginning of the file's name; the order is README's.
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "logprob": logprob_tables,
+    "output_layer": output_layer_tables,
+    "step": step_table,
+    "real_model": real_model_table,
+}
+
+
+# What a file of each kind is about, for README.
+CAPTIONS = {
+    "logprob": "The loss alone on given logits, forward and backward, with a weight per token; all in the same run.",
+    "output_layer": "The whole output layer: its three GEMMs (four in chunks), loss, both gradients.",
+    "step": "Whole training steps: forward, loss, backward, clipping, AdamW.",
+    "real_model": "A real model, from import to evaluation.",
+}
+
+
+def kind(path: Path) -> str:
+    return next(name for name in TABLES if path.stem.startswith(name))
+
+
+def committed() -> list[Path]:
+    """The result files, in README's order."""
+    return sorted(RESULTS.glob("*.json"), key=lambda path: (list(TABLES).index(kind(path)), path.stem))
+
+
+def print_record(path: Path) -> None:
+    print(TABLES[kind(path)](json.loads(path.read_text())))
+
+
+def readme_section() -> str:
+    """What stands between README's markers."""
+    parts = []
+    for path in committed():
+        record = json.loads(path.read_text())
+        image = f"docs/images/{path.stem}.png"
+        about = CAPTIONS[kind(path)]
+        parts.append(f"{about}\n\n![{about}]({image})\n\n{TABLES[kind(path)](record)}")
+    return "\n\n".join(parts)
+
+
+def with_section(readme: str) -> str:
+    """README with the section between its markers made anew."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{readme_section()}\n{END}{after}"
+
+
+def write() -> None:
+    """README and its plots."""
+    from plots import plot_record
+
+    for path in committed():
+        plot_record(json.loads(path.read_text()), kind(path), ROOT / "docs" / "images" / f"{path.stem}.png")
+    readme = ROOT / "README.md"
+    readme.write_text(with_section(readme.read_text()))
 
 
 def main() -> None:
@@ -100,9 +205,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", type=Path, nargs="*", help="default: every file of results/")
-    for path in parser.parse_args().files or sorted(RESULTS.glob("*.json")):
+    parser.add_argument("--write", action="store_true", help="README and plots, from every file of results/")
+    args = parser.parse_args()
+    if args.write:
+        write()
+        return
+    for path in args.files or committed():
         print(f"\n### {path.stem}\n")
-        (print_step if path.stem.startswith("step") else print_logprob)(path)
+        print_record(path)
 
 
 if __name__ == "__main__":

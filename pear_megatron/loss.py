@@ -1,4 +1,7 @@
-"""pear_loss: logits and offline trajectories in, Megatron's (loss_sum, num_tokens, report) out."""
+"""pear_loss: logits and offline trajectories in, Megatron's (loss_sum, num_tokens, report) out.
+
+``pear_linear_loss`` is the same from the output layer's input, without logits that grow with the sequence.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from torch import Tensor
 
 from pear_megatron.config import PearConfig
 from pear_megatron.ops.logprob import vocab_parallel_logprob
+from pear_megatron.ops.output_layer import linear_logprob
 from pear_megatron.ops.suffix_sum import as_cu_seqlens
 from pear_megatron.ops.weights import STATISTICS
 from pear_megatron.weights import importance_weights
@@ -80,7 +84,71 @@ def pear_loss(
         tp_group=tp_group,
         vocab_size=vocab_size,
         inplace_backward=inplace_backward,
-    ).reshape(-1)  # [T]
+    )
+    return loss_of_logprobs(
+        logprob, behavior_logprobs, mask, cu_seqlens, config, reward=reward, cp_group=cp_group
+    )
+
+
+def pear_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    behavior_logprobs: Tensor | None,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    config: PearConfig,
+    *,
+    chunk_tokens: int,
+    reward: Tensor | None = None,
+    tp_group: torch.distributed.ProcessGroup | None = None,
+    cp_group: torch.distributed.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    reduce_hidden_gradient: bool = True,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """``pear_loss(hidden @ weight.T, ...)`` in memory that does not grow with V x T (see linear_logprob).
+
+    Args:
+        hidden: [T, H] floating, the output layer's input, alike on the ranks of tp_group.
+        weight: [V_local, H] of the same dtype, this rank's rows of the output layer.
+        target, behavior_logprobs, mask: [T], as in pear_loss.
+        cu_seqlens, config, reward, tp_group, cp_group, vocab_size: as in pear_loss.
+        chunk_tokens: rows of logits that exist at a time.
+        reduce_hidden_gradient: see linear_logprob.
+
+    Returns:
+        loss_sum, num_tokens, report: as pear_loss.
+
+    Raises:
+        ValueError, IndexError: see linear_logprob and importance_weights.
+    """
+    logprob = linear_logprob(
+        hidden,
+        weight,
+        target,
+        chunk_tokens=chunk_tokens,
+        mask=mask,
+        tp_group=tp_group,
+        vocab_size=vocab_size,
+        reduce_hidden_gradient=reduce_hidden_gradient,
+    )
+    return loss_of_logprobs(
+        logprob, behavior_logprobs, mask, cu_seqlens, config, reward=reward, cp_group=cp_group
+    )
+
+
+def loss_of_logprobs(
+    logprob: Tensor,
+    behavior_logprobs: Tensor | None,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    config: PearConfig,
+    *,
+    reward: Tensor | None = None,
+    cp_group: torch.distributed.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What pear_loss does once it has the log-probabilities, [T] or [B, S] float32 and 0 off the mask."""
+    logprob = logprob.reshape(-1)  # [T]
     if behavior_logprobs is None:
         if config.variant != "none":
             raise ValueError(f"variant {config.variant!r} needs behavior_logprobs; only 'none' does without")

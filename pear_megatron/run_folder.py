@@ -30,6 +30,7 @@ _MAY_CHANGE = (
     "train.log_interval",
     "train.micro_batch_size",
     "train.recompute_",
+    "train.output_chunk_tokens",
     "train.check_alignment",
     "data.cache_dir",
 )

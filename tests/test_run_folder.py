@@ -77,7 +77,12 @@ def test_steps_that_are_trained_again_replace_the_lost_ones(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "override",
-    ["cluster.num_nodes=4", "logging.wandb_project=p", "parallel.tensor_model_parallel_size=2"],
+    [
+        "cluster.num_nodes=4",
+        "logging.wandb_project=p",
+        "parallel.tensor_model_parallel_size=2",
+        "train.output_chunk_tokens=512",
+    ],
 )
 def test_a_run_may_go_on_elsewhere_and_log_elsewhere(tmp_path: Path, override: str) -> None:
     _write(tmp_path, range(1, 2))

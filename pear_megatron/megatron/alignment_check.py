@@ -34,7 +34,11 @@ class _AlignmentStep(PearForwardStep):
             mask=batch.loss_mask.view(logits.shape[:-1]),
             tp_group=self.tp_group,
             vocab_size=self.vocab_size,
-        ).flatten()  # [T]
+        )
+        return self.loss_of_logprobs(logprobs.flatten(), batch)
+
+    def loss_of_logprobs(self, logprobs: Tensor, batch: PackedBatch) -> LossOutput:
+        """The same from [T] log-probs."""
         mask = batch.loss_mask.flatten()
         sums = alignment_sums(logprobs, batch.behavior_logprobs.flatten(), mask, batch.cu_seqlens)
         return logprobs.sum(), mask.sum(dtype=torch.int32), {"alignment": sums}
@@ -96,6 +100,7 @@ def _forward(
         tp_group=forward_step.tp_group,
         packed_attention=forward_step.packed_attention,
         use_output_processor=forward_step.use_output_processor,
+        output_chunk_tokens=forward_step.output_chunk_tokens,
     )
     rows, length = batches[0].tokens.shape
     flat = step.packed_attention == "thd"

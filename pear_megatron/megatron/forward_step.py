@@ -3,12 +3,12 @@
 ``PearForwardStep`` is what ``get_forward_backward_func()`` takes as ``forward_step_func``; it works in
 this package's loop, in Megatron-LM's and in Megatron-Bridge's. Where mcore has
 ``GPTModel.forward(output_processor=...)`` (0.19+) the loss is computed there, straight from the output
-layer's [s, b, V/tp] logits; otherwise from the logits that the model returns for ``labels=None``.
+layer's [s, b, V/tp] logits; otherwise from the logits that the model returns for ``labels=None``. With
+``output_chunk_tokens`` there are no logits but those of a chunk of tokens (output_chunks.py).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,15 +17,14 @@ from torch import Tensor
 
 from pear_megatron.config import PearConfig
 from pear_megatron.data.batches import PackedBatch
-from pear_megatron.loss import pear_loss
-from pear_megatron.megatron.model import unwrap
+from pear_megatron.loss import loss_of_logprobs, pear_loss
+from pear_megatron.megatron.output_chunks import (
+    logprobs_in_chunks,
+    require_output_processor,
+    supports_output_processor,
+)
 
 LossOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
-
-
-def supports_output_processor(model: Any) -> bool:
-    """Whether the GPTModel inside ``model`` takes ``output_processor`` (megatron-core 0.19+)."""
-    return "output_processor" in inspect.signature(unwrap(model).forward).parameters
 
 
 def _wraps_precision(model: Any) -> bool:
@@ -50,6 +49,12 @@ class PearForwardStep:
         packed_attention: ``mask`` gives the model a block-diagonal attention mask (any layer spec);
             ``thd`` gives Transformer Engine ``PackedSeqParams`` and one flat row of tokens.
         use_output_processor: None = where mcore has it.
+        output_chunk_tokens: compute the output layer for so many tokens at a time and never hold all logits;
+            None = all at once.
+
+    Raises:
+        ValueError: output_chunk_tokens without the output processor.
+        RecipeError: when called, output_chunk_tokens with a model that it does not work with.
     """
 
     def __init__(
@@ -61,13 +66,19 @@ class PearForwardStep:
         cp_group: torch.distributed.ProcessGroup | None = None,
         packed_attention: str = "mask",
         use_output_processor: bool | None = None,
+        output_chunk_tokens: int | None = None,
     ) -> None:
+        if output_chunk_tokens is not None and use_output_processor is False:
+            raise ValueError(
+                "output_chunk_tokens works through the output processor; leave one of the two out"
+            )
         self.config = config
         self.vocab_size = vocab_size
         self.tp_group = tp_group
         self.cp_group = cp_group
         self.packed_attention = packed_attention
         self.use_output_processor = use_output_processor
+        self.output_chunk_tokens = output_chunk_tokens
 
     def __call__(
         self, data_iterator: Iterator[PackedBatch], model: Any
@@ -76,6 +87,8 @@ class PearForwardStep:
         batch = next(data_iterator)
         if self.use_output_processor is None:
             self.use_output_processor = supports_output_processor(model)
+        if self.output_chunk_tokens is not None:
+            require_output_processor(model)
         inputs = self._inputs(batch)
         if _wraps_precision(model):
             inputs["fp32_output"] = False  # the loss reads bf16 logits; a float32 copy is not needed
@@ -85,8 +98,20 @@ class PearForwardStep:
         results: list[LossOutput] = []
 
         def processor(*, hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any) -> Tensor:
-            logits, _bias = output_layer(hidden_states, weight=output_weight)  # [s, b, V/tp]
-            results.append(self.loss(logits.transpose(0, 1), batch))
+            if self.output_chunk_tokens is None:
+                logits, _bias = output_layer(hidden_states, weight=output_weight)  # [s, b, V/tp]
+                results.append(self.loss(logits.transpose(0, 1), batch))
+            else:
+                logprobs = logprobs_in_chunks(
+                    hidden_states,
+                    output_layer,
+                    output_weight,
+                    batch,
+                    chunk_tokens=self.output_chunk_tokens,
+                    vocab_size=self.vocab_size,
+                    tp_group=self.tp_group,
+                )
+                results.append(self.loss_of_logprobs(logprobs, batch))
             return results[0][0]
 
         output = model(**inputs, output_processor=processor)
@@ -106,6 +131,18 @@ class PearForwardStep:
             cp_group=self.cp_group,
             vocab_size=self.vocab_size,
             inplace_backward=True,
+        )
+
+    def loss_of_logprobs(self, logprobs: Tensor, batch: PackedBatch) -> LossOutput:
+        """The same from [B * S] log-probs, 0 off the mask."""
+        return loss_of_logprobs(
+            logprobs,
+            batch.behavior_logprobs,
+            batch.loss_mask.view(-1),
+            batch.cu_seqlens,
+            self.config,
+            reward=batch.reward,
+            cp_group=self.cp_group,
         )
 
     def _inputs(self, batch: PackedBatch) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pear_megatron.megatron.guards import raise_bad_gradient, raise_not_finite, 
 from pear_megatron.megatron.layout import Layout, packed_attention
 from pear_megatron.megatron.model import build_chunks, wrap_ddp
 from pear_megatron.megatron.optimizer import build_optimizer, build_scheduler
+from pear_megatron.megatron.output_chunks import require_output_processor
 from pear_megatron.megatron.position import DataPosition
 from pear_megatron.megatron.saver import CheckpointSaver
 from pear_megatron.megatron.start import start_model
@@ -76,6 +77,8 @@ class Trainer:
         )
 
         self.model: list[Any] = wrap_ddp(build_chunks(recipe.model, layout, recipe.train), recipe.parallel)
+        if recipe.train.output_chunk_tokens is not None:
+            require_output_processor(self.model[0])
         if not saved:
             start_model(recipe, layout, self.model)
         self.optimizer = build_optimizer(recipe, self.model)
@@ -89,6 +92,7 @@ class Trainer:
             tp_group=layout.tp_group,
             cp_group=layout.cp_group,
             packed_attention=packed_attention(recipe.train.precision),
+            output_chunk_tokens=recipe.train.output_chunk_tokens,
         )
         self.forward_backward = get_forward_backward_func()
         self.throughput = Throughput(

@@ -36,7 +36,7 @@ class Activations:
     Attributes:
         layer: kept by one transformer layer without recomputation.
         hidden: one tensor of hidden states, split over S: what a recomputed layer keeps.
-        logits: the output layer's result, in the training precision.
+        logits: the output layer's result, in the training precision; of a chunk where the recipe has chunks.
         loss: what PEAR adds: vectors of one entry a token; backward writes over the logits.
         layer_backward: gradients inside one layer while it runs backward, its largest weight's included.
         output_backward: the same for the output layer.
@@ -72,7 +72,7 @@ def activations(recipe: Recipe) -> Activations:
     return Activations(
         layer=int(tokens * (element * kept + lse)),
         hidden=tokens * element * h // split,
-        logits=tokens * element * columns,
+        logits=min(tokens, train.output_chunk_tokens or tokens) * element * columns,
         loss=tokens * (_LOSS_BYTES + _GATHERED_BYTES * tp),
         # Of the MLP: gradients of both its inner tensors, and hidden states gathered for them, there and back.
         layer_backward=element * (tokens * ((fc1 + f) // tp + 2 * h) + h * fc1 // tp),

@@ -19,6 +19,7 @@ _FULL_RECOMPUTE = {
     "train.recompute_method": "uniform",
     "train.recompute_num_layers": 1,
 }
+_CHUNK_TOKENS = 2048  # rows enough to keep the output layer's GEMM busy
 _MOST_NODES = 64
 
 
@@ -116,17 +117,19 @@ def _same_gpus(recipe: Recipe) -> Iterator[tuple[float, dict[str, Any]]]:
     stages = [n for n in range(1, recipe.model.num_layers + 1) if recipe.model.num_layers % n == 0]
     current = {key: getattr(train, key.removeprefix("train.")) for key in _FULL_RECOMPUTE}
     virtual = parallel.virtual_pipeline_model_parallel_size
-    for tp, pp, rows, recompute, sequence, distributed in itertools.product(
+    for tp, pp, rows, recompute, chunk, sequence, distributed in itertools.product(
         sizes,
         stages,
         {1, train.micro_batch_size},
         (current, _FULL_RECOMPUTE),
+        {train.output_chunk_tokens, train.output_chunk_tokens or _CHUNK_TOKENS},
         {parallel.sequence_parallel, train.precision == "bf16"},
         {parallel.use_distributed_optimizer, True},
     ):
         cost = abs(math.log2(tp / parallel.tensor_model_parallel_size))
         cost += abs(math.log2(pp / parallel.pipeline_model_parallel_size))
         cost += 0.5 * (rows != train.micro_batch_size) + 1.5 * (recompute != current)
+        cost += 0.7 * (chunk != train.output_chunk_tokens)  # the output layer's GEMM once more
         cost += 0.1 * (sequence != parallel.sequence_parallel)
         cost += 0.1 * (distributed != parallel.use_distributed_optimizer)
         change = {
@@ -136,6 +139,7 @@ def _same_gpus(recipe: Recipe) -> Iterator[tuple[float, dict[str, Any]]]:
             "parallel.sequence_parallel": sequence and tp > 1,
             "parallel.use_distributed_optimizer": distributed,
             "train.micro_batch_size": rows,
+            "train.output_chunk_tokens": chunk,
             **recompute,
         }
         yield cost, change

@@ -93,6 +93,9 @@ class TrainConfig(StrictModel):
     Attributes:
         recompute_granularity, recompute_method, recompute_num_layers: activation recomputation, as Megatron
             names it; ``full`` needs a method and a number of layers, ``selective`` neither.
+        output_chunk_tokens: compute the output layer and the loss for so many tokens of a micro-batch at a time,
+            so that logits take memory for those alone; its GEMM runs once more in backward. None = all at
+            once. Needs megatron-core 0.19+ (docs/long-sequences.md).
         check_alignment: before the first step, compare the model's log-probs with the behaviour log-probs of
             the first batch, and refuse data that fit better shifted by a token or two.
     """
@@ -106,6 +109,7 @@ class TrainConfig(StrictModel):
     recompute_granularity: Literal["selective", "full"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = Field(default=None, ge=1)
+    output_chunk_tokens: int | None = Field(default=None, ge=1)
     check_alignment: bool = True
 
     @model_validator(mode="after")

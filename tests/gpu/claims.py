@@ -12,11 +12,18 @@ from torch.utils._pytree import tree_map
 
 from tests import test_loss, test_weights
 from tests.distributed import run_ranks
-from tests.ops import test_logprob, test_logprob_tensor_parallel, test_registration, test_suffix_sum
+from tests.ops import (
+    test_logprob,
+    test_logprob_tensor_parallel,
+    test_output_layer,
+    test_registration,
+    test_suffix_sum,
+)
 
 MODULES = (
     test_logprob,
     test_logprob_tensor_parallel,
+    test_output_layer,
     test_registration,
     test_suffix_sum,
     test_weights,
@@ -32,6 +39,8 @@ HOST_ONLY = {
     "logprob_tensor_parallel: a_target_outside_the_vocabulary_raises_on_every_rank_and_none_hangs": (
         "a device-side assertion"
     ),
+    "output_layer: inputs_that_do_not_fit_are_named": "tensors made on the host, when the module is read",
+    "output_layer: nothing_the_size_of_all_logits_is_allocated": "asks the CPU's profiler",
     "registration: the_number_of_threads_changes_no_bit": "the host's threads",
     "suffix_sum: bad_boundaries_are_refused": "a device-side assertion",
     "suffix_sum: bad_values_are_refused": "tensors made on the host, when the module is read",

@@ -28,6 +28,10 @@ def main() -> None:
                 ops.logprob_backward_(logits, *rest)
                 assert torch.equal(out, logits)
                 assert logprob.isfinite().all()
+                # A chunk of rows in the middle, its vectors at any alignment.
+                rows = slice(1, 4)
+                ops.logprob_forward(logits[rows], target[rows], mask[rows], 0, columns)
+                ops.logprob_backward_(logits[rows], *(x[rows] for x in rest[:4]), 0, columns)
     for lengths in ([3, 0, 700, 1500, 1], [1] * 300):
         pack = make_pack(lengths)
         for config in CONFIGS:

@@ -10,6 +10,7 @@ import pytest
 from pear_megatron.alignment import Alignment
 from tests.megatron.ranks import failures, train_runs
 from tests.megatron.runs import launch, metrics
+from tests.megatron.test_output_chunks import needs_output_processor
 from tests.structured import VOCAB_SIZE, make_rows, write_rows
 
 MODEL = [f"model.vocab_size={VOCAB_SIZE}", "train.global_batch_size=16"]
@@ -57,6 +58,16 @@ def test_shifted_log_probs_are_refused_on_every_rank(
         assert "row-" in message
         assert "train.check_alignment=false" in message
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@needs_output_processor
+def test_shifted_log_probs_are_refused_by_chunks_of_the_output_layer_too(
+    tmp_path: Path, policy: Path, aligned: Path
+) -> None:
+    chunks = [*MODEL, f"checkpoint.pretrained={policy}", "train.output_chunk_tokens=50"]
+    for message in failures(2, shifted(tmp_path, 1), tmp_path / "run", *chunks):
+        assert "behavior_logprobs seem to stand 1 token after the ones they belong to" in message
+    train_runs(1, aligned, {tmp_path / "aligned": [*chunks, "train.max_steps=1"]})
 
 
 def test_aligned_data_pass_and_so_does_who_knows_better(tmp_path: Path, policy: Path, aligned: Path) -> None:

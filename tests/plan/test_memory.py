@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from pear_megatron.plan.activations import activations
 from pear_megatron.plan.memory import stage_memory
+from pear_megatron.plan.remedies import fits, remedies
 from tests.distributed import run_ranks
 from tests.plan import small
 
@@ -183,3 +184,23 @@ def test_interleaved_schedule_holds_the_papers_share_more() -> None:
     # Korthikanti et al., 4.2.3: L (1 + (p - 1) / (p m)) layers' activations on the first stage.
     assert stage_memory(interleaved, 1)[0].activations == 11 * (2 * layer + sent)
     assert 11 * 2 == 16 * (1 + 3 / (4 * 2))
+
+
+def test_logits_of_chunks_take_the_chunks_memory_at_any_length() -> None:
+    for length in (64, 128):
+        recipe = small.recipe(
+            data={"train": "unused", "seq_length": length}, train={"output_chunk_tokens": 32}
+        )
+        assert stage_memory(recipe, dp_size=1)[0].logits == 32 * 1024 * 2  # bfloat16, padded vocabulary
+    whole = small.recipe(train={"output_chunk_tokens": 999})
+    assert stage_memory(whole, dp_size=1) == stage_memory(small.recipe(), dp_size=1)
+
+
+def test_logits_that_do_not_fit_are_remedied_by_chunks() -> None:
+    recipe = small.recipe(
+        model={"vocab_size": 152064, "max_position_embeddings": 1 << 18},
+        data={"train": "unused", "seq_length": 1 << 18},
+        cluster={"gpus_per_node": 1},
+    )
+    assert fits(recipe) is None
+    assert [str(remedy) for remedy in remedies(recipe)] == ["train.output_chunk_tokens=2048"]
