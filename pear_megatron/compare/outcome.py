@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -87,29 +87,33 @@ def take_off(rewards: np.ndarray, threshold: float) -> int | None:
 
 @dataclass(frozen=True)
 class Measure:
-    """A column of the table.
+    """A column of the table. Its estimates are kept: the bootstrap of a single seed takes a moment.
 
     Attributes:
         key, title: for JSON, for people.
         values: by arm: [R, P] a row a seed, a column a problem; or [R], a number a seed.
         bounds: of a value.
-        higher_is_better: False for take-off.
     """
 
     key: str
     title: str
     values: dict[str, np.ndarray]
     bounds: tuple[float, float]
-    higher_is_better: bool = True
+    _estimates: dict[tuple[str, ...], Estimate] = field(default_factory=dict)
 
     def estimate(self, arm: str) -> Estimate:
         """The arm's mean."""
-        return _estimate(self.values[arm], self.bounds)
+        if (arm,) not in self._estimates:
+            self._estimates[arm,] = _estimate(self.values[arm], self.bounds)
+        return self._estimates[arm,]
 
     def difference(self, arm: str, baseline: str) -> Estimate:
         """The arm minus the baseline, paired by seed (and problem)."""
         low, high = self.bounds
-        return _estimate(self.values[arm] - self.values[baseline], (low - high, high - low))
+        if (arm, baseline) not in self._estimates:
+            values = self.values[arm] - self.values[baseline]
+            self._estimates[arm, baseline] = _estimate(values, (low - high, high - low))
+        return self._estimates[arm, baseline]
 
 
 def _estimate(values: np.ndarray, bounds: tuple[float, float]) -> Estimate:
@@ -167,9 +171,7 @@ class Outcome:
         area = {arm: self.curves(arm).mean(axis=1) for arm in self.recipe.arms}
         rewards = np.concatenate([self.curves(arm).ravel() for arm in self.recipe.arms])
         bounds = (min(0.0, float(rewards.min())), max(1.0, float(rewards.max())))
-        measures.append(
-            Measure("take_off", f"steps to reward {self.recipe.take_off:g}", times, (1.0, steps), False)
-        )
+        measures.append(Measure("take_off", f"steps to reward {self.recipe.take_off:g}", times, (1.0, steps)))
         measures.append(Measure("mean_reward", "mean reward during RL", area, bounds))
         return measures
 

@@ -93,7 +93,8 @@ def _table(outcome: Outcome, *, differences: bool) -> str:
 def _cell(outcome: Outcome, measure: Measure, arm: str, difference: bool) -> str:
     estimate = measure.difference(arm, outcome.recipe.baseline) if difference else measure.estimate(arm)
     known = measure.values[arm].ndim == 2 or len(outcome.seeds) > 1
-    text = show(estimate, measure, signed=difference, known=known)
+    mean, _, bounds = show(estimate, measure, signed=difference, known=known).partition(" ")
+    text = f"{mean}<br/><small>{bounds}</small>" if bounds else mean
     clear = difference and known and (estimate.low > 0 or estimate.high < 0)
     return f"<td>{f'<strong>{text}</strong>' if clear else text}</td>"
 
