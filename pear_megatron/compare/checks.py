@@ -1,4 +1,4 @@
-"""What is checked: before anything is run, that all of it can be; after a seed, that its arms differ in nothing else."""
+"""Checks: before anything is run, that all of it can be; after a seed, that its arms differ in nothing else."""
 
 from __future__ import annotations
 

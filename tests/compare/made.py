@@ -44,8 +44,8 @@ def write_folders(results: list[CellResult]) -> None:
     for one in results:
         cell = one.cell
         if cell.has_offline_phase:
-            _jsonl(cell.folder / "run", [{"step": i, "trajectories": f"t{i}"} for i in (1, 2, 3)])
-        _jsonl(cell.folder / "rl", [{"step": i, "problems": f"p{i}"} for i in (1, 2)])
+            write_rows(cell.folder / "run", [{"step": i, "trajectories": f"t{i}"} for i in (1, 2, 3)])
+        write_rows(cell.folder / "rl", [{"step": i, "problems": f"p{i}"} for i in (1, 2)])
         described = {**cell.rl.model_dump(mode="json"), "weights": f"of {cell.arm}"}
         (cell.folder / "rl" / "config.yaml").write_text(yaml.safe_dump(described))
         for name in ("before", "after"):
@@ -61,6 +61,7 @@ def change_row(path: Path, step: int, **values: Any) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _jsonl(folder: Path, rows: list[dict[str, Any]]) -> None:
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """As metrics.jsonl."""
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -82,7 +82,9 @@ def test_differences_are_paired_by_seed(outcome: Outcome) -> None:
     steps = measure(outcome, "take_off").difference("token", "SFT")
     assert steps.mean == -2.5  # 5 - 7 and 5 - 8
     half = 12.706204736 * 0.5  # Student's t of one degree of freedom times 0.7071 / sqrt(2)
-    assert (steps.low, steps.high) == pytest.approx((-2.5 - half, -2.5 + half))
+    assert (steps.low, steps.high) == pytest.approx(
+        (-7.0, -2.5 + half)
+    )  # of 8 steps, 7 are the most there can be
     area = measure(outcome, "mean_reward").difference("token", "SFT")
     # 0.175 and 0.1: seeds that are bad for both arms are bad for neither in the difference.
     assert area.mean == pytest.approx(0.1375)
@@ -151,3 +153,17 @@ def test_names_of_arms_are_text_in_tables_and_pictures(tmp_path: Path) -> None:
     assert text.count("&lt;b&gt;SFT &amp; co&lt;/b&gt;") >= 4  # tables, and the legend of each picture
     assert text.count("_hidden") >= 5
     assert text.count(r"a$\oops$") >= 5
+
+
+def test_tuning_takes_the_value_with_the_highest_mean_reward_over_rl_for_each_arm(tmp_path: Path) -> None:
+    from pear_megatron.compare.arms import tuning_cells
+    from pear_megatron.compare.run import Comparison
+
+    recipe = made.recipe(tmp_path, tune={"seed": 9, "values": [1e-3, 2e-3, 4e-3]})
+    rewards = {"SFT": ([0.1, 0.2], [0.0, 0.5], [0.3, 0.0]), "token": ([0.2, 0.2], [0.0, 0.1], [0.1, 0.3])}
+    tuning = tuning_cells(recipe)
+    for arm, by_value in tuning.items():
+        for cell, curve in zip(by_value.values(), rewards[arm], strict=True):
+            made.write_rows(cell.folder / "rl", [{"reward": reward} for reward in curve])
+    chosen = Comparison(recipe)._choose(tuning)
+    assert chosen == {"SFT": ("optimizer.lr=0.002",), "token": ("optimizer.lr=0.001",)}  # a tie: the first

@@ -32,25 +32,20 @@ def refusal(config: Path, *overrides: str) -> str:
     [
         ("+sedes=[1]", "unknown key 'sedes'; did you mean 'seeds'?"),
         ("+eval.num_sample=8", "did you mean 'num_samples'?"),
-        ("+offline.override=[a=1]", "did you mean 'overrides'?"),
+        ("+offline.override=[a]", "did you mean 'overrides'?"),
         ("baseline=sft", "baseline 'sft' must be one of at least two arms: SFT, token, no offline phase"),
-        ("~arms.token", None),  # two arms are left
         ("seeds=[0,1,0]", "seeds [0, 1, 0] has one twice"),
         ("seeds=[]", "seeds"),
         ("seeds=[99,100]", "tune.seed 100 is one of seeds"),
         ("tune.values=[1e-3]", "tune.values"),
         ("+arms.sft=[]", "arm 'sft' would share the folder 'sft' with 'SFT'; rename one"),
-        ("+arms.'!!'=[]", None),  # not Hydra's grammar; from a file below
         ("eval.k=[1,3]", "eval.k [1, 3]: each is from 1 to eval.num_samples 2"),
         ("eval.k=[]", "eval.k []"),
         ("take_off=0", "take_off"),
     ],
 )
-def test_a_bad_key_is_named_with_the_way_out(tmp_path: Path, override: str, message: str | None) -> None:
-    config = tiny.write(tmp_path)
-    if message is None:
-        pytest.skip("documents a case that is no error of the recipe's")
-    assert message in refusal(config, override)
+def test_a_bad_key_is_named_with_the_way_out(tmp_path: Path, override: str, message: str) -> None:
+    assert message in refusal(tiny.write(tmp_path), override)
 
 
 def test_arms_need_names_that_make_folders_of_their_own(tmp_path: Path) -> None:
