@@ -10,27 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 pytest.importorskip("trl", reason="needs the extra rl")
 pytest.importorskip("scipy", reason="needs the extra eval")
 pytest.importorskip("matplotlib", reason="needs the extra plot")
 
-from pear_megatron.cli import app
 from tests.compare import tiny
+from tests.compare.tiny import compare
 from tests.megatron.runs import launch, metrics
-
-
-def compare(config: Path, *overrides: str, code: int = 0) -> str:
-    """The command in this process (its stages are forked from the tests' server) -> what it said."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", tiny.ENVIRONMENT["PYTHONPATH"])
-        patch.chdir(tiny.REPOSITORY)
-        done = CliRunner().invoke(app, ["compare", "--jobs", "1", "--config", str(config), *overrides])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == code, done.output
-    return done.output
 
 
 @pytest.fixture(scope="module")

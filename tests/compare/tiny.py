@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+from typer.testing import CliRunner
 
 from tests.megatron.runs import REPOSITORY
 
@@ -105,6 +107,20 @@ def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def compare(config: Path, *overrides: str, code: int = 0) -> str:
+    """The command in this process (its stages are forked from the tests' server) -> what it said."""
+    from pear_megatron.cli import app
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
+        patch.chdir(REPOSITORY)
+        done = CliRunner().invoke(app, ["compare", "--jobs", "1", "--config", str(config), *overrides])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == code, done.output
+    return done.output
 
 
 def results(folder: Path) -> dict[str, Any]:
