@@ -30,7 +30,7 @@ import torch
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _IMPORTED_ONCE = ["torch", "torch.distributed", "pear_megatron"]
 if not torch.cuda.is_available():  # with a GPU, Transformer Engine starts CUDA, which no fork survives
-    _IMPORTED_ONCE.append("tests.preload")
+    _IMPORTED_ONCE.append("pear_megatron.compare.preload")
 _FORKSERVER.set_forkserver_preload(_IMPORTED_ONCE)
 
 

@@ -18,6 +18,7 @@ def test_defaults_are_the_papers():
         "baseline": "none",
         "normalize": "none",
         "negative_scale": 1.0,
+        "control": "none",
     }
 
 
@@ -45,6 +46,7 @@ def test_lists_and_numbers_from_yaml_are_taken():
         ({"baseline": "mean"}, "Input should be 'none' or 'sequence_mean'"),
         ({"normalize": "batch"}, "Input should be 'none' or 'sequence'"),
         ({"negative_scale": -0.1}, "Input should be greater than or equal to 0"),
+        ({"control": "shuffle"}, "Input should be 'none' or 'shuffled'"),
         (
             {"log_ratio_clip": (0.3, -0.08)},
             "log_ratio_clip must be (low, high) with low < high, got (0.3, -0.08)",
@@ -73,6 +75,11 @@ def test_sequence_weights_are_not_to_be_normalised_away():
         ValueError, match="makes every weight 1; use normalize='none', or variant='token' or 'block'"
     ):
         PearConfig(variant="sequence", normalize="sequence")
+
+
+def test_weights_that_are_all_one_are_not_to_be_shuffled():
+    with pytest.raises(ValueError, match="control='shuffled' moves weights around.*or control='none'"):
+        PearConfig(variant="none", control="shuffled")
 
 
 def test_a_config_is_frozen_and_hashable():

@@ -236,6 +236,9 @@ def test_inputs_that_do_not_fit_are_named(change, message):
         pear_loss(config=PearConfig(), **inputs)
 
 
+EVERY_CONFIG = [*CONFIGS, PearConfig(control="shuffled")]
+
+
 def loss_of_a_shard(rank: int, batch: Batch, tp: int) -> list[tuple[Tensor, Tensor, Tensor, dict]]:
     """Ranks tp-first, as Megatron orders them: rank = cp_rank * tp + tp_rank."""
     ranks = torch.distributed.get_world_size()
@@ -250,7 +253,7 @@ def loss_of_a_shard(rank: int, batch: Batch, tp: int) -> list[tuple[Tensor, Tens
         loss_and_gradient(
             shard, config, reward=batch.reward, tp_group=tp_groups[cp_rank], cp_group=cp_groups[tp_rank]
         )
-        for config in CONFIGS
+        for config in EVERY_CONFIG
     ]
 
 
@@ -258,7 +261,7 @@ def loss_of_a_shard(rank: int, batch: Batch, tp: int) -> list[tuple[Tensor, Tens
 def test_tensor_and_context_parallel_ranks_together_equal_one(tp, cp):
     batch = make_batch([12, 8, 0, 24])
     by_rank = run_ranks(tp * cp, loss_of_a_shard, batch, tp)
-    for i, config in enumerate(CONFIGS):
+    for i, config in enumerate(EVERY_CONFIG):
         loss, grad, num_tokens, report = loss_and_gradient(batch, config, reward=batch.reward)
         one_per_cp_rank = [by_rank[cp_rank * tp][i] for cp_rank in range(cp)]
         torch.testing.assert_close(sum(r[0] for r in one_per_cp_rank), loss, rtol=1e-5, atol=1e-5)

@@ -304,3 +304,61 @@ def test_lengths_that_ranks_cannot_share_are_refused_on_every_rank():
     for message in run_ranks(2, error_of_an_odd_length, timeout=30):
         assert "segment 0 has 10 tokens, not divisible by 4" in message
         assert "pad each trajectory to a multiple of 4" in message
+
+
+SHUFFLED = [
+    PearConfig(variant=variant, baseline=baseline, control="shuffled")
+    for variant in ("token", "block", "sequence")
+    for baseline in ("none", "sequence_mean")
+]
+
+
+@pytest.mark.parametrize("config", SHUFFLED, ids=config_id)
+def test_shuffled_weights_are_the_same_weights_on_other_decisions(config):
+    pack = make_pack([40, 0, 17, 9], spread=0.5)
+    plain, stats = importance_weights(*pack.inputs(), config.model_copy(update={"control": "none"}))
+    shuffled, shuffled_stats = importance_weights(*pack.inputs(), config)
+    assert not shuffled[~pack.mask].any()
+    assert not torch.equal(shuffled, plain)
+    assert torch.equal(shuffled[pack.mask].sort().values, plain[pack.mask].sort().values)
+    again, _ = importance_weights(*pack.inputs(), config)
+    assert torch.equal(again, shuffled)
+    for name, value in stats.items():  # of the weights as PEAR made them
+        assert torch.equal(shuffled_stats[name], value)
+
+
+def test_the_order_of_shuffling_is_the_datas_and_not_the_models():
+    """Tensor-parallel ranks differ in a log-prob's last bits and must not differ in the order."""
+    pack = make_pack([40, 17], spread=0.5)
+    orders = []
+    for change in (0.0, 1e-6):
+        pack.logprobs += change
+        plain, _ = importance_weights(*pack.inputs(), PearConfig())
+        shuffled, _ = importance_weights(*pack.inputs(), PearConfig(control="shuffled"))
+        orders.append([int((plain - weight).abs().argmin()) for weight in shuffled[pack.mask]])
+    assert orders[0] == orders[1]
+    torch.manual_seed(5)  # nor has the global generator a part in it
+    again, _ = importance_weights(*pack.inputs(), PearConfig(control="shuffled"))
+    assert torch.equal(again, shuffled)
+
+
+def test_shuffling_nothing_gives_nothing():
+    pack = make_pack([9])
+    pack.mask[:] = False
+    weights, _ = importance_weights(*pack.inputs(), PearConfig(control="shuffled"))
+    assert not weights.any()
+
+
+def shuffled_weights_of_a_shard(rank: int, pack: Pack) -> list[Tensor]:
+    group = torch.distributed.group.WORLD
+    shard = [zigzag(x, pack.cu_seqlens, rank, group.size()) for x in pack.inputs()[:3]]
+    return [importance_weights(*shard, pack.cu_seqlens, config, cp_group=group)[0] for config in SHUFFLED]
+
+
+def test_context_parallel_ranks_shuffle_over_the_whole_pack():
+    pack = make_pack([16, 8, 0, 40, 8], spread=0.5)
+    by_rank = run_ranks(2, shuffled_weights_of_a_shard, pack)
+    for i, config in enumerate(SHUFFLED):
+        weights, _ = importance_weights(*pack.inputs(), config)
+        for rank, shards in enumerate(by_rank):
+            assert torch.equal(shards[i], zigzag(weights, pack.cu_seqlens, rank, 2))

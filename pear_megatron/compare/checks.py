@@ -1,19 +1,73 @@
-"""check_seed: the arms of a seed differ in what the recipe says, and in nothing else."""
+"""Checks: before anything is run, that all of it can be; after a seed, that its arms differ in nothing else."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import yaml
 
 from pear_megatron.compare import stages
-from pear_megatron.compare.arms import Cell
+from pear_megatron.compare.arms import Cell, cells_of, tuning_cells
 from pear_megatron.compare.outcome import CellResult, read_metrics
 from pear_megatron.compare.recipe import CompareRecipe
-from pear_megatron.errors import PearError
-from pear_megatron.recipe import differing_keys
+from pear_megatron.errors import PearError, RecipeError
+from pear_megatron.recipe import check_layout, differing_keys
 
 _BATCHES = ("data.", "train.global_batch_size", "train.num_epochs", "train.max_steps")
+
+
+def check_packages() -> None:
+    """Every package that a comparison needs before its end.
+
+    Raises:
+        PearError: one is missing.
+    """
+    for package, extra in (("transformers", "hf"), ("trl", "rl"), ("scipy", "eval"), ("matplotlib", "plot")):
+        if find_spec(package) is None:
+            raise PearError(f"compare needs {package}; pip install 'pear-megatron[{extra}]'")
+
+
+def check_recipe(recipe: CompareRecipe, *, prepared: bool) -> None:
+    """Every mistake in any arm's recipes that can be found before hours are spent.
+
+    Args:
+        recipe: the comparison.
+        prepared: whether ``prepare`` has run: a model.hf that it makes says what the model is.
+
+    Raises:
+        RecipeError: names the arm and the key.
+    """
+    overrides = [*recipe.offline.overrides, *(text for own in recipe.arms.values() for text in own or [])]
+    later = any("model.hf" in text and "{prepared}" in text for text in overrides)
+    if prepared and not later:
+        return
+    tried = [cell for by_value in tuning_cells(recipe).values() for cell in by_value.values()]
+    for cell in [*cells_of(recipe, {}), *tried]:
+        if cell.rl.data.validation is None:
+            raise RecipeError(
+                f"{recipe.rl.recipe} has no data.validation; add the problems that before and after ask"
+            )
+        _ = cell.max_new_tokens
+        if prepared or not later:
+            _check_cell(cell)
+
+
+def _check_cell(cell: Cell) -> None:
+    try:
+        cell.describe()
+        stages.stages_of(cell)
+        if cell.has_offline_phase:
+            offline = cell.offline
+            check_layout(
+                offline.model,
+                offline.parallel,
+                offline.train,
+                cell.recipe.offline.processes,
+                seq_length=offline.data.seq_length,
+            )
+    except PearError as error:
+        raise RecipeError(f"arm {cell.name}: {error}") from error
 
 
 def check_seed(recipe: CompareRecipe, results: list[CellResult]) -> None:

@@ -45,6 +45,12 @@ def _tidy(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
+def _literal(name: str) -> str:
+    """A name as matplotlib shows it letter by letter: $ begins no formula, and _ in front hides no line."""
+    text = name.replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
 def _smooth(rewards: np.ndarray) -> np.ndarray:
     """The mean of the last WINDOW steps, of as many as there are at the beginning: [..., steps]."""
     summed = np.cumsum(rewards, axis=-1)
@@ -62,7 +68,7 @@ def learning_curves(outcome: Outcome) -> Any:
         if len(smooth) > 1 and len(outcome.recipe.arms) <= 4:
             for row in smooth:
                 axes.plot(steps, row, color=_style(i)["color"], linewidth=0.5, alpha=0.35)
-        axes.plot(steps, smooth.mean(axis=0), linewidth=1.8, label=arm, **_style(i))
+        axes.plot(steps, smooth.mean(axis=0), linewidth=1.8, label=_literal(arm), **_style(i))
     axes.axhline(outcome.recipe.take_off, color="#999999", linewidth=0.6)
     axes.set(xlabel="RL step", ylabel=f"reward (mean of {WINDOW} steps)", ylim=(0, None), xlim=(1, None))
     _tidy(axes)
@@ -84,7 +90,7 @@ def every_seed(outcome: Outcome) -> Any:
             axes.plot(seeds, np.full(len(seeds), i), "o", color=color, markersize=4, alpha=0.45, linewidth=0)
             axes.plot(seeds.mean(), i, "|", color=color, markersize=14, markeredgewidth=2)
         axes.set_title(measure.title, fontsize=8)
-        axes.set_yticks(range(len(arms)), arms, fontsize=8)
+        axes.set_yticks(range(len(arms)), [_literal(arm) for arm in arms], fontsize=8)
         axes.tick_params(axis="x", labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, axis="x", color="#DDDDDD", linewidth=0.6)

@@ -11,6 +11,7 @@ from rich.table import Table
 from pear_megatron.atomic import write_atomically
 from pear_megatron.compare import figures
 from pear_megatron.compare.arms import tuning_cells
+from pear_megatron.compare.lock import lock
 from pear_megatron.compare.outcome import CellResult, Outcome, read_cell
 from pear_megatron.compare.page import page, show
 from pear_megatron.compare.recipe import CompareRecipe
@@ -21,11 +22,15 @@ def run_and_report(recipe: CompareRecipe, jobs: int | None = None) -> Outcome:
     """Runs what is missing, and writes results.json, index.html, curves.png and seeds.png each time a seed is done.
 
     Raises:
-        PearError: see ``Comparison.run``.
+        PearError: see ``Comparison.run``; or another process is at work in output_dir.
     """
     root = Path(recipe.output_dir)
     root.mkdir(parents=True, exist_ok=True)
+    with lock(root, wait=False):
+        return _run_and_report(recipe, root, jobs)
 
+
+def _run_and_report(recipe: CompareRecipe, root: Path, jobs: int | None) -> Outcome:
     def write(results: list[CellResult], chosen: dict[str, tuple[str, ...]]) -> Outcome:
         outcome = Outcome(recipe, chosen, results, _tuning(recipe))
         write_atomically(root / "results.json", json.dumps(outcome.as_json(), indent=1) + "\n")

@@ -16,7 +16,8 @@ from typing import Any
 from pear_megatron.atomic import write_atomically
 from pear_megatron.compare import stages, workers
 from pear_megatron.compare.arms import Cell, cells_of, fill, tuning_cells
-from pear_megatron.compare.checks import check_seed
+from pear_megatron.compare.checks import check_packages, check_recipe, check_seed
+from pear_megatron.compare.lock import lock
 from pear_megatron.compare.outcome import CellResult, read_cell
 from pear_megatron.compare.progress import Progress
 from pear_megatron.compare.recipe import CompareRecipe
@@ -50,13 +51,15 @@ class Comparison:
             PearError: a recipe cannot be used, before anything is run; or cells failed, after the others are done:
                 names each with the end of its log.
         """
-        self._check_recipes()
+        check_packages()
+        check_recipe(self.recipe, prepared=False)
         self._count_cores()
         workers.preload()
         tuning = tuning_cells(self.recipe)
         seeds = [*self.recipe.seeds, *([self.recipe.tune.seed] if self.recipe.tune else [])]
         if self.recipe.prepare:
             self._in_parallel("prepare", seeds, self._prepare, lambda seed: f"seed {seed}")
+            check_recipe(self.recipe, prepared=True)
         if tuning:
             tried = [cell for by_value in tuning.values() for cell in by_value.values()]
             self._in_parallel("tune", tried, self._run_cell, lambda cell: cell.name)
@@ -64,40 +67,29 @@ class Comparison:
         cells = cells_of(self.recipe, self.chosen)
         return self._in_parallel("compare", cells, self._run_cell, lambda cell: cell.name, self._seed_done)
 
-    def _check_recipes(self) -> None:
-        """Every mistake that can be found before hours are spent."""
-        tried = [cell for by_value in tuning_cells(self.recipe).values() for cell in by_value.values()]
-        for cell in [*cells_of(self.recipe, {}), *tried]:
-            if cell.evaluated and cell.rl.data.validation is None:
-                raise RecipeError(
-                    f"{self.recipe.rl.recipe} has no data.validation; add the problems that before and after ask"
-                )
-            if cell.evaluated:
-                _ = cell.max_new_tokens
-            if not any("model.hf={prepared}" in text for text in self.recipe.offline.overrides):
-                cell.describe()  # with it, config.json may be not there yet
-
     def _count_cores(self) -> None:
         import torch
 
-        cores, ranks = os.cpu_count() or 1, self.recipe.offline.processes
+        self._cores, ranks = len(os.sched_getaffinity(0)), self.recipe.offline.processes  # those we may use
+        cores = self._cores
         if self.jobs is None:
             self.jobs = 1 if torch.cuda.is_available() else max(1, cores // ranks)
         self._threads = max(1, cores // (self.jobs * ranks))
 
     def _prepare(self, seed: int) -> None:
         folder = self.recipe.prepared_root / f"seed{seed}"
-        commands = [shlex.split(text) for text in fill(self.recipe.prepare, seed, folder)]
+        # Split first: a folder's name may hold spaces.
+        commands = [fill(shlex.split(text), seed, folder) for text in self.recipe.prepare]
         marker = folder / _PREPARED
-        if marker.is_file():
-            if json.loads(marker.read_text()) == commands:
-                return
-            raise RecipeError(
-                f"{folder} was prepared by other commands; choose another folder, or remove that one"
-            )
         folder.mkdir(parents=True, exist_ok=True)
-        stages.prepare(commands, folder / "prepare.log", self._threads)
-        write_atomically(marker, json.dumps(commands, indent=1) + "\n")
+        with lock(folder, wait=True):  # comparisons that share prepared_dir may be started together
+            if not marker.is_file():
+                stages.prepare(commands, folder / "prepare.log", self._threads)
+                write_atomically(marker, json.dumps(commands, indent=1) + "\n")
+            elif json.loads(marker.read_text()) != commands:
+                raise RecipeError(
+                    f"{folder} was prepared by other commands; choose another folder, or remove that one"
+                )
 
     def _run_cell(self, cell: Cell) -> CellResult:
         cell.claim()
@@ -105,17 +97,14 @@ class Comparison:
         if not done.is_file():
             started = time.monotonic()
             for name, function, arguments, ranks in stages.stages_of(cell):
-                if self._stopped.is_set():
-                    raise PearError("stopped")
                 workers.run_stage(
                     function,
                     *arguments,
                     log=cell.folder / f"{name}.log",
-                    threads=self._threads
-                    if name == stages.RUN
-                    else max(1, (os.cpu_count() or 1) // (self.jobs or 1)),
+                    threads=self._threads if name == stages.RUN else max(1, self._cores // (self.jobs or 1)),
                     ranks=ranks,
                     running=self._running,
+                    stopped=self._stopped,
                 )
             write_atomically(done, json.dumps({"seconds": round(time.monotonic() - started, 1)}) + "\n")
         return read_cell(cell)

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -43,6 +44,7 @@ def run_stage(
     threads: int,
     ranks: int | None = None,
     running: set[ForkServerProcess] | None = None,
+    stopped: threading.Event | None = None,
 ) -> None:
     """Runs ``function(*arguments)`` and waits for it.
 
@@ -52,11 +54,13 @@ def run_stage(
         threads: of a process.
         ranks: as many processes with torchrun's environment; None = one without.
         running: holds the processes while they run, for whoever wants to stop them.
+        stopped: once it is set, nothing goes on; set it before killing what ``running`` holds.
 
     Raises:
         StageError: a process failed; quotes the end of the log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    earlier = log.stat().st_size if log.exists() else 0
     port = _free_port()
     processes = [
         _CONTEXT.Process(
@@ -64,21 +68,27 @@ def run_stage(
         )
         for rank in range(ranks or 1)
     ]
-    mine = set(processes)
+    started: list[ForkServerProcess] = []
     running = running if running is not None else set()
-    running |= mine
     try:
         for process in processes:
+            if stopped is not None and stopped.is_set():
+                raise StageError(f"{log.stem} was stopped")
             process.start()
+            started.append(process)
+            running.add(process)
+        if stopped is not None and stopped.is_set():  # set before `running` held the last one
+            raise StageError(f"{log.stem} was stopped")
         _wait(processes)
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
             process.join()
-        running -= mine
+            running.discard(process)
     codes = [process.exitcode for process in processes]
     if any(codes):
-        lines = log.read_text(errors="replace").splitlines()
+        # Of this attempt: an error that an earlier one wrote would be a wrong trail.
+        lines = log.read_bytes()[earlier:].decode(errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("error: ")]
         said = errors[-1:] or lines[-_LINES:]
         raise StageError(f"{log.stem} failed (exit codes {codes}); {log} ends with:\n" + "\n".join(said))
@@ -118,6 +128,14 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def _end_with_parent() -> None:
+    """Ends this process when the comparison is killed: the next one continues the folder that it writes into."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _run(
     function: Callable[..., None],
     arguments: tuple[Any, ...],
@@ -129,6 +147,7 @@ def _run(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ |= {"OMP_NUM_THREADS": str(threads), **environment}
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("scipy", reason="needs the extra eval")
 
-from pear_megatron.evaluate.statistics import interval, pass_at_k
+from pear_megatron.evaluate.statistics import interval, over_runs, pass_at_k
 
 SHARE = (0.0, 1.0)
 
@@ -87,3 +87,45 @@ def test_nothing_solved_is_not_certainty() -> None:
 def test_runs_that_solve_nothing_alike_are_not_certainty_either() -> None:
     e = interval(np.zeros((3, 50)), bounds=SHARE)
     assert e.high > 0.05
+
+
+def test_everything_solved_is_not_certainty_and_neither_is_no_difference() -> None:
+    every = interval(np.ones(300), bounds=SHARE)
+    assert (every.mean, every.high) == (1.0, 1.0)
+    assert every.low == pytest.approx(1 - 0.01222, abs=1e-4)
+    no_difference = interval(np.zeros(300), bounds=(-1.0, 1.0))
+    assert no_difference.low == -no_difference.high == pytest.approx(-0.01222, abs=1e-4)
+
+
+def test_the_interval_is_reproducible_and_of_many_problems_the_normal_one() -> None:
+    values = np.random.default_rng(1).normal(size=1000)
+    e = interval(values, bounds=(-9, 9))
+    assert e == interval(values, bounds=(-9, 9))
+    reach = 1.96 * values.std() / np.sqrt(1000)
+    assert e.high - e.mean == pytest.approx(reach, rel=0.06)
+    assert e.mean - e.low == pytest.approx(reach, rel=0.06)
+
+
+def test_the_interval_of_one_number_a_run_is_students() -> None:
+    e = over_runs(np.array([1.0, 2.0, 4.0, 5.0]), bounds=(-99.0, 99.0))
+    half = 3.182446305 * np.sqrt(10 / 3) / 2  # t of 3 degrees of freedom times s / sqrt(4)
+    assert (e.mean, e.low, e.high) == pytest.approx((3.0, 3.0 - half, 3.0 + half))
+    narrow = over_runs(np.array([1.0, 2.0, 4.0, 5.0]), bounds=(1.0, 5.0))
+    assert (narrow.low, narrow.high) == (1.0, 5.0)
+    assert over_runs(np.array([2.0, 2.0]), bounds=(0.0, 9.0)).low == 2.0
+    wider = over_runs(np.array([1.0, 2.0, 4.0, 5.0]), bounds=(-99.0, 99.0), confidence=0.99)
+    assert wider.low < e.low
+
+
+def test_one_run_says_nothing_about_runs() -> None:
+    e = over_runs(np.array([3.0]), bounds=(1.0, 120.0))
+    assert (e.mean, e.low, e.high) == (3.0, 1.0, 120.0)
+
+
+@pytest.mark.parametrize("runs", [2, 3, 8])
+def test_intervals_over_runs_cover_nineteen_times_in_twenty(runs: int) -> None:
+    rng = np.random.default_rng(3)
+    draws = rng.normal(0.4, 0.1, size=(4000, runs))
+    estimates = [over_runs(draw, bounds=(-9.0, 9.0)) for draw in draws]
+    covered = np.mean([e.low <= 0.4 <= e.high for e in estimates])
+    assert covered == pytest.approx(0.95, abs=4 * np.sqrt(0.95 * 0.05 / 4000))

@@ -23,16 +23,18 @@ def test_the_program_is_run_as_its_operations_say() -> None:
     for prompt, values in zip(prompts.tolist(), world.run_program(prompts).tolist(), strict=True):
         x = prompt[-1]
         for token, value in zip(prompt[:-1], values, strict=True):
-            x = functions[token - world.OPERATION_0](x) % 23
+            x = functions[(token - world.OPERATION_0) % 4](x) % 23
             assert x == value
 
 
 def test_values_residues_operations_and_end_are_different_tokens() -> None:
-    assert len(set(world.TOKENS)) == len(world.TOKENS) == world.VOCAB_SIZE == 33
+    assert len(set(world.TOKENS)) == len(world.TOKENS) == world.VOCAB_SIZE == 37
     rng = np.random.default_rng(0)
     prompts = world.sample_problems(rng, 2000)
     responses = world.sample_answers(rng, prompts, 0.5).responses
-    assert set(np.unique(prompts[:, :-1])) == set(range(28, 32))
+    operations = prompts[:, :-1].reshape(-1, world.NUM_STRETCHES, world.STRETCH_LENGTH)
+    assert set(np.unique(operations[..., :-1])) == set(range(28, 32))
+    assert set(np.unique(operations[..., -1])) == set(range(32, 36))  # marked, where a stretch ends
     assert set(np.unique(prompts[:, -1])) == set(range(23))
     assert set(np.unique(responses[:, :-1])) == set(range(28))
     assert set(np.unique(responses[:, -1])) == {world.END}
@@ -89,6 +91,33 @@ def test_the_behaviour_policy_is_careful_as_often_as_its_logprobs_say() -> None:
     )
 
 
+def test_guesses_are_wrong_where_a_coarse_stretch_ends_and_their_logprobs_exact() -> None:
+    rng = np.random.default_rng(5)
+    prompts = world.sample_problems(rng, 20_000)
+    guessed = world.sample_guesses(rng, prompts, 0.12)
+    ends = guessed.responses[:, 7:32:8]
+    wrong = ends != world.stretch_ends(prompts)
+    assert not wrong[guessed.careful].any()  # a careful stretch is never guessed
+    # A guess is uniform: wrong with probability 22/23, and each value as likely as its log-prob says.
+    coarse = ~guessed.careful
+    share = 22 / 23
+    assert wrong[coarse].mean() == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / coarse.sum()))
+    counts = np.bincount(ends[coarse], minlength=23)
+    assert len(counts) == 23
+    np.testing.assert_allclose(counts / coarse.sum(), 1 / 23, atol=4 * np.sqrt(1 / 23 / coarse.sum()))
+    expected = np.zeros((len(prompts), 33))
+    expected[:, :32:8] = np.where(guessed.careful, np.log(0.12), np.log1p(-0.12))
+    expected[:, 7:32:8] = np.where(coarse, -np.log(23), 0.0)
+    np.testing.assert_array_equal(guessed.logprobs, expected)
+    # An answer is right if each stretch is careful or guessed right; the rest is as the other policy writes it.
+    chance = (0.12 + 0.88 / 23) ** 4
+    assert guessed.right.mean() == pytest.approx(chance, abs=4 * np.sqrt(chance / len(prompts)))
+    others = np.ones(33, bool)
+    others[7:32:8] = False
+    plain = world.write_answers(world.run_program(prompts), guessed.careful)
+    assert (guessed.responses[:, others] == plain[:, others]).all()
+
+
 def test_the_verifier_asks_for_every_stretch_end_and_nothing_else() -> None:
     answers = _answers(0.5)
     assert world.verify(answers.prompts, answers.responses).all()
@@ -124,7 +153,7 @@ def test_a_rendered_trajectory_shows_start_operations_symbols_and_verdict() -> N
     words = text.split()
     assert words[:2] == ["start", str(answers.prompts[0, -1])]
     assert words[-2:] == [".", "right"]
-    assert sum(word in world.OPERATIONS for word in words) == world.NUM_OPERATIONS
+    assert sum(word.rstrip(";") in world.OPERATIONS for word in words) == world.NUM_OPERATIONS
     wrong = answers.responses[0].copy()
     wrong[7] = (wrong[7] + 1) % world.MODULUS
     assert world.render(answers.prompts[0], wrong).endswith("wrong")

@@ -181,3 +181,21 @@ def test_layouts_that_need_transformer_engine_are_refused_on_cpu(
     for message in failures(2, trajectories, tmp_path / "run", *overrides):
         assert said in message
         assert "train.precision=bf16" in message
+
+
+def test_the_trajectories_of_a_step_are_the_seeds_and_not_the_losss_or_the_layouts(
+    tmp_path: Path, trajectories: Path, one_process: dict[str, tuple[Path, list[dict[str, Any]]]]
+) -> None:
+    """metrics.jsonl's ``trajectories`` is how `pear-megatron compare` sees that arms took the same data."""
+
+    def seen(rows: list[dict[str, Any]]) -> list[str]:
+        return [row["trajectories"] for row in rows]
+
+    reference = seen(one_process["plain"][1])
+    assert len(set(reference)) == len(reference) == 4
+    (same,) = train_runs(
+        2, trajectories, {tmp_path / "tp": [TP, "pear.variant=none", "optimizer.lr=1e-2"]}
+    ).values()
+    assert seen(same) == reference
+    (other,) = train_runs(1, trajectories, {tmp_path / "seed": ["seed=5"]}).values()
+    assert not set(seen(other)) & set(reference)

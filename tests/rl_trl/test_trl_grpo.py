@@ -16,6 +16,7 @@ pytest.importorskip("trl", reason="needs the extra rl")
 
 from pear_megatron.cli import app
 from pear_megatron.data.errors import DataError
+from pear_megatron.digest import digest
 from pear_megatron.errors import RecipeError
 from pear_megatron.rl.graders import GraderError
 from pear_megatron.rl.trl_grpo import run
@@ -96,19 +97,24 @@ def test_two_checkpoints_are_asked_the_same_prompts_in_the_same_order(
 ) -> None:
     other = save_word_model(tmp_path / "other", seed=5)
     recipe = write_recipe(tmp_path, _RECORDER)
-    asked, rewards = [], []
+    asked, rewards, problems = [], [], []
     for name, checkpoint in (("one", word_model), ("two", other)):
         train(recipe, checkpoint, tmp_path / name)
         asked.append((tmp_path / "asked").read_text().split())
         rewards.append([row["reward"] for row in metrics(tmp_path / name)])
+        problems.append([row["problems"] for row in metrics(tmp_path / name)])
         (tmp_path / "asked").unlink()
     assert asked[0] == asked[1]
     assert len(asked[0]) == 4 * 4 * 4
     assert all(len(set(asked[0][i : i + 4])) == 1 for i in range(0, 64, 4))  # a group is one prompt
     assert len(set(asked[0])) == 6
     assert rewards[0] != rewards[1]
+    assert problems[0] == problems[1]  # by which `pear-megatron compare` knows
+    numbers = [int(name.removeprefix("p")) for name in asked[0]]
+    assert problems[0] == [digest(numbers[i : i + 16]) for i in range(0, 64, 16)]
     train(recipe, word_model, tmp_path / "another-seed", "grpo.seed=7")
     assert (tmp_path / "asked").read_text().split() != asked[0]
+    assert [row["problems"] for row in metrics(tmp_path / "another-seed")] != problems[0]
 
 
 def test_the_same_run_twice_is_the_same(word_model: Path, tmp_path: Path) -> None:

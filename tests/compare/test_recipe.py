@@ -1,0 +1,117 @@
+"""A comparison that cannot be used is refused before anything is prepared or run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("trl", reason="needs the extra rl")
+pytest.importorskip("scipy", reason="needs the extra eval")
+pytest.importorskip("matplotlib", reason="needs the extra plot")
+
+from pear_megatron.cli import app
+from pear_megatron.compare.arms import cells_of, fill, tuning_cells
+from pear_megatron.compare.recipe import folder_name, load_compare_recipe
+from tests.compare import tiny
+
+
+def refusal(config: Path, *overrides: str) -> str:
+    """What the command says, having written nothing but perhaps an empty output folder."""
+    done = CliRunner().invoke(app, ["compare", "--config", str(config), *overrides])
+    assert done.exit_code == 1, done.output
+    out = config.parent / "out"
+    assert [path for path in out.rglob("*") if path.name != ".lock"] == []
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+sedes=[1]", "unknown key 'sedes'; did you mean 'seeds'?"),
+        ("+eval.num_sample=8", "did you mean 'num_samples'?"),
+        ("+offline.override=[a]", "did you mean 'overrides'?"),
+        ("baseline=sft", "baseline 'sft' must be one of at least two arms: SFT, token, no offline phase"),
+        ("seeds=[0,1,0]", "seeds [0, 1, 0] has one twice"),
+        ("seeds=[]", "seeds"),
+        ("seeds=[99,100]", "tune.seed 100 is one of seeds"),
+        ("tune.values=[1e-3]", "tune.values"),
+        ("+arms.sft=[]", "arm 'sft' would share the folder 'sft' with 'SFT'; rename one"),
+        ("eval.k=[1,3]", "eval.k [1, 3]: each is from 1 to eval.num_samples 2"),
+        ("eval.k=[]", "eval.k []"),
+        ("take_off=0", "take_off"),
+    ],
+)
+def test_a_bad_key_is_named_with_the_way_out(tmp_path: Path, override: str, message: str) -> None:
+    assert message in refusal(tiny.write(tmp_path), override)
+
+
+def test_arms_need_names_that_make_folders_of_their_own(tmp_path: Path) -> None:
+    arms: dict[str, Any] = {"SFT": [], "!!": []}
+    assert "arm '!!' would share the folder ''" in refusal(tiny.write(tmp_path, arms=arms))
+    assert "at least two arms" in refusal(tiny.write(tmp_path, arms={"SFT": []}))
+    assert folder_name("wider clip, (x2)") == "wider-clip-x2"
+
+
+def test_mistakes_in_the_recipes_that_it_names_are_found_before_anything_is_run(tmp_path: Path) -> None:
+    def refused(**changes: Any) -> str:
+        return refusal(tiny.write(tmp_path, **changes))
+
+    base = tiny.values(tmp_path)
+    arms = {**base["arms"], "token": ["pear.varaint=token"]}
+    said = refused(arms=arms)
+    assert "arm token, seed 0" in said
+    assert "unknown key 'varaint'; did you mean 'variant'?" in said
+    assert "optimizer: unknown key" in refused(tune={"seed": 9, "key": "optimizer.lrr", "values": [1, 2]})
+    assert "did you mean 'num_prompts_per_step'" in refused(
+        rl={**base["rl"], "overrides": [*base["rl"]["overrides"], "grpo.num_prompt_per_step=2"]}
+    )
+    assert "has no data.validation" in refused(
+        rl={**base["rl"], "overrides": [*base["rl"]["overrides"], "~data.validation"]}
+    )
+    assert "policy.generation.max_new_tokens" in refused(
+        rl={**base["rl"], "overrides": [*base["rl"]["overrides"], "policy.generation.max_new_tokens=null"]}
+    )
+    assert "does not divide the 1 process(es)" in refused(offline={**base["offline"], "processes": 1})
+    assert "no recipe at" in refused(rl={**base["rl"], "recipe": "elsewhere.yaml"})
+
+
+def test_an_arm_without_an_offline_phase_needs_something_to_start_from(tmp_path: Path) -> None:
+    base = tiny.values(tmp_path)
+    recipe = {**base["offline"]}
+    recipe["overrides"] = [*recipe["overrides"][1:], "checkpoint.pretrained=null"]
+    said = refusal(tiny.write(tmp_path, offline=recipe))
+    assert "no offline phase" in said
+    assert "give model.hf or checkpoint.pretrained" in said
+
+
+def test_the_recipes_of_the_repository_are_whole() -> None:
+    from pear_megatron.compare.checks import check_recipe
+
+    for path in sorted((tiny.RECIPES / "compare").glob("*.yaml")):
+        recipe = load_compare_recipe(path, ["seeds=[0]"])
+        check_recipe(recipe, prepared=False)
+        assert recipe.baseline == "SFT"
+
+
+def test_a_cell_is_an_arm_with_its_seed_its_folder_and_what_tuning_chose(tmp_path: Path) -> None:
+    recipe = load_compare_recipe(tiny.write(tmp_path, seeds=[3, 4]))
+    cells = cells_of(recipe, {"token": ("optimizer.lr=0.004",)})
+    assert [(cell.seed, cell.arm) for cell in cells] == [(s, arm) for s in (3, 4) for arm in recipe.arms]
+    cell = cells[4]
+    assert cell.folder == tmp_path / "out" / "seed4" / "token"
+    assert cell.offline.optimizer.lr == 0.004
+    assert cell.offline.seed == cell.rl.grpo.seed == 4
+    assert cell.offline.checkpoint.pretrained == str(tmp_path / "out" / "prepared" / "seed4" / "base")
+    assert cells[3].offline.pear.variant == "none"
+    tried = tuning_cells(recipe)
+    assert list(tried) == ["SFT", "token"]  # the third arm has no learning rate to choose
+    assert [cell.offline.optimizer.lr for cell in tried["token"].values()] == [0.002, 0.004]
+    assert {cell.seed for by_value in tried.values() for cell in by_value.values()} == {100}
+
+
+def test_only_our_own_braces_are_filled_in() -> None:
+    texts = ["a={seed}", "b={x: 1}", "c={prepared}/data"]
+    assert fill(texts, 3, Path("/p q")) == ["a=3", "b={x: 1}", "c=/p q/data"]
