@@ -1,6 +1,6 @@
 """Puts comparisons' results into docs/study: numbers as JSON, pictures, and the tables of docs/study.md.
 
-Tables stand between `<!-- table NAME -->` and `<!-- end -->`; `<!-- tuning NAME -->` and `<!-- careful NAME -->`
+Tables stand between `<!-- table NAME -->` and `<!-- end -->`; `<!-- tuning NAME -->` and `<!-- styles NAME -->`
 likewise.
 
 Example:
@@ -44,27 +44,37 @@ def tuning_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def careful_shares(folder: Path, results: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """In the stretches world, each arm's share of careful stretches before and after RL, a number a seed."""
-    return {
-        arm: {
-            when: [
-                round(float(weigh.careful_shares(folder / f"seed{seed}" / folder_name(arm) / when).mean()), 5)
-                for seed in results["seeds"]
-            ]
-            for when in ("before", "after")
+def styles(folder: Path, results: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """What the answers of the stretches world are like, for each arm and measure a number a seed."""
+    recipe = results["recipe"]
+    prepared = Path(recipe["prepared_dir"]) if recipe["prepared_dir"] else folder / "prepared"
+    found: dict[str, dict[str, list[float]]] = {}
+    for arm in results["arms"]:
+        cells = [(seed, folder / f"seed{seed}" / folder_name(arm)) for seed in results["seeds"]]
+        before = [float(weigh.careful_shares(cell / "before").mean()) for _, cell in cells]
+        after = [float(weigh.careful_shares(cell / "after").mean()) for _, cell in cells]
+        problems = [prepared / f"seed{seed}" / "data" / "heldout.jsonl" for seed, _ in cells]
+        right = [
+            weigh.careful_ends_right(cell / "before", path)
+            for (_, cell), path in zip(cells, problems, strict=True)
+        ]
+        found[arm] = {
+            "careful share before RL": np.round(before, 5).tolist(),
+            "careful stretches that end right, before RL": np.round(right, 5).tolist(),
+            "careful share after RL": np.round(after, 5).tolist(),
         }
-        for arm in results["arms"]
-    }
+    return found
 
 
-def careful_table(results: dict[str, Any]) -> str:
+def styles_table(results: dict[str, Any]) -> str:
     """A row an arm: means over seeds with 95 % intervals."""
-    lines = ["| careful share of held-out answers | before RL | after RL |", "| --- | ---: | ---: |"]
-    for arm, shares in results["careful_share"].items():
-        estimates = [over_runs(np.array(values), bounds=(0.0, 1.0)) for values in shares.values()]
-        cells = " | ".join(f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in estimates)
-        lines.append(f"| {arm} | {cells} |")
+    titles = list(next(iter(results["styles"].values())))
+    lines = [f"| arm | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(titles)]
+    for arm, measures in results["styles"].items():
+        estimates = [over_runs(np.array(values), bounds=(0.0, 1.0)) for values in measures.values()]
+        lines.append(
+            f"| {arm} | " + " | ".join(f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in estimates) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -73,8 +83,8 @@ def fill(text: str, name: str, results: dict[str, Any]) -> str:
     tables = {"table": markdown_table(results)}
     if results["tuning"]:
         tables["tuning"] = tuning_table(results)
-    if "careful_share" in results:
-        tables["careful"] = careful_table(results)
+    if "styles" in results:
+        tables["styles"] = styles_table(results)
     for kind, table in tables.items():
         pattern = re.compile(rf"(<!-- {kind} {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda match, table=table: f"{match[1]}{table}{match[2]}", text)
@@ -95,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
             _, _, below = results["recipe"][part]["recipe"].rpartition("/recipes/")
             results["recipe"][part]["recipe"] = f"recipes/{below}"
         if name.startswith("stretches"):
-            results["careful_share"] = careful_shares(folder, results)
+            results["styles"] = styles(folder, results)
         NUMBERS.mkdir(exist_ok=True)
         write_atomically(NUMBERS / f"{name}.json", json.dumps(results, separators=(",", ":")) + "\n")
         for picture in ("curves", "seeds"):

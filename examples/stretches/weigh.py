@@ -53,9 +53,31 @@ def weigh(logprobs: np.ndarray, behavior_logprobs: np.ndarray, config: PearConfi
 
 def careful_shares(evaluation: Path) -> np.ndarray:
     """For each problem of an evaluation, the share of its answers' stretches that are careful: [P]."""
+    return np.array([world.careful_stretches(answers).mean() for answers in _answers(evaluation).values()])
+
+
+def careful_ends_right(evaluation: Path, problems: Path) -> float:
+    """The share of an evaluation's careful stretches that end in the right value; nan where there are none.
+
+    Args:
+        evaluation: its folder.
+        problems: the file that it asked, of make_data.
+    """
+    rows = map(json.loads, problems.read_text().splitlines())
+    ends = {row["id"]: [world.TOKENS.index(value) for value in row["answer"].split()] for row in rows}
+    careful, right = [], []
+    for problem, answers in _answers(evaluation).items():
+        careful.append(world.careful_stretches(answers))  # [K, 4]
+        right.append(world.at_ends(answers) == np.array(ends[problem]))
+    chosen = np.concatenate(careful)
+    return float(np.concatenate(right)[chosen].mean()) if chosen.any() else float("nan")
+
+
+def _answers(evaluation: Path) -> dict[str, np.ndarray]:
+    """Problem -> its answers [K, 33], those cut short filled up with end tokens."""
     by_problem: dict[str, list[list[int]]] = {}
     for line in (evaluation / "samples.jsonl").read_text().splitlines():
         row = json.loads(line)
         symbols = [*row["tokens"], *[world.END] * world.RESPONSE_LENGTH][: world.RESPONSE_LENGTH]
         by_problem.setdefault(row["id"], []).append(symbols)
-    return np.array([world.careful_stretches(np.array(answers)).mean() for answers in by_problem.values()])
+    return {problem: np.array(answers) for problem, answers in by_problem.items()}

@@ -121,7 +121,12 @@ def run_program(prompts: np.ndarray) -> np.ndarray:
 
 def stretch_ends(prompts: np.ndarray) -> np.ndarray:
     """The values that the verifier asks for: prompts [N, 33] -> [N, 4]."""
-    return run_program(prompts)[:, _ENDS]
+    return at_ends(run_program(prompts))
+
+
+def at_ends(symbols: np.ndarray) -> np.ndarray:
+    """Those symbols that end a stretch: [..., 32 or 33] -> [..., 4]."""
+    return symbols[..., _ENDS]
 
 
 def to_text(tokens: np.ndarray) -> str:
@@ -169,7 +174,7 @@ def verify(prompts: np.ndarray, responses: np.ndarray) -> np.ndarray:
     shape = np.broadcast_shapes(prompts.shape[:-1], responses.shape[:-1])
     flat_prompts = np.broadcast_to(prompts, (*shape, PROMPT_LENGTH)).reshape(-1, PROMPT_LENGTH)
     values = run_program(flat_prompts).reshape(*shape, NUM_OPERATIONS)
-    return (responses[..., _ENDS] == values[..., _ENDS]).all(axis=-1)
+    return (at_ends(responses) == at_ends(values)).all(axis=-1)
 
 
 def careful_stretches(responses: np.ndarray) -> np.ndarray:
