@@ -90,7 +90,11 @@ def test_an_arm_without_an_offline_phase_needs_something_to_start_from(tmp_path:
 def test_the_recipes_of_the_repository_are_whole() -> None:
     from pear_megatron.compare.checks import check_recipe
 
-    for path in sorted((tiny.RECIPES / "compare").glob("*.yaml")):
+    found = sorted((tiny.RECIPES / "compare").glob("*.yaml"))
+    assert len(found) > 5
+    for path in found:
+        if path.stem.endswith("_base"):  # what others inherit
+            continue
         recipe = load_compare_recipe(path, ["seeds=[0]"])
         check_recipe(recipe, prepared=False)
         assert recipe.baseline == "SFT"
