@@ -44,7 +44,7 @@ def test_it_ends_with_numbers_a_page_and_pictures(finished: Path) -> None:
     assert (
         0 < content["arms"]["SFT"]["measures"]["after/pass@1"]["mean"] < 1
     )  # or the tests below compare nothing
-    assert len({str(arm["rewards"]) for arm in content["arms"].values()}) == 3
+    assert len({str(arm["rewards"]) for arm in content["arms"].values()}) > 1
     assert "no offline phase" in (out / "index.html").read_text()
     for name in ("curves.png", "seeds.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"

@@ -123,7 +123,7 @@ def test_the_page_shows_arms_numbers_and_pictures_and_needs_nothing_else(outcome
     for arm in outcome.recipe.arms:
         assert f'<th scope="row">{arm}</th>' in text
     assert "-2.5 [" in text  # token's take-off against SFT's
-    assert "2 x 2" in text
+    assert "2 steps of 2 x 4" in text
     assert "3 x 2" in text
     assert "4 held-out problems, 2 samples each" in text
     assert "no offline phase</code>" in text
