@@ -122,7 +122,7 @@ def test_the_page_shows_arms_numbers_and_pictures_and_needs_nothing_else(outcome
     assert not [word for word in ("src=", "@import") if word in text]
     for arm in outcome.recipe.arms:
         assert f'<th scope="row">{arm}</th>' in text
-    assert "-2.5 [" in text  # token's take-off against SFT's
+    assert "-2.5<br/><small>[" in text  # token's take-off against SFT's
     assert "2 steps of 2 x 4" in text
     assert "3 x 2" in text
     assert "4 held-out problems, 2 samples each" in text
@@ -133,7 +133,7 @@ def test_only_intervals_without_zero_are_bold(tmp_path: Path) -> None:
     rewards = {"SFT": [FLAT, FLAT], "token": [[0.5] * STEPS, [0.5001] * STEPS]}
     recipe = made.recipe(tmp_path, seeds=[0, 1], arms={"SFT": [], "token": []}, tune=None)
     text = page(made.outcome(recipe, rewards))
-    assert "<strong>+0.500 [" in text
+    assert "<strong>+0.500<br/><small>[" in text
     assert "<strong>+0.000" not in text
 
 
