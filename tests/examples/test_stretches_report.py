@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pear_megatron.evaluate.statistics import Estimate
-
 
 def test_pictures_are_written_and_small(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra plot")
@@ -18,15 +16,11 @@ def test_pictures_are_written_and_small(tmp_path: Path) -> None:
     weights = {"SFT": np.ones((3, 33)), "PEAR token": rng.uniform(0.1, 1.0, (3, 33))}
     careful = rng.random((3, 4)) < 0.5
     in_careful = np.pad(np.repeat(careful, 8, axis=1), ((0, 0), (0, 1)))
-    results = {
-        arm: {"pass@1": Estimate(0.0, 0.0, 0.012), "pass@8": Estimate(0.1, 0.05, 0.2)} for arm in weights
-    }
     plots.plot_weights_over_positions(
         tmp_path / "a.png", weights, careful, stretch_length=8, names=["x", "y", "z"]
     )
     plots.plot_weight_distributions(tmp_path / "b.png", weights, careful=in_careful)
-    plots.plot_results(tmp_path / "new" / "c.png", results)
-    for path in (tmp_path / "a.png", tmp_path / "b.png", tmp_path / "new" / "c.png"):
+    for path in (tmp_path / "a.png", tmp_path / "b.png"):
         assert path.read_bytes()[:4] == b"\x89PNG"
         assert path.stat().st_size < 150_000
     with pytest.raises(ValueError, match="SFT is the same"):
