@@ -215,14 +215,16 @@ def test_a_config_made_from_the_keys_says_the_same_to_transformers(
             assert getattr(ours, key) == getattr(theirs, key), key
 
 
-def test_the_tiny_recipe_is_a_llama_and_the_stretches_model_is_nothing_transformers_has() -> None:
+def test_the_recipes_small_models_are_llamas_and_learned_positions_are_nothing_that_is_mapped() -> None:
     tiny = load_recipe(RECIPES / "tiny.yaml", ["data.train=x"]).model
     config = config_json(tiny, "fp32", Path("no-assets"))
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["eos_token_id"] is None  # without a tokenizer there is none, and Llama's default is 2
     stretches = load_recipe(RECIPES / "stretches.yaml").model
+    assert config_json(stretches, "fp32", Path("no-assets"))["architectures"] == ["LlamaForCausalLM"]
+    learned = load_recipe(RECIPES / "tiny.yaml", ["model.position_embedding_type=learned_absolute"]).model
     with pytest.raises(RecipeError, match="model.position_embedding_type is 'learned_absolute'"):
-        config_json(stretches, "fp32", Path("no-assets"))
+        config_json(learned, "fp32", Path("no-assets"))
     both = tiny.model_copy(update={"add_qkv_bias": True, "qk_layernorm": True})
     with pytest.raises(RecipeError, match="both true"):
         config_json(both, "fp32", Path("no-assets"))
