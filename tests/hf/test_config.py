@@ -222,7 +222,7 @@ def test_the_recipes_small_models_are_llamas_and_learned_positions_are_nothing_t
     assert config["eos_token_id"] is None  # without a tokenizer there is none, and Llama's default is 2
     stretches = load_recipe(RECIPES / "stretches.yaml").model
     assert config_json(stretches, "fp32", Path("no-assets"))["architectures"] == ["LlamaForCausalLM"]
-    learned = load_recipe(RECIPES / "tiny.yaml", ["model.position_embedding_type=learned_absolute"]).model
+    learned = tiny.model_copy(update={"position_embedding_type": "learned_absolute"})
     with pytest.raises(RecipeError, match="model.position_embedding_type is 'learned_absolute'"):
         config_json(learned, "fp32", Path("no-assets"))
     both = tiny.model_copy(update={"add_qkv_bias": True, "qk_layernorm": True})
