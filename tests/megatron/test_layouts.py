@@ -35,7 +35,8 @@ def assert_same_run(run: list[dict[str, Any]], reference: list[dict[str, Any]], 
     assert [row["step"] for row in run] == [row["step"] for row in reference]
     for row, expected in zip(run, reference, strict=True):
         assert row.keys() == expected.keys()
-        for key in expected.keys() - TIMES:
+        assert row["trajectories"] == expected["trajectories"]
+        for key in expected.keys() - TIMES - {"trajectories"}:
             assert row[key] == pytest.approx(expected[key], rel=relative, abs=1e-7), (row["step"], key)
 
 
