@@ -27,7 +27,9 @@ def response_logprobs(
         three arrays [N, 33].
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     with trajectories.open() as file:
         rows = [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
     tokens = torch.tensor([row["input_ids"] for row in rows])
