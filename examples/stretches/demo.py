@@ -104,9 +104,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"careful: stretches written step by step, which a small model can follow; the offline data have "
         f"{world.BEHAVIOR_CAREFUL} of them.\n"
-        "This world is constructed so that exploration limits RL, which is where PEAR can help: by an earlier take-off, "
-        "not a higher end.\nOne seed shows the path, not what PEAR is worth: docs/study.md has eight, and every other "
-        "world that was tried.\n"
+        "This world is constructed so that exploration limits RL, which is where PEAR can help: by an earlier\n"
+        "take-off, not a higher end. One seed shows the path, not what PEAR is worth: docs/study.md has eight,\n"
+        "and every other world that was tried.\n"
         f"pictures, index.html and results.json: {output}   ({(time.monotonic() - started) / 60:.1f} minutes)"
     )
 
