@@ -52,6 +52,13 @@ def train(recipe: Path, output: Path, overrides: list[str], *, processes: int = 
     )
 
 
+def command(output: Path, name: str, *arguments: str | Path) -> None:
+    """A `pear-megatron` command, shown as it would be typed; what it says goes to output/NAME.log."""
+    words = [name, *map(str, arguments)]
+    announce(f"pear-megatron {' '.join(words)}")
+    run(["-m", "pear_megatron.cli", *words], output / f"{name}.log")
+
+
 def announce(text: str) -> None:
     """A heading of what comes next."""
     _console.print(f"[bold]==>[/bold] {text}")

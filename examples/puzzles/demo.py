@@ -18,19 +18,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from examples.launch import RECIPES, announce, run, train
+from examples.launch import RECIPES, announce, command, train
 from examples.puzzles import problems
 from examples.puzzles.smollm2 import make_folder
 
 _COLUMNS = ("step", "loss", "nll", "grad_norm", "pear/log_ratio", "pear/weight", "tokens_per_second")
 _STEPS = 20
-
-
-def command(output: Path, name: str, *arguments: str | Path) -> None:
-    """A `pear-megatron` command, shown as it would be typed; what it says goes to output/NAME.log."""
-    words = [name, *map(str, arguments)]
-    announce(f"pear-megatron {' '.join(words)}")
-    run(["-m", "pear_megatron.cli", *words], output / f"{name}.log")
 
 
 def report_training(metrics: list[dict[str, float]]) -> None:

@@ -18,17 +18,11 @@ import argparse
 import json
 from pathlib import Path
 
-from examples.launch import RECIPES, announce, run, train
+from examples.launch import RECIPES, announce, command, train
 from examples.puzzles import problems
 from examples.puzzles.smollm2 import make_folder
 from pear_megatron.atomic import write_atomically
 from pear_megatron.rl.problems import load_problems
-
-
-def _command(output: Path, name: str, *arguments: str | Path) -> None:
-    words = [name, *map(str, arguments)]
-    announce(f"pear-megatron {' '.join(words)}")
-    run(["-m", "pear_megatron.cli", *words], output / f"{name}.log")
 
 
 def write_right_answers(samples: Path, asked: Path, output: Path) -> int:
@@ -70,16 +64,16 @@ def make(output: Path, *, seed: int, num_puzzles: int, steps: int, num_samples: 
     ]
     train(RECIPES / "puzzles.yaml", output / "teacher-run", [*data, *one_process], processes=1)
     if not (output / "teacher").is_dir():
-        _command(output, "export", "--checkpoint", output / "teacher-run", "--output", output / "teacher")
+        command(output, "export", "--checkpoint", output / "teacher-run", "--output", output / "teacher")
     problems.write_problem_set(asked, problems.training(num_puzzles, 2 * seed + 1))
     sampling = ("--num-samples", str(num_samples), "--max-new-tokens", "24", "--seed", str(seed))
     answers = output / "answers"
-    _command(
+    command(
         output, "eval", "--model", output / "teacher", "--problems", asked, *sampling, "--output", answers
     )
     count = write_right_answers(answers / "samples.jsonl", asked, output / "right.jsonl")
     announce(f"{count} right answers of the teacher")
-    _command(
+    command(
         output, "score", "--model", output / "teacher", "--data", output / "right.jsonl",
         "--output", output / "scored.parquet",
     )  # fmt: skip

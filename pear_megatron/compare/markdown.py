@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pear_megatron.compare.outcome import show
+from pear_megatron.evaluate.statistics import Estimate
+
 
 def markdown_table(results: dict[str, Any]) -> str:
     """A row an arm: means with 95 % intervals, and the paired difference from the baseline where it is clear of 0.
@@ -26,23 +29,14 @@ def markdown_table(results: dict[str, Any]) -> str:
     for arm, content in results["arms"].items():
         cells = []
         for key in titles:
-            text = _interval(content["measures"][key], key, "", one_seed)
-            difference = content["against_baseline"] and content["against_baseline"][key]
-            if (
-                difference
-                and not (one_seed and "pass@" not in key)
-                and difference["low"] * difference["high"] > 0
-            ):
-                text += f"<br>**{_interval(difference, key, '+', False)}**"
+            known = not one_seed or "pass@" in key
+            text = show(Estimate(**content["measures"][key]), key, signed=False, known=known)
+            difference = content["against_baseline"] and Estimate(**content["against_baseline"][key])
+            if difference and known and difference.low * difference.high > 0:
+                text += f"<br>**{show(difference, key, signed=True, known=True)}**"
             cells.append(text)
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _interval(estimate: dict[str, float], key: str, sign: str, one_seed: bool) -> str:
-    digits = 1 if key == "take_off" else 3
-    mean, low, high = (f"{estimate[name]:{sign}.{digits}f}" for name in ("mean", "low", "high"))
-    return mean if one_seed and "pass@" not in key else f"{mean} [{low}, {high}]"
 
 
 if __name__ == "__main__":

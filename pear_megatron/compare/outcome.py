@@ -120,6 +120,15 @@ def _estimate(values: np.ndarray, bounds: tuple[float, float]) -> Estimate:
     return interval(values, bounds=bounds) if values.ndim == 2 else over_runs(values, bounds=bounds)
 
 
+def show(estimate: Estimate, key: str, *, signed: bool, known: bool) -> str:
+    """A measure's estimate as text; without its interval where there is none."""
+    digits = 1 if key == "take_off" else 3
+    mean, low, high = (
+        f"{value:{'+' if signed else ''}.{digits}f}" for value in (estimate.mean, estimate.low, estimate.high)
+    )
+    return f"{mean} [{low}, {high}]" if known else mean
+
+
 @dataclass(frozen=True)
 class Outcome:
     """All results of the seeds that are complete.

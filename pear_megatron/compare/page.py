@@ -7,8 +7,7 @@ from importlib.resources import files
 
 from pear_megatron.compare import figures
 from pear_megatron.compare.checks import other_data
-from pear_megatron.compare.outcome import Measure, Outcome
-from pear_megatron.evaluate.statistics import Estimate
+from pear_megatron.compare.outcome import Measure, Outcome, show
 
 
 def page(outcome: Outcome) -> str:
@@ -93,18 +92,10 @@ def _table(outcome: Outcome, *, differences: bool) -> str:
 def _cell(outcome: Outcome, measure: Measure, arm: str, difference: bool) -> str:
     estimate = measure.difference(arm, outcome.recipe.baseline) if difference else measure.estimate(arm)
     known = measure.values[arm].ndim == 2 or len(outcome.seeds) > 1
-    mean, _, bounds = show(estimate, measure, signed=difference, known=known).partition(" ")
+    mean, _, bounds = show(estimate, measure.key, signed=difference, known=known).partition(" ")
     text = f"{mean}<br/><small>{bounds}</small>" if bounds else mean
     clear = difference and known and (estimate.low > 0 or estimate.high < 0)
     return f"<td>{f'<strong>{text}</strong>' if clear else text}</td>"
-
-
-def show(estimate: Estimate, measure: Measure, *, signed: bool, known: bool) -> str:
-    """An estimate as text; without its interval where there is none."""
-    digits = 1 if measure.key == "take_off" else 3
-    sign = "+" if signed else ""
-    text = f"{estimate.mean:{sign}.{digits}f}"
-    return f"{text} [{estimate.low:{sign}.{digits}f}, {estimate.high:{sign}.{digits}f}]" if known else text
 
 
 def _tuning(outcome: Outcome) -> str:

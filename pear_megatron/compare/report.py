@@ -12,8 +12,8 @@ from pear_megatron.atomic import write_atomically
 from pear_megatron.compare import figures
 from pear_megatron.compare.arms import tuning_cells
 from pear_megatron.compare.lock import lock
-from pear_megatron.compare.outcome import CellResult, Outcome, read_cell
-from pear_megatron.compare.page import page, show
+from pear_megatron.compare.outcome import CellResult, Outcome, read_cell, show
+from pear_megatron.compare.page import page
 from pear_megatron.compare.recipe import CompareRecipe
 from pear_megatron.compare.run import Comparison
 
@@ -39,9 +39,9 @@ def _run_and_report(recipe: CompareRecipe, root: Path, jobs: int | None) -> Outc
         figures.write_png(figures.every_seed(outcome), root / "seeds.png")
         return outcome
 
-    comparison = Comparison(recipe, jobs, on_seed=write)
-    results = comparison.run()
-    return write(results, comparison.chosen)
+    outcomes: list[Outcome] = []
+    Comparison(recipe, jobs, on_seed=lambda results, chosen: outcomes.append(write(results, chosen))).run()
+    return outcomes[-1]  # the last cell completes the last seed
 
 
 def _tuning(recipe: CompareRecipe) -> dict[str, dict[float, float]]:
@@ -64,9 +64,9 @@ def print_table(outcome: Outcome) -> None:
         means, differences = [], []
         for measure in outcome.measures:
             known = measure.values[arm].ndim == 2 or not one_seed
-            means.append(show(measure.estimate(arm), measure, signed=False, known=known))
+            means.append(show(measure.estimate(arm), measure.key, signed=False, known=known))
             difference = measure.difference(arm, recipe.baseline)
-            differences.append(show(difference, measure, signed=True, known=known))
+            differences.append(show(difference, measure.key, signed=True, known=known))
         table.add_row(arm, *means)
         if arm != recipe.baseline:
             table.add_row("", *differences, style="dim", end_section=True)
