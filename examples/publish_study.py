@@ -20,10 +20,10 @@ import numpy as np
 
 from examples.launch import REPOSITORY
 from examples.stretches import weigh
-from pear_megatron.atomic import write_atomically
 from pear_megatron.compare.markdown import markdown_table
 from pear_megatron.compare.recipe import folder_name
 from pear_megatron.evaluate.statistics import over_runs
+from pear_megatron.storage import write_atomically
 
 STUDY = REPOSITORY / "docs" / "study.md"
 NUMBERS = REPOSITORY / "docs" / "study"

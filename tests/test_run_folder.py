@@ -14,9 +14,9 @@ import torch
 
 from pear_megatron.plan import GPUS
 from pear_megatron.recipe import RecipeError, load_recipe
-from pear_megatron.run_folder import RunFolder, check_same_run
-from pear_megatron.throughput import Throughput, peak_flops
-from pear_megatron.weights_and_biases import RUN_ID, check_wandb
+from pear_megatron.train.run_folder import RunFolder, check_same_run
+from pear_megatron.train.throughput import Throughput, peak_flops
+from pear_megatron.train.weights_and_biases import RUN_ID, check_wandb
 from tests.distributed import run_ranks
 from tests.megatron.ranks import train_runs
 from tests.megatron.runs import TINY, write_trajectories

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from pear_megatron.atomic import write_atomically
-from pear_megatron.rl.problems import ProblemsConfig, load_problems
+from pear_megatron.problems.problem import ProblemsConfig, load_problems
+from pear_megatron.storage import write_atomically
 
 # Small enough that a 135M-parameter model is right now and then; every answer is a whole number.
 TASKS: dict[str, dict[str, int]] = {

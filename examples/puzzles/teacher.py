@@ -21,8 +21,8 @@ from pathlib import Path
 from examples.launch import RECIPES, announce, command, train
 from examples.puzzles import problems
 from examples.puzzles.smollm2 import make_folder
-from pear_megatron.atomic import write_atomically
-from pear_megatron.rl.problems import load_problems
+from pear_megatron.problems.problem import load_problems
+from pear_megatron.storage import write_atomically
 
 
 def write_right_answers(samples: Path, asked: Path, output: Path) -> int:
@@ -33,7 +33,7 @@ def write_right_answers(samples: Path, asked: Path, output: Path) -> int:
         asked: the problem set that it asked, as YAML.
         output: JSONL with ``id`` and ``messages``.
     """
-    from pear_megatron.rl.problem_files import read_problems_config
+    from pear_megatron.problems.load import read_problems_config
 
     by_id = {problem.id: problem for problem in load_problems(read_problems_config(str(asked)))}
     rows = []

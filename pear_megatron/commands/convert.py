@@ -27,11 +27,11 @@ def convert(
 ) -> None:
     """Make a checkpoint that checkpoint.pretrained takes, on any layout, from a Hugging Face folder."""
     from pear_megatron.errors import PearError
-    from pear_megatron.launch import ensure_ranks, is_main, report_error
+    from pear_megatron.ranks import ensure_ranks, is_main, report_error
 
     try:
-        from pear_megatron.hf.config import UnsupportedArchitecture, model_keys
         from pear_megatron.hf.folders import check_output
+        from pear_megatron.recipe.hf_config import UnsupportedArchitecture, model_keys
 
         check_output(output, overwrite=overwrite)
         try:
@@ -43,7 +43,7 @@ def convert(
             return
         ensure_ranks(tensor_parallel * pipeline_parallel)
         warnings.simplefilter("ignore")  # of libraries, on every rank
-        from pear_megatron.hf.convert import convert_checkpoint
+        from pear_megatron.megatron.checkpoint.convert import convert_checkpoint
         from pear_megatron.megatron.layout import shutdown
 
         convert_checkpoint(

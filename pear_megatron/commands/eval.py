@@ -105,8 +105,8 @@ def _evaluate(model: str, problems: str, grader: str | None, output: Path, **set
 
     from pear_megatron.evaluate.figures import draw_pass_at_k, results_table
     from pear_megatron.evaluate.run import evaluate as run
-    from pear_megatron.rl.problem_files import read_problems_config
-    from pear_megatron.rl.problems import load_problems
+    from pear_megatron.problems.load import read_problems_config
+    from pear_megatron.problems.problem import load_problems
 
     results = run(model, load_problems(read_problems_config(problems, grader)), output, **settings)
     draw_pass_at_k(output / "pass_at_k.png", {Path(model).name: [results]})
@@ -117,8 +117,8 @@ def _evaluate(model: str, problems: str, grader: str | None, output: Path, **set
 def _compare(paths: tuple[str, str], output: Path | None) -> None:
     from rich.console import Console
 
-    from pear_megatron.evaluate.compare import compare, read_arm, write_comparison
     from pear_megatron.evaluate.figures import comparison_table, draw_pass_at_k
+    from pear_megatron.evaluate.paired import compare, read_arm, write_comparison
 
     first, second = (read_arm(path) for path in paths)
     comparison = compare(first, second)

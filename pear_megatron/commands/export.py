@@ -33,7 +33,7 @@ def export(
 ) -> None:
     """Write a folder that transformers, vLLM and NeMo-RL open: weights, configuration, tokenizer."""
     from pear_megatron.errors import PearError
-    from pear_megatron.launch import ensure_ranks, is_main, report_error
+    from pear_megatron.ranks import ensure_ranks, is_main, report_error
 
     try:
         from pear_megatron.hf.folders import check_output
@@ -47,8 +47,8 @@ def export(
         ensure_ranks(tensor_parallel * pipeline_parallel)
         import torch
 
-        from pear_megatron.hf.export import export_checkpoint
         from pear_megatron.hf.safetensors_files import parse_size
+        from pear_megatron.megatron.checkpoint.export import export_checkpoint
 
         if "WORLD_SIZE" in os.environ:
             torch.distributed.init_process_group("gloo")

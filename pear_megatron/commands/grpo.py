@@ -53,8 +53,8 @@ def grpo(
         if engine is Engine.trl:
             if output is None or dry_run:
                 raise RecipeError("--engine trl needs --output DIR, and has no --dry-run")
-            from pear_megatron.rl.trl_grpo import run
-            from pear_megatron.rl.trl_recipe import load_trl_recipe
+            from pear_megatron.rl.trl.grpo import run
+            from pear_megatron.rl.trl.recipe import load_trl_recipe
 
             print(f"done: {run(load_trl_recipe(config, list(overrides or [])), checkpoint, output)}")
             return
@@ -62,7 +62,7 @@ def grpo(
             raise RecipeError(
                 "--output is for --engine trl; NeMo-RL's folder is checkpointing.checkpoint_dir"
             )
-        from pear_megatron.rl.nemo_rl_launch import prepare
+        from pear_megatron.rl.nemo_rl.launch import prepare
 
         launch = prepare(config, checkpoint, list(overrides or []))
         for key, old, new in launch.recipe.differences():

@@ -92,7 +92,7 @@ def score(
     tensor x pipeline parallel ranks; torchrun does it over several machines.
     """
     from pear_megatron.errors import PearError
-    from pear_megatron.launch import is_main, report_error
+    from pear_megatron.ranks import is_main, report_error
 
     _speak(is_main())
     try:
@@ -123,9 +123,9 @@ def score(
 
 
 def _run(settings: ScoreSettings, why: str) -> None:
-    from pear_megatron.launch import ensure_ranks
+    from pear_megatron.megatron.checkpoint.model_folder import check_split
+    from pear_megatron.ranks import ensure_ranks
     from pear_megatron.score.backends import refuse_to_split
-    from pear_megatron.score.model import check_split
     from pear_megatron.score.ranks import Ranks
     from pear_megatron.score.run import ScoreJob
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from pear_megatron.compare import stages
-from pear_megatron.compare.arms import Cell, cells_of, tuning_cells
+from pear_megatron.compare.cell import Cell, cells_of, tuning_cells
 from pear_megatron.compare.outcome import CellResult, read_metrics
 from pear_megatron.compare.recipe import CompareRecipe
 from pear_megatron.errors import PearError, RecipeError

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pear_megatron.compare import stages
-from pear_megatron.compare.arms import Cell
+from pear_megatron.compare.cell import Cell
 from pear_megatron.compare.recipe import CompareRecipe
 from pear_megatron.evaluate.results import SHARE, Results, read_results
 from pear_megatron.evaluate.statistics import Estimate, interval, over_runs

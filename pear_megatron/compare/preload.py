@@ -21,8 +21,8 @@ _TRAINING = (
     "torch._dynamo",  # which torch's optimizers import
     "torch.utils.tensorboard",
     "hydra._internal.config_loader_impl",
-    "pear_megatron.megatron.trainer",
-    "pear_megatron.hf.export",
+    "pear_megatron.train.trainer",
+    "pear_megatron.megatron.checkpoint.export",
 )
 # Of extras that may be missing. transformers and trl import by name only what is asked for.
 _EVALUATION_AND_RL = (
@@ -32,7 +32,7 @@ _EVALUATION_AND_RL = (
     "pear_megatron.evaluate.run",
     "scipy.stats",
     "trl.trainer.grpo_trainer",
-    "pear_megatron.rl.trl_run_folder",
+    "pear_megatron.rl.trl.run_folder",
 )
 
 with (

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pear_megatron.compare.arms import Cell
+from pear_megatron.compare.cell import Cell
 from pear_megatron.compare.workers import StageError
 
 RUN, EXPORT, BEFORE, RL, AFTER = "run", "export", "before", "rl", "after"
@@ -43,14 +43,14 @@ def stages_of(cell: Cell) -> list[tuple[str, Any, tuple[Any, ...], int | None]]:
 
 def train(arguments: list[str]) -> None:
     """The offline phase, as ``python -m pear_megatron.train``."""
-    from pear_megatron.train import main
+    from pear_megatron.train.__main__ import main
 
     main(arguments)
 
 
 def export(checkpoint: Path, output: Path) -> None:
     """As ``pear-megatron export``."""
-    from pear_megatron.hf.export import export_checkpoint
+    from pear_megatron.megatron.checkpoint.export import export_checkpoint
 
     if not (output / "config.json").is_file():
         export_checkpoint(checkpoint, output)
@@ -59,7 +59,7 @@ def export(checkpoint: Path, output: Path) -> None:
 def evaluate(cell: Cell, model: Path, output: Path) -> None:
     """As ``pear-megatron eval``; the same samples' seeds for every cell."""
     from pear_megatron.evaluate.run import evaluate as run
-    from pear_megatron.rl.problems import load_problems
+    from pear_megatron.problems.problem import load_problems
 
     assert cell.rl.data.validation is not None
     settings = cell.recipe.eval
@@ -78,8 +78,8 @@ def evaluate(cell: Cell, model: Path, output: Path) -> None:
 
 def reinforce(recipe: str, overrides: list[str], checkpoint: Path, output: Path) -> None:
     """As ``pear-megatron grpo --engine trl``."""
-    from pear_megatron.rl.trl_grpo import run
-    from pear_megatron.rl.trl_recipe import load_trl_recipe
+    from pear_megatron.rl.trl.grpo import run
+    from pear_megatron.rl.trl.recipe import load_trl_recipe
 
     run(load_trl_recipe(recipe, overrides), checkpoint, output)
 

@@ -14,9 +14,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from pear_megatron.atomic import sync
 from pear_megatron.data.errors import DataError
 from pear_megatron.data.trajectory import Trajectory
+from pear_megatron.storage import sync
 
 FORMAT_VERSION = 1
 _META = "meta.json"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from pear_megatron.evaluate.compare import Comparison
+from pear_megatron.evaluate.paired import Comparison
 from pear_megatron.evaluate.results import SHARE, Results
 from pear_megatron.evaluate.statistics import Estimate, interval
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from pear_megatron.atomic import write_atomically
 from pear_megatron.evaluate.errors import EvalError
 from pear_megatron.evaluate.statistics import Estimate, interval, pass_at_k
+from pear_megatron.storage import write_atomically
 
 FILE = "results.json"
 SHARE = (0.0, 1.0)

@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from pear_megatron.data.tokenizer import load_tokenizer
 from pear_megatron.evaluate.engines import Engine, load_engine
 from pear_megatron.evaluate.errors import EvalError
-from pear_megatron.evaluate.prompts import check_model_folder, encode_prompts, end_tokens
 from pear_megatron.evaluate.results import Results, summarize
 from pear_megatron.evaluate.samples import FILE, SampleFile, Slot, plan_batches, sample_seed
 from pear_megatron.evaluate.settings import EvalSettings, check_folder, write_settings
-from pear_megatron.rl.problems import ProblemSet
+from pear_megatron.problems.problem import ProblemSet
+from pear_megatron.problems.prompts import check_model_folder, encode_prompts, end_tokens
 
 _REPORTS = 20  # lines of progress where there is no terminal
 
@@ -53,7 +53,7 @@ def evaluate(
     import torch
     from transformers import AutoConfig, GenerationConfig
 
-    from pear_megatron.score.model import read_model_facts
+    from pear_megatron.megatron.checkpoint.model_folder import read_model_facts
 
     folder, output = check_model_folder(model), Path(output)
     facts = read_model_facts(folder)

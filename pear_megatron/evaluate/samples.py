@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pear_megatron.atomic import write_atomically
+from pear_megatron.storage import write_atomically
 
 FILE = "samples.jsonl"
 

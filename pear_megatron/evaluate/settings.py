@@ -8,11 +8,11 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from pear_megatron.atomic import write_atomically
 from pear_megatron.evaluate.engines import Sampling
 from pear_megatron.evaluate.errors import EvalError
 from pear_megatron.evaluate.samples import FILE
 from pear_megatron.schema import StrictModel
+from pear_megatron.storage import write_atomically
 
 _FILE = "settings.json"
 # Two checkpoints compared may differ in these, and in nothing else.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from pear_megatron.errors import PearError
-from pear_megatron.megatron.checkpoint import CheckpointError
+from pear_megatron.megatron.checkpoint.state import CheckpointError
 
 
 def together(work: Callable[[], None] | None) -> None:

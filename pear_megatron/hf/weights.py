@@ -18,7 +18,7 @@ from pear_megatron.hf.mapping import (
     parameters,
     part_views,
 )
-from pear_megatron.megatron.checkpoint import CheckpointError
+from pear_megatron.megatron.checkpoint.state import CheckpointError
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.model import as_chunks, unwrap
 from pear_megatron.recipe import ModelConfig

@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 
-from pear_megatron.atomic import write_atomically
 from pear_megatron.data import DataError
 from pear_megatron.data.chat import ChatEncoder
 from pear_megatron.data.tokenizer import load_tokenizer
@@ -18,6 +17,7 @@ from pear_megatron.inspect.report import Report, make_report
 from pear_megatron.inspect.sample import draw, read_policy_logprobs, score
 from pear_megatron.inspect.settings import Settings
 from pear_megatron.inspect.terminal import show
+from pear_megatron.storage import write_atomically
 
 
 def run(

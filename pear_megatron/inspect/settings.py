@@ -53,8 +53,8 @@ def read_settings(
     """
     facts = None
     if model is not None:
+        from pear_megatron.megatron.checkpoint.model_folder import read_model_facts
         from pear_megatron.score.backends import choose_backend
-        from pear_megatron.score.model import read_model_facts
 
         choose_backend(model)  # says what is wrong with the folder
         facts = read_model_facts(model)

@@ -109,7 +109,7 @@ def _complete_model(path: Path, values: Any) -> None:
     model = values.get("model") if isinstance(values, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("hf"), str):
         return
-    from pear_megatron.hf.config import has_tokenizer, model_keys
+    from pear_megatron.recipe.hf_config import has_tokenizer, model_keys
 
     found = model_keys(model["hf"])
     if isinstance(values.get("data"), dict) and has_tokenizer(model["hf"]):

@@ -82,13 +82,13 @@ def load_scorer(
     dtype = dtype or ("bf16" if on_gpu else "fp32")
     budget = max_tokens_per_batch or (16384 if on_gpu else 2048)
     if backend == "megatron":
-        from pear_megatron.score.megatron import MegatronScorer
+        from pear_megatron.score.megatron_scorer import MegatronScorer
 
         return MegatronScorer(model, tensor_parallel, pipeline_parallel, dtype, budget)
     if backend != "hf":
         raise ScoreError(f"backend {backend!r} is unknown; choose {' or '.join(BACKENDS)}")
     refuse_to_split(backend, tensor_parallel * pipeline_parallel)
-    from pear_megatron.score.transformers import TransformersScorer
+    from pear_megatron.score.transformers_scorer import TransformersScorer
 
     return TransformersScorer(model, dtype, budget)
 
@@ -115,7 +115,7 @@ def choose_backend(model: str | Path) -> tuple[str, str]:
             f"no model at {folder}: no such folder; download one first: hf download NAME --local-dir {folder}"
         )
     if (folder / "config.json").is_file():
-        from pear_megatron.hf.config import model_keys
+        from pear_megatron.recipe.hf_config import model_keys
 
         try:
             model_keys(folder)

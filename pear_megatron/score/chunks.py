@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pear_megatron.atomic import write_atomically
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.score.errors import ScoreError
 from pear_megatron.score.manifest import Identity
 from pear_megatron.score.rows import ScoreRow
+from pear_megatron.storage import write_atomically
 
 METADATA_KEY = b"pear_megatron.score"  # of the output's Parquet schema: identity and counts, as JSON
 _FLOATS = pa.list_(pa.float32())

@@ -12,7 +12,7 @@ import torch
 
 from pear_megatron.data.errors import DataError
 from pear_megatron.data.trajectory import Trajectory
-from pear_megatron.launch import is_main
+from pear_megatron.ranks import is_main
 from pear_megatron.score.backends import Scorer, load_scorer
 from pear_megatron.score.chunks import WorkFolder, read_finished, trajectories_of
 from pear_megatron.score.errors import ScoreError

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pear_megatron.compare.arms import Cell, cells_of
+from pear_megatron.compare.cell import Cell, cells_of
 from pear_megatron.compare.outcome import CellResult, Outcome
 from pear_megatron.compare.recipe import CompareRecipe, load_compare_recipe
 from pear_megatron.evaluate.results import ProblemResult, Results

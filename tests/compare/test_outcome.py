@@ -156,7 +156,7 @@ def test_names_of_arms_are_text_in_tables_and_pictures(tmp_path: Path) -> None:
 
 
 def test_tuning_takes_the_value_with_the_highest_mean_reward_over_rl_for_each_arm(tmp_path: Path) -> None:
-    from pear_megatron.compare.arms import tuning_cells
+    from pear_megatron.compare.cell import tuning_cells
     from pear_megatron.compare.run import Comparison
 
     recipe = made.recipe(tmp_path, tune={"seed": 9, "values": [1e-3, 2e-3, 4e-3]})

@@ -13,7 +13,7 @@ pytest.importorskip("scipy", reason="needs the extra eval")
 pytest.importorskip("matplotlib", reason="needs the extra plot")
 
 from pear_megatron.cli import app
-from pear_megatron.compare.arms import cells_of, fill, tuning_cells
+from pear_megatron.compare.cell import cells_of, fill, tuning_cells
 from pear_megatron.compare.recipe import folder_name, load_compare_recipe
 from tests.compare import tiny
 

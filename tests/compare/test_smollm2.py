@@ -83,8 +83,8 @@ def test_offline_export_grpo_and_evaluations_on_a_real_model(folder: Path, smoll
     from transformers import AutoModelForCausalLM
 
     from examples.puzzles import problems
-    from pear_megatron.rl.trl_recipe import load_trl_recipe
-    from pear_megatron.score.model import read_model_facts
+    from pear_megatron.megatron.checkpoint.model_folder import read_model_facts
+    from pear_megatron.rl.trl.recipe import load_trl_recipe
 
     held_out = load_trl_recipe(RECIPES / "grpo_trl" / "puzzles.yaml").data.validation
     assert held_out is not None

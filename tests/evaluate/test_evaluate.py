@@ -20,8 +20,8 @@ from pear_megatron.evaluate.errors import EvalError
 from pear_megatron.evaluate.results import Results, read_results
 from pear_megatron.evaluate.run import evaluate
 from pear_megatron.evaluate.transformers_engine import TransformersEngine
-from pear_megatron.rl.problem_files import read_problems_config
-from pear_megatron.rl.problems import load_problems
+from pear_megatron.problems.load import read_problems_config
+from pear_megatron.problems.problem import load_problems
 from tests.distributed import run_ranks
 from tests.evaluate.words import GRADER, WORDS, save_word_model, write_problems
 

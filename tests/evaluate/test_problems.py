@@ -9,9 +9,9 @@ import pytest
 
 from pear_megatron.data.errors import DataError
 from pear_megatron.errors import RecipeError
-from pear_megatron.rl.graders import GraderError, load_grader
-from pear_megatron.rl.problem_files import read_problems_config
-from pear_megatron.rl.problems import ProblemsConfig, ProblemSet, load_problems
+from pear_megatron.problems.graders import GraderError, load_grader
+from pear_megatron.problems.load import read_problems_config
+from pear_megatron.problems.problem import ProblemsConfig, ProblemSet, load_problems
 
 GRADER = "def grade(response, answer, problem):\n    return response == answer\n"
 

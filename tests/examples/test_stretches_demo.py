@@ -59,7 +59,7 @@ def test_log_probs_of_the_export_are_those_that_training_reported(small_demo: Pa
     """The base model's log-probs of what the first offline step saw, and that step's nll at TP = 2."""
     metrics = (small_demo / "seed0" / "sft" / "run" / "metrics.jsonl").read_text().splitlines()
     base = small_demo / "base-export"
-    from pear_megatron.hf.export import export_checkpoint
+    from pear_megatron.megatron.checkpoint.export import export_checkpoint
 
     export_checkpoint(small_demo / "prepared" / "seed0" / "base", base)
     data = small_demo / "prepared" / "seed0" / "data" / "offline.jsonl"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def load(folder: Path, tp: int, pp: int) -> tuple[Any, Any, Any]:
-    from pear_megatron.megatron.load import load_for_inference
+    from pear_megatron.megatron.checkpoint.load_model import load_for_inference
 
     return load_for_inference(folder, tensor_parallel=tp, pipeline_parallel=pp, precision="fp32")
 
@@ -70,7 +70,7 @@ def rank_logprobs(
 
 def rank_convert(rank: int, cases: dict[str, Path], output: Path, tp: int, pp: int) -> None:
     """Converts every case into ``output / name``."""
-    from pear_megatron.hf.convert import convert_checkpoint
+    from pear_megatron.megatron.checkpoint.convert import convert_checkpoint
 
     for name, folder in cases.items():
         convert_checkpoint(folder, output / name, tensor_parallel=tp, pipeline_parallel=pp)
@@ -83,8 +83,8 @@ def rank_train(rank: int, recipe_file: Path, runs: list[list[str]]) -> list[str]
 
     from pear_megatron.errors import PearError
     from pear_megatron.megatron.layout import initialize
-    from pear_megatron.megatron.trainer import Trainer
     from pear_megatron.recipe import load_recipe
+    from pear_megatron.train.trainer import Trainer
 
     logging.disable(logging.WARNING)
     outcomes = []

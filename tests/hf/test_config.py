@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from pear_megatron.errors import RecipeError
-from pear_megatron.hf.config import has_tokenizer, model_keys
 from pear_megatron.hf.config_file import config_json
 from pear_megatron.recipe import ModelConfig, load_recipe
+from pear_megatron.recipe.hf_config import has_tokenizer, model_keys
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "sft"
 

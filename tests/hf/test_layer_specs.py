@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pear_megatron.hf.config import model_keys
 from pear_megatron.hf.mapping import LOCAL_NAMES, checkpoint_name, parameters
 from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig
+from pear_megatron.recipe.hf_config import model_keys
 from tests.distributed import run_ranks
 from tests.hf.models import tokens_for
 from tests.hf.ranks import leave, load, logprobs

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from pear_megatron.cli import app
-from pear_megatron.hf.export import export_checkpoint
+from pear_megatron.megatron.checkpoint.export import export_checkpoint
 from tests.distributed import run_ranks
 from tests.hf.models import MODELS, hf_logprobs, tokens_for
 

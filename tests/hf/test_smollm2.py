@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron.data.tokenizer import load_tokenizer, tokenizer_hash
-from pear_megatron.hf.export import export_checkpoint
+from pear_megatron.megatron.checkpoint.export import export_checkpoint
 from tests.distributed import run_ranks
 from tests.hf.models import hf_logprobs
 from tests.hf.ranks import leave, load, logprobs
@@ -51,7 +51,7 @@ def rank_answers(rank: int, folder: Path, tokens: Tensor) -> tuple[Tensor | None
 
 
 def rank_scores_and_converts(rank: int, folder: Path, tokens: Tensor, output: Path) -> Tensor | None:
-    from pear_megatron.hf.convert import convert_checkpoint
+    from pear_megatron.megatron.checkpoint.convert import convert_checkpoint
 
     model, keys, layout = load(folder, 3, 2)
     found = logprobs(model, keys, layout, tokens)

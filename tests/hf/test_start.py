@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pear_megatron.hf.export import export_checkpoint
+from pear_megatron.megatron.checkpoint.export import export_checkpoint
 from tests.distributed import run_ranks
 from tests.hf.models import hf_logprobs, save_tokenizer
 from tests.hf.ranks import rank_train

@@ -48,8 +48,8 @@ def rank_train(rank: int, model: Path, data: list[Path], folder: Path) -> list[b
 
     from pear_megatron.errors import PearError
     from pear_megatron.megatron.layout import initialize
-    from pear_megatron.megatron.trainer import Trainer
     from pear_megatron.recipe import load_recipe
+    from pear_megatron.train.trainer import Trainer
     from tests.megatron.ranks import be_quiet
 
     be_quiet()

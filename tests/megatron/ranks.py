@@ -35,8 +35,8 @@ def train_once(overrides: list[str]) -> bool | str:
 
     from pear_megatron.errors import PearError
     from pear_megatron.megatron.layout import initialize
-    from pear_megatron.megatron.trainer import Trainer
     from pear_megatron.recipe import load_recipe
+    from pear_megatron.train.trainer import Trainer
 
     try:
         recipe = load_recipe(TINY, overrides)
@@ -77,7 +77,7 @@ def failures(world: int, data: Path, folder: Path, *extra: str) -> list[str]:
 def rank_weights(rank: int, folders: list[Path]) -> list[dict[str, torch.Tensor]]:
     from megatron.core import parallel_state
 
-    from pear_megatron.megatron.load import load_run
+    from pear_megatron.megatron.checkpoint.load_model import load_run
 
     be_quiet()
     weights = []

@@ -111,7 +111,7 @@ def run_entry_point(rank: int, world: int, port: int, output: str, arguments: li
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    from pear_megatron.train import main
+    from pear_megatron.train.__main__ import main
 
     main(arguments)
 

@@ -86,7 +86,7 @@ def test_fresh_weights_are_never_refused(tmp_path: Path, aligned: Path) -> None:
 
 
 def test_log_probs_of_other_text_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    from pear_megatron.megatron.alignment_check import _say
+    from pear_megatron.train.alignment_check import _say
 
     def look(correlation: float, decisions: int) -> str:
         caplog.clear()

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from pear_megatron.megatron import checkpoint
-from pear_megatron.megatron.checkpoint import CheckpointError
+from pear_megatron.megatron.checkpoint import state as checkpoint
+from pear_megatron.megatron.checkpoint.state import CheckpointError
 from tests.distributed import run_ranks
 from tests.megatron.ranks import SMALL, be_quiet, failures, train_runs
 from tests.megatron.runs import Started, metrics, run_entry_point, without_times
@@ -176,9 +176,9 @@ def test_keep_last_keeps_the_newest_and_counts_only_whole_ones(tmp_path: Path, t
 
 def rank_fails_while_writing(rank: int, root: Path, where: str) -> tuple[str, list[str]]:
     """Saves step 1, then step 2 with a limit on the size of files -> the error, and what is in the folder."""
+    from pear_megatron.megatron.checkpoint.saver import CheckpointSaver, save_model
     from pear_megatron.megatron.layout import initialize
     from pear_megatron.megatron.model import build_model
-    from pear_megatron.megatron.saver import CheckpointSaver, save_model
     from pear_megatron.recipe import ParallelConfig, TrainConfig
     from tests.megatron.test_forward_step import MODEL
 
@@ -259,9 +259,9 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing_half_written(
 
 def rank_fills_the_disk(rank: int, root: Path) -> str:
     """The room is there when the save begins and gone when the shards are written."""
+    from pear_megatron.megatron.checkpoint.saver import CheckpointSaver
     from pear_megatron.megatron.layout import initialize
     from pear_megatron.megatron.model import build_model
-    from pear_megatron.megatron.saver import CheckpointSaver
     from pear_megatron.recipe import ParallelConfig, TrainConfig
     from tests.megatron.test_forward_step import MODEL
 
@@ -299,7 +299,7 @@ def test_a_folder_that_cannot_be_written_stops_the_run_before_its_first_step(
 
 def run_without_room_for_small_files(rank: int, *arguments: Any) -> None:
     """The entry point; from finding room for a save until giving it up, rank 0 cannot write 1000 bytes."""
-    from pear_megatron.megatron.folder import CheckpointFolder
+    from pear_megatron.megatron.checkpoint.folder import CheckpointFolder
 
     make_room, give_up = CheckpointFolder.make_room, CheckpointFolder.give_up
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)

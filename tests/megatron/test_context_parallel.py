@@ -174,7 +174,8 @@ def rank_train_without_attention(rank: int, runs: list[list[str]]) -> list[bool 
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 
-    from pear_megatron.megatron import layout, trainer
+    from pear_megatron.megatron import layout
+    from pear_megatron.train import trainer
 
     with_attention = gpt_layer_specs.get_gpt_layer_local_spec
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from pear_megatron.stop import EXIT_REQUEUE
+from pear_megatron.train.stop import EXIT_REQUEUE
 from tests.distributed import run_ranks
 from tests.megatron.ranks import SMALL, be_quiet, failures, final_weights, train_runs
 from tests.megatron.runs import Started, metrics, torchrun, train, without_times, write_trajectories
@@ -139,10 +139,10 @@ def rank_random_numbers(rank: int, root: Path) -> tuple[list[float], list[float]
     """What this rank's generators give after saving, and after being set back by loading."""
     import numpy as np
 
-    from pear_megatron.megatron import checkpoint
+    from pear_megatron.megatron.checkpoint import state as checkpoint
+    from pear_megatron.megatron.checkpoint.saver import save_model
     from pear_megatron.megatron.layout import initialize
     from pear_megatron.megatron.model import build_model
-    from pear_megatron.megatron.saver import save_model
     from pear_megatron.recipe import ParallelConfig, TrainConfig
     from tests.megatron.test_forward_step import MODEL
 

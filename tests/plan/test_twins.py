@@ -50,7 +50,7 @@ def _train(_rank: int, runs: list[tuple[Path, list[str]]]) -> int:
     from megatron.core import parallel_state
 
     from pear_megatron.megatron.layout import initialize
-    from pear_megatron.megatron.trainer import Trainer
+    from pear_megatron.train.trainer import Trainer
 
     for path, overrides in runs:
         recipe = load_recipe(path, overrides)

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from pear_megatron.cli import app
 from pear_megatron.errors import RecipeError
-from pear_megatron.rl.nemo_rl_config import compose
-from pear_megatron.rl.nemo_rl_launch import Launch, prepare
-from pear_megatron.rl.nemo_rl_rules import problems
+from pear_megatron.rl.nemo_rl.config import compose
+from pear_megatron.rl.nemo_rl.launch import Launch, prepare
+from pear_megatron.rl.nemo_rl.rules import problems
 from tests.rl.exports import write_export
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "grpo"

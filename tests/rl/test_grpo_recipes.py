@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pear_megatron.rl.nemo_rl_config import Composed, compose
-from pear_megatron.rl.nemo_rl_rules import data_sets, layout, problems
+from pear_megatron.rl.nemo_rl.config import Composed, compose
+from pear_megatron.rl.nemo_rl.rules import data_sets, layout, problems
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "grpo"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pear_megatron import PearConfig, pear_loss
 from pear_megatron.megatron import cpu
-from pear_megatron.rl.nemo_rl import PearLoss
+from pear_megatron.rl.nemo_rl.loss import PearLoss
 
 VOCABULARY, LENGTHS, WIDTH = 37, [9, 5, 12, 7], 12
 VARIANTS = {
@@ -182,5 +182,5 @@ def test_without_behaviour_logprobs_it_says_what_is_missing(nemo_rl: Any, batch:
 
 
 def test_the_module_imports_without_nemo_rl() -> None:
-    code = "import sys, pear_megatron.rl.nemo_rl; assert 'nemo_rl' not in sys.modules"
+    code = "import sys, pear_megatron.rl.nemo_rl.loss; assert 'nemo_rl' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")

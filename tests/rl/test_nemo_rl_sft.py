@@ -88,7 +88,7 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     )
     import nemo_rl.distributed.virtual_cluster as cluster
 
-    from pear_megatron.rl import nemo_rl_sft
+    from pear_megatron.rl.nemo_rl.loss import sft as nemo_rl_sft
 
     monkeypatch.setattr(sft, "Policy", OneProcess)
     monkeypatch.setattr(sft, "RayVirtualCluster", lambda **_: None)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pear_megatron.errors import RecipeError
-from pear_megatron.rl.trl_grpo import prompt_order
-from pear_megatron.rl.trl_recipe import load_trl_recipe
+from pear_megatron.rl.trl.grpo import prompt_order
+from pear_megatron.rl.trl.recipe import load_trl_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "grpo_trl"
 

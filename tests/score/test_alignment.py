@@ -19,7 +19,7 @@ GAMMA = 0.9
 def rank_scores_and_trains(rank: int, folder: Path, model: Path, tensor_parallel: int) -> None:
     from megatron.core import parallel_state
 
-    from pear_megatron.megatron.load import load_for_inference
+    from pear_megatron.megatron.checkpoint.load_model import load_for_inference
 
     os.environ["RANK"] = str(rank)
     scored = folder / "scored.parquet"

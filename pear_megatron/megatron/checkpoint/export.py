@@ -1,0 +1,109 @@
+"""A Megatron-Core checkpoint as a Hugging Face folder, tensor by tensor, on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pear_megatron.hf.assets import ASSETS, copy_assets, find_root, read_model_file
+from pear_megatron.hf.config_file import config_json, generation_json, rename_tokenizer_class
+from pear_megatron.hf.folders import partial_of, publish
+from pear_megatron.hf.mapping import Parameter, parameters, part_views
+from pear_megatron.hf.ranks import together
+from pear_megatron.hf.safetensors_files import TensorSize, index_of, plan_files, write_file
+from pear_megatron.hf.weights import INDEX
+from pear_megatron.megatron.checkpoint.state import resolve
+from pear_megatron.megatron.checkpoint.stored import StoredParameters
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def export_checkpoint(
+    checkpoint: Path, output: Path, *, precision: str | None = None, max_shard_size: int = 5 * 10**9
+) -> None:
+    """Writes the folder; ``AutoModelForCausalLM.from_pretrained`` opens it.
+
+    No model is built: a rank holds one parameter at a time. Where torch.distributed was started, its ranks share
+    the files. The folder appears whole or not at all, in the place of what may be there.
+
+    Args:
+        checkpoint: a run, its checkpoints/, one of them, or the output of ``pear-megatron convert``.
+        output: the folder.
+        precision: ``bf16`` or ``fp32``; None = as stored.
+        max_shard_size: bytes of a safetensors file, unless one tensor is larger.
+
+    Raises:
+        RecipeError, CheckpointError: on every rank: the checkpoint cannot be read, no architecture fits its
+            model, or the folder cannot be written.
+    """
+    root, folder = find_root(checkpoint), resolve(checkpoint)
+    model, stored_precision = read_model_file(root)
+    config = config_json(model, precision or stored_precision, root / ASSETS)
+    tensors = _Tensors(parameters(model), StoredParameters(folder, model), precision)
+    files = plan_files(tensors.sizes, max_shard_size)
+
+    rank, ranks = 0, 1
+    if torch.distributed.is_initialized():
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    partial = partial_of(output)
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def write_weights() -> None:
+        for name in list(files)[rank::ranks]:
+            write_file(partial / name, files[name], tensors.read(files[name]))
+
+    def finish() -> None:
+        if (root / ASSETS).is_dir():
+            copy_assets(root / ASSETS, partial)
+            rename_tokenizer_class(partial / "tokenizer_config.json")
+        _write_json(partial / "config.json", config)
+        if not (partial / "generation_config.json").exists():
+            _write_json(partial / "generation_config.json", generation_json(config))
+        _write_json(partial / INDEX, index_of(files))  # also of a single file: readers then need one way only
+        publish(output)
+
+    try:
+        together(begin if rank == 0 else None)
+        together(write_weights)
+        together(finish if rank == 0 else None)
+    finally:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+class _Tensors:
+    """The Hugging Face tensors of a stored model: their sizes, and the tensors one after the other."""
+
+    def __init__(self, order: list[Parameter], stored: StoredParameters, precision: str | None) -> None:
+        self.stored = stored
+        self.sizes: list[TensorSize] = []
+        self._parts: dict[str, tuple[Parameter, int]] = {}
+        for parameter in order:
+            dtype = _DTYPES[precision] if precision else stored.dtype(parameter)
+            for position, part in enumerate(parameter.parts):
+                self.sizes.append(TensorSize(part.name, part.shape, dtype))
+                self._parts[part.name] = parameter, position
+
+    def read(self, sizes: list[TensorSize]) -> Iterator[Tensor]:
+        """These tensors, in this order; a parameter whose tensors follow each other is read once."""
+        held: Parameter | None = None
+        views: list[Tensor] = []
+        for size in sizes:
+            parameter, position = self._parts[size.name]
+            if parameter is not held:
+                views = []  # lets go of the last one first
+                held, views = parameter, part_views(parameter, self.stored.read(parameter))
+            yield views[position].reshape(size.shape)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,109 @@
+"""ModelFacts: what scoring must know of a model before it is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pear_megatron.score.backends import is_megatron_checkpoint
+from pear_megatron.score.errors import ScoreError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".distcp", ".pt")
+_SAMPLE = 65536  # bytes read from the start, the middle and the end of a file of weights
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model as its folder describes it.
+
+    Attributes:
+        vocab_size, max_length: from its configuration; None where there is none to read (.gguf).
+        tokenizer: folder of its tokenizer, or None.
+        digest: 16 hex characters over the configuration and samples of the weights: the same for a copy of
+            the model elsewhere, another one for other weights.
+    """
+
+    vocab_size: int | None
+    max_length: int | None
+    tokenizer: str | None
+    digest: str
+
+
+def read_model_facts(folder: str | Path) -> ModelFacts:
+    """The facts of a Hugging Face folder, a folder with a .gguf file, or a Megatron-Core checkpoint.
+
+    Raises:
+        ScoreError, RecipeError, CheckpointError: there is no such model, or its configuration is broken.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").is_file() or not is_megatron_checkpoint(folder):
+        config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        config = config.get("text_config") or config
+        files = [file for file in sorted(folder.iterdir()) if file.name.endswith(_WEIGHTS)]
+        return ModelFacts(
+            config.get("vocab_size"),
+            config.get("max_position_embeddings"),
+            _tokenizer(folder),
+            _digest(json.dumps(config, sort_keys=True), files),
+        )
+    from pear_megatron.hf.assets import ASSETS, find_root, read_model_file
+    from pear_megatron.megatron.checkpoint import state as checkpoint
+
+    root = find_root(folder)
+    model, _ = read_model_file(root)
+    files = [file for file in sorted(checkpoint.resolve(folder).rglob("*")) if file.name.endswith(_WEIGHTS)]
+    described = json.dumps(model.model_dump(mode="json", exclude={"hf"}), sort_keys=True)
+    return ModelFacts(
+        model.vocab_size, model.max_position_embeddings, _tokenizer(root / ASSETS), _digest(described, files)
+    )
+
+
+def check_split(folder: str | Path, tensor_parallel: int, pipeline_parallel: int) -> None:
+    """Refuses sizes that a model for Megatron-Core cannot be split into, before any rank is started.
+
+    Raises:
+        RecipeError: names the model's size and the ranks'.
+    """
+    from pear_megatron.hf.assets import find_root, read_model_file
+    from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig, check_layout
+    from pear_megatron.recipe.hf_config import model_keys
+
+    if (Path(folder) / "config.json").is_file():
+        model = ModelConfig.model_validate(model_keys(folder))
+    else:
+        model, _ = read_model_file(find_root(folder))
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tensor_parallel, pipeline_model_parallel_size=pipeline_parallel
+    )
+    check_layout(model, parallel, TrainConfig(global_batch_size=1), tensor_parallel * pipeline_parallel)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ScoreError(f"{path} cannot be read: {error}; is the file whole?") from error
+
+
+def _tokenizer(folder: Path) -> str | None:
+    found = (
+        any((folder / name).is_file() for name in _TOKENIZER_FILES) or len(list(folder.glob("*.gguf"))) == 1
+    )
+    return str(folder) if found else None
+
+
+def _digest(described: str, files: list[Path]) -> str:
+    """Over a description, and the name, the size and three samples of each file."""
+    digest = hashlib.sha256(described.encode())
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, max(0, size - _SAMPLE)):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()[:16]

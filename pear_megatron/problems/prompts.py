@@ -1,0 +1,118 @@
+"""Prompts as a model's tokenizer renders them: one way for evaluation and RL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pear_megatron.data.errors import DataError, Problems
+from pear_megatron.evaluate.errors import EvalError
+from pear_megatron.problems.problem import Messages, Problem
+
+_MEGATRON_FILES = ("latest_checkpointed_iteration.txt", "metadata.json")
+
+
+def check_model_folder(model: str | Path) -> Path:
+    """The folder of a Hugging Face checkpoint.
+
+    Raises:
+        EvalError: there is no such folder, or it holds a Megatron checkpoint, or no model.
+    """
+    from pear_megatron.score.backends import is_megatron_checkpoint
+
+    folder = Path(model).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if not folder.is_dir():
+        raise EvalError(
+            f"no model at {folder}: no such folder; name an export or another Hugging Face folder"
+        )
+    if is_megatron_checkpoint(folder) or any((folder / name).is_file() for name in _MEGATRON_FILES):
+        raise EvalError(
+            f"{folder} is a Megatron checkpoint; export it first: "
+            f"pear-megatron export --checkpoint {folder} --output {folder}-hf"
+        )
+    raise EvalError(f"{folder} has no config.json: it is no Hugging Face checkpoint")
+
+
+def as_tokenizer_takes_it(tokenizer: Any, problem: Problem) -> str | Messages:
+    """Messages where the tokenizer has a chat template, else the string.
+
+    Raises:
+        DataError: the problem has messages and the tokenizer has no chat template.
+    """
+    prompt = problem.prompt
+    if tokenizer.chat_template:
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if isinstance(prompt, str):
+        return prompt
+    raise DataError(
+        [f"{problem.where}: the prompt of {problem.id} is messages, and the model's tokenizer has no chat "
+         'template; give a string (with reasoning_gym: system_prompt: "")']
+    )  # fmt: skip
+
+
+def encode_prompts(
+    tokenizer: Any, problems: Sequence[Problem], max_new_tokens: int, limit: int | None
+) -> list[list[int]]:
+    """Token ids of each problem's prompt, up to where the response begins.
+
+    Args:
+        tokenizer: of the model.
+        problems: what to encode.
+        max_new_tokens: room that must be left for the response.
+        limit: tokens that a prompt and its response may have; None = any number.
+
+    Raises:
+        DataError: the chat template refuses a prompt, or prompts are too long; each with its place.
+    """
+    from jinja2 import TemplateError
+
+    encoded: list[list[int]] = []
+    wrong = Problems()
+    for problem in problems:
+        prompt = as_tokenizer_takes_it(tokenizer, problem)
+        try:
+            if isinstance(prompt, str):
+                ids = tokenizer(prompt)["input_ids"]
+            else:
+                ids = tokenizer.apply_chat_template(
+                    prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+                )["input_ids"]
+        except TemplateError as error:
+            wrong.add(
+                problem.where, f"the chat template refuses the prompt of {problem.id}: {error}; change it"
+            )
+            continue
+        if isinstance(prompt, str) and ids and ids[-1] == tokenizer.eos_token_id:
+            wrong.add(
+                problem.where, "the tokenizer ends the prompt with EOS; load it with add_eos_token=False"
+            )
+        elif not ids:
+            wrong.add(problem.where, f"the prompt of {problem.id} has no tokens; give it some text")
+        elif limit is not None and len(ids) + max_new_tokens > limit:
+            wrong.add(
+                problem.where,
+                f"the prompt of {problem.id} has {len(ids)} tokens, which with {max_new_tokens} new ones exceeds "
+                f"the {limit} there may be; lower the new tokens or leave the problem out",
+            )
+        encoded.append(list(ids))
+    wrong.raise_if_any()
+    return encoded
+
+
+def end_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
+    """Ids that end a response: the tokenizer's EOS and those that generation_config.json names.
+
+    Raises:
+        EvalError: there are none.
+    """
+    named = getattr(generation_config, "eos_token_id", None)
+    ids = named if isinstance(named, list) else [named]
+    found = sorted({i for i in [tokenizer.eos_token_id, *ids] if i is not None})
+    if not found:
+        raise EvalError(
+            "the model has no end token: neither its tokenizer nor generation_config.json names one"
+        )
+    return found

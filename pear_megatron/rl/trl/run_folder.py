@@ -1,0 +1,139 @@
+"""TrlRunFolder: an RL run's config.yaml, metrics.jsonl, checkpoints and progress."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainerCallback
+
+from pear_megatron.digest import digest
+from pear_megatron.errors import RecipeError
+from pear_megatron.recipe import differing_keys
+from pear_megatron.rl.trl.recipe import TrlRecipe
+from pear_megatron.storage import write_atomically
+
+# What may change when a run is continued; anything else makes it another run.
+_MAY_CHANGE = ("grpo.max_num_steps", "checkpointing.", "policy.train_micro_batch_size", "policy.model_name")
+
+# metrics.jsonl's names of what TRL logs.
+_METRICS = {
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "loss": "loss",
+    "kl": "kl",
+    "entropy": "entropy",
+    "grad_norm": "grad_norm",
+    "learning_rate": "lr",
+    "completions/mean_length": "completion_length",
+    "completions/clipped_ratio": "truncated",
+    "step_time": "seconds_per_update",
+}
+
+_ONLY_FOR_TRAINING = ("optimizer.*", "scheduler.*", "rng_state*", "trainer_state.json", "training_args.bin")
+
+
+class TrlRunFolder:
+    """The folder of one run.
+
+    Raises:
+        RecipeError: it holds a run of another recipe or from another checkpoint; names the keys.
+    """
+
+    def __init__(self, folder: Path, recipe: TrlRecipe, weights: str) -> None:
+        self.folder, self.checkpoints = folder, folder / "checkpoints"
+        self.final = folder / "final"
+        self._updates = recipe.updates_per_step
+        described = {**recipe.model_dump(mode="json"), "weights": weights}
+        path = folder / "config.yaml"
+        if path.exists() and self._has_begun():
+            keys = differing_keys(yaml.safe_load(path.read_text()), described)
+            changed = [key for key in keys if not key.startswith(_MAY_CHANGE)]
+            if changed:
+                raise RecipeError(
+                    f"--output {folder} holds a run with other settings ({', '.join(changed)} differ; weights = the "
+                    "checkpoint's); choose another --output, or remove that folder to start anew"
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, yaml.safe_dump(described, sort_keys=False))
+
+    def _has_begun(self) -> bool:
+        metrics = self.folder / "metrics.jsonl"
+        return any(self.checkpoints.glob("checkpoint-*")) or (metrics.exists() and metrics.stat().st_size > 0)
+
+    def latest_checkpoint(self) -> tuple[Path | None, int]:
+        """The newest checkpoint that was written to its end, and its step; newer ones are removed."""
+        found = sorted(
+            self.checkpoints.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])
+        )
+        for path in found:
+            try:
+                state = json.loads(
+                    (path / "trainer_state.json").read_text()
+                )  # the last file that Trainer writes
+                return path, int(state["global_step"]) // self._updates
+            except (OSError, ValueError):
+                shutil.rmtree(path)
+        return None, 0
+
+    def forget_after(self, step: int) -> None:
+        """Drops metrics of steps that will be taken again."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        write_atomically(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+
+    def remove_final(self) -> None:
+        """Removes the model of a shorter run, which is continued now."""
+        shutil.rmtree(self.final, ignore_errors=True)
+
+    def make_final(self) -> Path:
+        """The newest checkpoint without what only training needs: a Hugging Face folder, whole or not at all."""
+        latest, _ = self.latest_checkpoint()
+        if latest is not None and not self.final.exists():
+            partial = self.folder / ".final.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(latest, partial, ignore=shutil.ignore_patterns(*_ONLY_FOR_TRAINING))
+            partial.rename(self.final)
+        return self.final
+
+
+class WriteMetrics(TrainerCallback):
+    """A line of metrics.jsonl and of progress a step.
+
+    ``groups_with_advantage`` is the share of prompts whose responses did not all get the same reward: the
+    others teach nothing. ``problems`` is a digest of what was asked: two runs with the same one asked the same.
+
+    Args:
+        folder, recipe: of the run.
+        asked: the problems of the responses that were graded since the last line; emptied with each.
+    """
+
+    def __init__(self, folder: TrlRunFolder, recipe: TrlRecipe, asked: list[int]) -> None:
+        self._asked = asked
+        self._path = folder.folder / "metrics.jsonl"
+        self._steps, self._updates = recipe.grpo.max_num_steps, recipe.updates_per_step
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Called by Trainer."""
+        if not logs or "reward" not in logs:  # the summary at the end
+            return
+        step = state.global_step // self._updates
+        row = {"step": step} | {ours: logs[theirs] for theirs, ours in _METRICS.items() if theirs in logs}
+        row["groups_with_advantage"] = 1.0 - logs["frac_reward_zero_std"]
+        row["problems"] = digest(self._asked)
+        self._asked.clear()
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            f"step {step}/{self._steps}  reward {row['reward']:.3f}  groups with advantage "
+            f"{row['groups_with_advantage']:.2f}  completion length {row['completion_length']:.1f}  "
+            f"loss {row['loss']:.4f}",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,108 @@
+"""MegatronScorer: a Megatron-Core model, tensor-, pipeline- and data-parallel, with the package's own op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pear_megatron.data.batches import PackedBatch
+from pear_megatron.data.trajectory import Trajectory
+from pear_megatron.ops.logprob import vocab_parallel_logprob
+from pear_megatron.score.batches import in_place, length_batches, right_padded
+
+
+class MegatronScorer:
+    """A Scorer on Megatron-Core: see ``backends.load_scorer``."""
+
+    backend = "megatron"
+
+    def __init__(
+        self,
+        model: str | Path,
+        tensor_parallel: int,
+        pipeline_parallel: int,
+        dtype: str,
+        max_tokens_per_batch: int,
+    ) -> None:
+        from pear_megatron.megatron.checkpoint.load_model import load_for_inference
+
+        self._model, config, self._layout = load_for_inference(
+            model, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, precision=dtype
+        )
+        from megatron.core.transformer.module import Float16Module
+        from megatron.core.utils import get_model_config
+
+        # Batches differ in shape: stages tell each other the shape before the tensor.
+        get_model_config(self._model).variable_seq_lengths = True
+        self._vocab_size = config.vocab_size
+        self._max_tokens = max_tokens_per_batch
+        # The op reads bf16 logits; a float32 copy of them is not needed.
+        self._options = {"fp32_output": False} if isinstance(self._model, Float16Module) else {}
+        self.replica, self.num_replicas = self._layout.dp_rank, self._layout.dp_size
+        self.writes = self._layout.is_first_stage and self._layout.tp_group.rank() == 0
+
+    @torch.no_grad()
+    def __call__(
+        self, trajectories: Sequence[Trajectory], *, on_tokens: Callable[[int], object] = int
+    ) -> list[np.ndarray]:
+        """See Scorer."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        batches = length_batches([len(t.input_ids) for t in trajectories], self._max_tokens)
+        if not batches:
+            return []
+        packed = [right_padded(trajectories, batch) for batch in batches]
+        tokens = [sum(len(trajectories[i].input_ids) for i in batch) for batch in batches]
+        rows, positions = packed[0].tokens.shape
+        logprobs = get_forward_backward_func()(
+            forward_step_func=partial(self._forward_step, on_tokens=on_tokens),
+            data_iterator=zip(packed, tokens, strict=True),
+            model=[self._model],
+            num_microbatches=len(packed),
+            seq_length=positions,
+            micro_batch_size=rows,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        shared = self._from_last_stage(logprobs, [batch.tokens.shape for batch in packed])
+        return in_place(trajectories, batches, [rows.cpu().numpy() for rows in shared])
+
+    def _forward_step(
+        self, batches: Iterator[tuple[PackedBatch, int]], model: Any, *, on_tokens: Callable[[int], object]
+    ) -> tuple[Tensor, Callable[..., Tensor]]:
+        batch, tokens = next(batches)
+        batch = batch.to(self._layout.device, non_blocking=True)
+
+        def logprobs(logits: Tensor, non_loss_data: bool = True) -> Tensor:  # [B, S, V/tp] -> [B, S]
+            return vocab_parallel_logprob(
+                logits,
+                batch.labels,
+                mask=batch.loss_mask,
+                tp_group=self._layout.tp_group,
+                vocab_size=self._vocab_size,
+            )
+
+        # No attention mask: Megatron's attention is causal by itself, and padding stands to the right.
+        positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
+        output = model(batch.tokens, positions, None, **self._options)
+        on_tokens(tokens)
+        return output, logprobs
+
+    def _from_last_stage(self, logprobs: list[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
+        """The last pipeline stage's log-probs, on every stage."""
+        group = self._layout.pp_group
+        if group.size() == 1:
+            return logprobs
+        sizes = [shape.numel() for shape in shapes]
+        flat = torch.empty(sum(sizes), dtype=torch.float32, device=self._layout.device)
+        if self._layout.is_last_stage:
+            torch.cat([rows.flatten() for rows in logprobs], out=flat)
+        last = torch.distributed.get_global_rank(group, group.size() - 1)
+        torch.distributed.broadcast(flat, src=last, group=group)
+        return [rows.view(shape) for rows, shape in zip(flat.split(sizes), shapes, strict=True)]

@@ -1,0 +1,1 @@
+"""Training: the loop, its start and resumption, what a run writes; ``python -m pear_megatron.train``."""

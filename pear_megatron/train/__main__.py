@@ -1,0 +1,89 @@
+"""Entry point: torchrun --nproc-per-node N -m pear_megatron.train --config RECIPE.yaml [key=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+
+from pear_megatron.errors import PearError
+from pear_megatron.ranks import is_main, report_error
+from pear_megatron.recipe import check_layout, load_recipe
+from pear_megatron.train.stop import EXIT_REQUEUE, StopRequest, remove_requeue_file
+from pear_megatron.train.weights_and_biases import check_wandb
+
+_EXAMPLE = """\
+example:
+  torchrun --nproc-per-node 2 -m pear_megatron.train --config recipes/sft/tiny.yaml \\
+      data.train=trajectories.jsonl output_dir=results/tiny \\
+      parallel.tensor_model_parallel_size=2 train.max_steps=100
+
+SIGTERM or SIGUSR1 to any of its processes: the run saves, leaves output_dir/requeue and ends with exit code 75;
+the same command goes on (docs/checkpoints.md).
+"""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """--config and Hydra-style overrides."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pear_megatron.train",
+        description="PEAR (or plain SFT, with pear.variant=none) on Megatron-Core. Started by torchrun.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe's keys")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains; errors of the user's making are printed by rank 0 alone and end with exit code 1.
+
+    A run that was asked to stop ends with EXIT_REQUEUE.
+    """
+    args = parse_arguments(arguments)
+    stop = StopRequest()
+    stop.install()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pear_megatron").setLevel(logging.INFO if is_main() else logging.ERROR)
+    for category in (UserWarning, FutureWarning, DeprecationWarning):  # of libraries, on every rank
+        warnings.filterwarnings("ignore", category=category)
+
+    try:
+        finished = _run(args, stop)
+    except PearError as error:
+        report_error(error)
+        sys.exit(1)
+    stop.ignore()
+    if not finished:
+        sys.exit(EXIT_REQUEUE)
+
+
+def _run(args: argparse.Namespace, stop: StopRequest) -> bool:
+    # Megatron-Core takes seconds to import: a mistake in the recipe is said before that.
+    recipe = load_recipe(args.config, args.overrides)
+    check_wandb(recipe)
+    if is_main():
+        remove_requeue_file(recipe.output_dir)
+    check_layout(
+        recipe.model,
+        recipe.parallel,
+        recipe.train,
+        int(os.environ.get("WORLD_SIZE", "1")),
+        seq_length=recipe.data.seq_length,
+    )
+
+    from pear_megatron.megatron import layout as layouts
+    from pear_megatron.train.trainer import Trainer
+
+    layout = layouts.initialize(recipe.model, recipe.parallel, recipe.train)
+    try:
+        return Trainer(recipe, layout, stop).train()
+    finally:
+        layouts.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""RunFolder: what a run leaves behind for people: config.yaml, metrics.jsonl, TensorBoard, W&B, progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pear_megatron.recipe import Recipe, RecipeError, differing_keys, to_yaml
+from pear_megatron.storage import write_atomically
+from pear_megatron.train.weights_and_biases import WandbLog
+
+log = logging.getLogger("pear_megatron")
+
+# What may change when a run is continued; anything else makes it another run.
+_MAY_CHANGE = (
+    "output_dir",
+    "parallel.",
+    "checkpoint.",
+    "cluster.",
+    "logging.",
+    "train.max_steps",
+    "train.num_epochs",
+    "train.log_interval",
+    "train.micro_batch_size",
+    "train.recompute_",
+    "train.output_chunk_tokens",
+    "train.check_alignment",
+    "data.cache_dir",
+)
+
+
+def check_same_run(folder: Path, recipe: Recipe) -> None:
+    """Refuses to continue a run with another recipe.
+
+    Raises:
+        RecipeError: names the keys that differ.
+    """
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    old = yaml.safe_load(path.read_text())
+    keys = [k for k in differing_keys(old, recipe.model_dump(mode="json")) if not k.startswith(_MAY_CHANGE)]
+    if keys:
+        raise RecipeError(
+            f"output_dir {folder} holds a run with other settings ({', '.join(keys)} differ); "
+            "choose another output_dir, or remove that folder to start anew"
+        )
+
+
+class RunFolder:
+    """Files and progress of one run; rank 0 holds it, the other ranks hold None.
+
+    Raises:
+        RecipeError: W&B is asked for and cannot be started.
+    """
+
+    def __init__(self, recipe: Recipe, *, start_step: int, total_steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = Path(recipe.output_dir)
+        self.log_interval = recipe.train.log_interval
+        self.total_steps = total_steps
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "config.yaml", to_yaml(recipe))
+        self._forget_after(start_step)
+        self._metrics = (self.folder / "metrics.jsonl").open("a")
+        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
+        self._wandb = WandbLog(self.folder, recipe) if recipe.logging.wandb_project else None
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._interactive = console.is_terminal
+        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, status="")
+        self._progress.start()
+
+    def _forget_after(self, step: int) -> None:
+        """Drops metrics of steps that will be trained again."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                continue  # the line a killed run was writing
+        write_atomically(path, "".join(kept))
+
+    def log_step(self, metrics: dict[str, Any]) -> None:
+        """Records one step everywhere."""
+        step = metrics["step"]
+        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.flush()
+        scalars = {
+            name if "/" in name else f"train/{name}": value
+            for name, value in metrics.items()
+            if not isinstance(value, str) and name != "step"
+        }
+        for name, value in scalars.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(step, scalars)
+        status = (
+            f"loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  lr {metrics['lr']:.2e}  "
+            f"weight {metrics['pear/weight']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        )
+        if "mfu" in metrics:
+            status += f"  MFU {metrics['mfu']:.1%}"
+        self._progress.update(self._task, completed=step, status=status)
+        if not self._interactive and (step % self.log_interval == 0 or step == self.total_steps):
+            print(f"step {step}/{self.total_steps}  {status}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends the progress bar and flushes every file."""
+        self._progress.stop()
+        self._metrics.close()
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.close(failed=sys.exc_info()[0] is not None)

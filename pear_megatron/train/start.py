@@ -1,0 +1,72 @@
+"""What a run starts from, and what it leaves beside its checkpoints so that they can be exported."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pear_megatron.hf.assets import ASSETS, check_same_model, find_root, write_model_files
+from pear_megatron.hf.ranks import together
+from pear_megatron.hf.weights import HFWeights, load_weights
+from pear_megatron.megatron.checkpoint import state as checkpoint
+from pear_megatron.megatron.initialize import initialize_weights
+from pear_megatron.megatron.layout import Layout
+from pear_megatron.recipe import Recipe, RecipeError
+
+log = logging.getLogger("pear_megatron")
+
+
+def start_model(recipe: Recipe, layout: Layout, model: Any) -> None:
+    """Fills a new run's model: from model.hf, from checkpoint.pretrained, or with fresh weights.
+
+    Then writes model.yaml and hf/ into output_dir.
+
+    Args:
+        recipe: of the run.
+        layout: where this rank stands.
+        model: a GPTModel, wrapped or not, or a list of chunks.
+
+    Raises:
+        RecipeError, CheckpointError, DataError: on every rank: the weights cannot be read, they are of another
+            model, or output_dir cannot be written.
+    """
+    source = None
+    if recipe.model.hf:
+        source = Path(recipe.model.hf)
+        together(partial(_load_from_hf, source, recipe, layout, model))
+    elif recipe.checkpoint.pretrained:
+        folder = checkpoint.resolve(recipe.checkpoint.pretrained)
+        root = _root_of(folder)
+        if root is not None:
+            check_same_model(root, recipe.model)
+        checkpoint.load(folder, model)
+        source = root / ASSETS if root is not None and (root / ASSETS).is_dir() else None
+    else:
+        initialize_weights(model, seed=recipe.seed, vocab_size=recipe.model.vocab_size)
+
+    def write() -> None:
+        own = recipe.data.tokenizer if recipe.data.tokenizer != recipe.model.hf else None
+        write_model_files(
+            Path(recipe.output_dir), recipe.model, recipe.train.precision, source=source, tokenizer=own
+        )
+
+    together(write if layout.is_main else None)
+
+
+def _root_of(folder: Path) -> Path | None:
+    """The checkpoint's root; None, with a warning, where another program wrote it (Megatron-LM, say)."""
+    try:
+        return find_root(folder)
+    except RecipeError:
+        log.warning(
+            "%s has no model.yaml: that it holds the recipe's model is taken on trust, but for its shapes",
+            folder,
+        )
+        return None
+
+
+def _load_from_hf(source: Path, recipe: Recipe, layout: Layout, model: Any) -> None:
+    with HFWeights(source, recipe.model) as weights:
+        load_weights(weights, model, layout)
