@@ -92,7 +92,7 @@ def evaluate(
 
 
 def _integers(texts: list[str]) -> list[int]:
-    from pear_megatron.evaluate.errors import EvalError
+    from pear_megatron.errors import EvalError
 
     try:
         return [int(text) for text in texts]

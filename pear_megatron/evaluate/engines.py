@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pear_megatron.evaluate.errors import EvalError
+from pear_megatron.errors import EvalError
 
 ENGINES = ("transformers", "vllm")
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pear_megatron.errors import CheckpointError
 from pear_megatron.hf.mapping import (
     EMBEDDING,
     OUTPUT_LAYER,
@@ -18,7 +19,6 @@ from pear_megatron.hf.mapping import (
     parameters,
     part_views,
 )
-from pear_megatron.megatron.checkpoint.state import CheckpointError
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.model import as_chunks, unwrap
 from pear_megatron.recipe import ModelConfig

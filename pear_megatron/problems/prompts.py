@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pear_megatron.data.errors import DataError, Problems
-from pear_megatron.evaluate.errors import EvalError
+from pear_megatron.errors import EvalError
 from pear_megatron.problems.problem import Messages, Problem
 
 _MEGATRON_FILES = ("latest_checkpointed_iteration.txt", "metadata.json")

@@ -9,8 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from pear_megatron.data.trajectory import Trajectory
-from pear_megatron.errors import RecipeError
-from pear_megatron.score.errors import ScoreError
+from pear_megatron.errors import RecipeError, ScoreError
 
 BACKENDS = ("megatron", "hf")
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from pear_megatron.hf.ranks import together
+from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.checkpoint import state as checkpoint
-from pear_megatron.megatron.checkpoint.state import CheckpointError, checkpoint_path
+from pear_megatron.megatron.checkpoint.state import checkpoint_path
 from pear_megatron.megatron.layout import Layout
+from pear_megatron.ranks import together
 from pear_megatron.recipe import Recipe, RecipeError
 from pear_megatron.train.run_folder import check_same_run
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pear_megatron.hf.assets import ASSETS, check_same_model, find_root, write_model_files
-from pear_megatron.hf.ranks import together
 from pear_megatron.hf.weights import HFWeights, load_weights
 from pear_megatron.megatron.checkpoint import state as checkpoint
 from pear_megatron.megatron.initialize import initialize_weights
 from pear_megatron.megatron.layout import Layout
+from pear_megatron.ranks import together
 from pear_megatron.recipe import Recipe, RecipeError
 
 log = logging.getLogger("pear_megatron")

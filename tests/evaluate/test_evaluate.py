@@ -15,8 +15,8 @@ pytest.importorskip("transformers", reason="needs the extra hf")
 pytest.importorskip("scipy", reason="needs the extra eval")
 
 from pear_megatron.data.errors import DataError
+from pear_megatron.errors import EvalError
 from pear_megatron.evaluate.engines import Sampling
-from pear_megatron.evaluate.errors import EvalError
 from pear_megatron.evaluate.results import Results, read_results
 from pear_megatron.evaluate.run import evaluate
 from pear_megatron.evaluate.transformers_engine import TransformersEngine

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.checkpoint import state as checkpoint
-from pear_megatron.megatron.checkpoint.state import CheckpointError
 from tests.distributed import run_ranks
 from tests.megatron.ranks import SMALL, be_quiet, failures, train_runs
 from tests.megatron.runs import Started, metrics, run_entry_point, without_times

@@ -16,11 +16,11 @@ pytest.importorskip("trl", reason="needs the extra rl")
 
 from pear_megatron.cli import app
 from pear_megatron.data.errors import DataError
-from pear_megatron.digest import digest
 from pear_megatron.errors import RecipeError
 from pear_megatron.problems.graders import GraderError
 from pear_megatron.rl.trl.grpo import run
 from pear_megatron.rl.trl.recipe import load_trl_recipe
+from pear_megatron.storage import digest
 from tests.distributed import run_ranks
 from tests.evaluate.words import GRADER, save_word_model, write_problems
 

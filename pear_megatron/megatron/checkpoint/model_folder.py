@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pear_megatron.errors import ScoreError
 from pear_megatron.score.backends import is_megatron_checkpoint
-from pear_megatron.score.errors import ScoreError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".distcp", ".pt")

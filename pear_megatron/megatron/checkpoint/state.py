@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pear_megatron.errors import PearError
+from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.checkpoint import rng
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.model import as_chunks, unwrap
@@ -27,10 +27,6 @@ LATEST = "latest_checkpointed_iteration.txt"
 FILES = "files.json"
 # The distributed optimizer's shards can then be loaded on another data-parallel size.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-class CheckpointError(PearError, RuntimeError):
-    """A checkpoint that cannot be written or read."""
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
