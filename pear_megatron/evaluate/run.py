@@ -11,12 +11,14 @@ from pydantic import ValidationError
 
 from pear_megatron.data.tokenizer import load_tokenizer
 from pear_megatron.errors import EvalError
-from pear_megatron.evaluate.engines import Engine, load_engine
+from pear_megatron.evaluate.engines import load_engine
 from pear_megatron.evaluate.results import Results, summarize
 from pear_megatron.evaluate.samples import FILE, SampleFile, Slot, plan_batches, sample_seed
+from pear_megatron.evaluate.sampling import Engine
 from pear_megatron.evaluate.settings import EvalSettings, check_folder, write_settings
+from pear_megatron.megatron.checkpoint.model_folder import check_model_folder
 from pear_megatron.problems.problem import ProblemSet
-from pear_megatron.problems.prompts import check_model_folder, encode_prompts, end_tokens
+from pear_megatron.problems.prompts import encode_prompts, end_tokens
 from pear_megatron.progress import sampling_progress
 
 

@@ -207,7 +207,7 @@ def test_kl_is_measured_where_it_is_penalised(word_model: Path, tmp_path: Path) 
 
 def test_trl_and_eval_give_a_model_the_same_prompt_tokens(word_model: Path, tmp_path: Path) -> None:
     from pear_megatron.data.tokenizer import load_tokenizer
-    from pear_megatron.problems.problem import load_problems
+    from pear_megatron.problems.load import load_problems
     from pear_megatron.problems.prompts import encode_prompts
     from pear_megatron.rl.trl.grpo import _trainer
     from pear_megatron.rl.trl.run_folder import TrlRunFolder

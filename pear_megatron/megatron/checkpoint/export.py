@@ -16,7 +16,7 @@ from pear_megatron.hf.config_file import config_json, generation_json, rename_to
 from pear_megatron.hf.mapping import Parameter, parameters, part_views
 from pear_megatron.hf.safetensors_files import TensorSize, index_of, plan_files, write_file
 from pear_megatron.hf.weights import INDEX
-from pear_megatron.megatron.checkpoint.state import resolve
+from pear_megatron.megatron.checkpoint.paths import resolve
 from pear_megatron.megatron.checkpoint.stored import StoredParameters
 from pear_megatron.ranks import together
 from pear_megatron.storage import partial_of, publish

@@ -26,7 +26,8 @@ from pear_megatron.megatron.checkpoint.background import (
 )
 from pear_megatron.megatron.checkpoint.folder import CheckpointFolder
 from pear_megatron.megatron.checkpoint.megatron_lm import megatron_lm_state
-from pear_megatron.megatron.checkpoint.state import SHARDING, checkpoint_path, model_state, rng
+from pear_megatron.megatron.checkpoint.paths import checkpoint_path
+from pear_megatron.megatron.checkpoint.state import SHARDING, model_state, rng
 from pear_megatron.megatron.layout import Layout
 
 

@@ -67,7 +67,8 @@ def read_starting_point(path: str | Path) -> StartingPoint:
 
 def _megatron(folder: Path) -> StartingPoint:
     from pear_megatron.hf.assets import ASSETS, check_same_model, find_root
-    from pear_megatron.megatron.checkpoint.state import read_common, resolve
+    from pear_megatron.megatron.checkpoint.paths import resolve
+    from pear_megatron.megatron.checkpoint.state import read_common
     from pear_megatron.recipe import ModelConfig
     from pear_megatron.recipe.hf_config import model_keys
 
