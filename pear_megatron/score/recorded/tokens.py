@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pear_megatron.data.chat import ChatEncoder
+from pear_megatron.data.chat import ChatEncoder, Conversation
 from pear_megatron.data.errors import RowProblem
 
 RECORD_IDS = (
@@ -30,7 +30,7 @@ class Tokens:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self.encoder = ChatEncoder(tokenizer) if tokenizer is not None else None
+        self.encoder = ChatEncoder(tokenizer, multi_turn="whole") if tokenizer is not None else None
 
     def _needed(self, why: str) -> Any:
         if self._tokenizer is None:
@@ -65,10 +65,13 @@ class Tokens:
         self._needed("the trajectory is text")
         assert self.encoder is not None
         if messages is not None:
-            return self.encoder.encode_messages(messages)
-        if not isinstance(prompt, str) or not isinstance(response, str):
+            conversation = Conversation(messages=messages)
+        elif isinstance(prompt, str) and isinstance(response, str):
+            conversation = Conversation(prompt=prompt, response=response)
+        else:
             raise RowProblem("prompt and response must be strings, unless the server recorded token ids")
-        return self.encoder.encode_prompt_response(prompt, response)
+        (encoded,) = self.encoder.encode(conversation)
+        return encoded.input_ids, encoded.loss_mask
 
     def of_response(
         self, messages: Any, prompt: Any, response: str, *, truncated: bool
