@@ -20,6 +20,7 @@ _OPTIONS = {
     "max_length": "--max-length",
     "overlong": "--overlong",
     "tokenizer_hash": "--tokenizer",
+    "raw_logprobs": "--raw-logprobs",
     "inputs": "--data",
 }
 

@@ -54,6 +54,7 @@ class RowReader:
         max_length: positions; a trajectory of n tokens takes n - 1. None = no limit.
         overlong: what to do with a longer one.
         notes: goes into every row's metadata.
+        raw_logprobs: see ``ordinary_fields``.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class RowReader:
         max_length: int | None = None,
         overlong: Literal["error", "drop"] = "error",
         notes: Mapping[str, Any] | None = None,
+        raw_logprobs: bool = False,
     ) -> None:
         config = DataConfig(
             train=["-"],
@@ -87,16 +89,25 @@ class RowReader:
         self._overlong = overlong
         self._notes = dict(notes or {})
         self._counts = counts
+        self._raw_logprobs = raw_logprobs
 
-    def __call__(self, row: Row) -> ScoreRow | None:
-        """The row's ScoreRow, None if it is dropped; RowProblem if it is wrong."""
+    def __call__(self, row: Row) -> list[ScoreRow]:
+        """The row's ScoreRows, none if it is dropped; RowProblem if it is wrong."""
+        texts = {name: row.fields[name] for name in _TEXT_FIELDS if name in row.fields}
+        if self._purpose != "import":
+            check_names(row.fields)
+            return self._score_rows(row, texts)
+        found = ordinary_fields(row.fields, self._tokens, raw_logprobs=self._raw_logprobs)
+        scored = []
+        for k, (fields, notes) in enumerate(found):
+            where = f"{row.where}#{k}" if len(found) > 1 else row.where
+            own = {"metadata": row.fields["metadata"]} if "metadata" in row.fields else {}
+            scored += self._score_rows(replace(row, where=where, fields=fields | own), notes)
+        return scored
+
+    def _score_rows(self, row: Row, texts: Mapping[str, Any]) -> list[ScoreRow]:
         fields = dict(row.fields)
-        texts = {name: fields[name] for name in _TEXT_FIELDS if name in fields}
         own = fields.get("metadata")
-        if self._purpose == "import":
-            fields, texts = ordinary_fields(fields, self._tokens)
-        else:
-            check_names(fields)
         fields.pop("metadata", None)
         fields.pop("policy_logprobs", None)
         kept: dict[str, Any] = {}
@@ -108,18 +119,20 @@ class RowReader:
         trajectory = self._validator(replace(row, fields=fields))
         assert trajectory is not None  # nothing is dropped for its length or its truncation here
         if self._is_overlong(trajectory):
-            return None
+            return []
         self._counts["rows"] += 1
         self._counts["truncated"] += bool(truncated)
         notes = {"source": row.where, **self._notes, **texts, **kept}
         if own is not None:
             notes["metadata"] = _parsed(own)
-        return ScoreRow(
-            trajectory,
-            self._hash or fields.get("tokenizer_hash"),
-            truncated,
-            json.dumps(notes, ensure_ascii=False, default=str),
-        )
+        return [
+            ScoreRow(
+                trajectory,
+                self._hash or fields.get("tokenizer_hash"),
+                truncated,
+                json.dumps(notes, ensure_ascii=False, default=str),
+            )
+        ]
 
     def _take_origin_away(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Removes what describes the log-probs that are replaced; returns what to remember of it."""

@@ -34,6 +34,7 @@ class ScoreSettings:
         tokenizer: name or folder; None = the model's.
         max_length: positions, at most; None = the model's.
         tensor_parallel, pipeline_parallel, dtype, max_tokens_per_batch: see ``load_scorer``.
+        raw_logprobs: with ``import``: the engine logged the model's own log-probs, whatever it sampled with.
         chunk_rows, chunk_tokens: what is scored between two saves; the scores may depend on it by rounding.
     """
 
@@ -50,6 +51,7 @@ class ScoreSettings:
     pipeline_parallel: int = 1
     dtype: str = "fp32"
     max_tokens_per_batch: int | None = None
+    raw_logprobs: bool = False
     chunk_rows: int = 128
     chunk_tokens: int = 131072
 
@@ -89,6 +91,7 @@ class Source:
             "max_length": self._max_length,
             "overlong": settings.overlong,
             "chunks": [settings.chunk_rows, settings.chunk_tokens],
+            "raw_logprobs": settings.raw_logprobs,
             "inputs": digest_inputs(self._files),
         }
 
@@ -103,6 +106,7 @@ class Source:
             max_length=self._max_length,
             overlong=settings.overlong,
             notes={"model": self._model_name, "backend": settings.backend},
+            raw_logprobs=settings.raw_logprobs,
         )
         with reading_progress(self._files, sys.stderr.isatty()) as advance:
             for file in self._files:
@@ -112,8 +116,8 @@ class Source:
                     except RowProblem as problem:
                         problems.add(row.where, problem)
                     else:
-                        if found is not None and not problems.total:
-                            yield found
+                        if not problems.total:
+                            yield from found
                     advance(row.size)
         if not problems.total and not counts["rows"]:
             problems.add("--data", "no row is left: all are over-long and were dropped (--overlong drop)")
