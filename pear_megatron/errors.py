@@ -9,3 +9,15 @@ class PearError(Exception):
 
 class RecipeError(PearError, ValueError):
     """A recipe that cannot be used; the message says which key and what to do."""
+
+
+class CheckpointError(PearError, RuntimeError):
+    """A checkpoint that cannot be written or read."""
+
+
+class ScoreError(PearError, RuntimeError):
+    """A model, output or interrupted run that scoring cannot use; the message says the way out."""
+
+
+class EvalError(PearError, RuntimeError):
+    """A model, setting or interrupted evaluation that cannot be used; the message says the way out."""

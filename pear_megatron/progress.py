@@ -1,13 +1,111 @@
-"""Progress of a comparison: a bar on a terminal, a line for each part that is done everywhere."""
+"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+
+log = logging.getLogger("pear_megatron")
+
+
+_LOG_SECONDS = 30.0
+
+
+@contextmanager
+def token_progress(total: int, *, replicas: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """Yields what is called with the tokens that this replica has scored.
+
+    Args:
+        total: tokens that this replica will score.
+        replicas: that run at the same pace; the speed shown is that of all.
+        show: False on all ranks but one.
+    """
+    if not show:
+        yield lambda tokens: None
+    elif sys.stderr.isatty():
+        with _bar(total, replicas) as advance:
+            yield advance
+    else:
+        yield _Lines(total, replicas)
+
+
+@contextmanager
+def _bar(total: int, replicas: int) -> Iterator[Callable[[int], None]]:
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = [
+        rich.TextColumn("scoring"),
+        rich.BarColumn(),
+        rich.TextColumn("{task.fields[said]}"),
+        rich.TimeRemainingColumn(),
+    ]
+    with rich.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, said="")
+        started, done = time.monotonic(), 0
+
+        def advance(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            rate = replicas * done / max(time.monotonic() - started, 1e-9)
+            said = f"{replicas * done:,} of {replicas * total:,} tokens, {rate:,.0f} tokens/s"
+            bar.update(task, completed=done, said=said)
+
+        yield advance
+
+
+class _Lines:
+    """A log line at most every half minute."""
+
+    def __init__(self, total: int, replicas: int) -> None:
+        self._total, self._replicas = total, replicas
+        self._started = self._said = time.monotonic()
+        self._done = 0
+
+    def __call__(self, tokens: int) -> None:
+        self._done += tokens
+        now = time.monotonic()
+        if now - self._said < _LOG_SECONDS:
+            return
+        self._said = now
+        seconds = now - self._started
+        left = seconds * (self._total - self._done) / max(self._done, 1)
+        log.info(
+            "scored %s of %s tokens, %s tokens/s, %s left",
+            f"{self._replicas * self._done:,}",
+            f"{self._replicas * self._total:,}",
+            f"{self._replicas * self._done / seconds:,.0f}",
+            _duration(left),
+        )
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@contextmanager
+def reading_progress(files: list[Path], show: bool) -> Iterator[Callable[[float], Any]]:
+    """A bar on standard error, if ``show``; yields what is called with the bytes that each row took."""
+    if not show:
+        yield lambda size: None
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), rich.DownloadColumn()]
+    with rich.Progress(*columns, rich.TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("reading trajectories", total=sum(file.stat().st_size for file in files))
+        yield lambda size: bar.advance(task, size)
 
 
 class Progress:
@@ -39,3 +137,35 @@ class Progress:
             self._bar.console.print(line, style="dim", soft_wrap=True)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+_REPORTS = 20  # lines of progress where there is no terminal
+
+
+@contextmanager
+def sampling_progress(done: int, total: int) -> Iterator[Any]:
+    """A function to call after each batch: a bar on a terminal, now and then a line elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("[bold]eval"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    count, score = done, 0.0
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("eval", total=total, completed=done, status="")
+
+        def advance(number: int, rows: list[dict[str, Any]]) -> None:
+            nonlocal count, score
+            before, count = count, count + number
+            score += sum(row["score"] for row in rows)
+            status = f"mean score {score / (count - done):.3f}"
+            bar.update(task, completed=count, status=status)
+            if not console.is_terminal and before * _REPORTS // total < count * _REPORTS // total:
+                print(f"{count}/{total} responses  {status}", file=sys.stderr, flush=True)
+
+        yield advance

@@ -1,12 +1,13 @@
-"""Starting a command on several ranks of this machine, unless torchrun or Slurm started it so already."""
+"""Ranks: a command is started on several of them, and what one does, or fails at, is everybody's."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from collections.abc import Callable
 
-from pear_megatron.errors import PearError
+from pear_megatron.errors import CheckpointError, PearError
 
 _SECONDS_FOR_RANK_0 = 3.0
 
@@ -57,3 +58,29 @@ def report_error(error: BaseException) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(_SECONDS_FOR_RANK_0)
+
+
+def together(work: Callable[[], None] | None) -> None:
+    """Runs this rank's part of the work (None: it has none), then waits for the others.
+
+    Raises:
+        PearError: on every rank, what the first rank that failed raised; an OSError becomes a CheckpointError.
+    """
+    import torch
+
+    failure: PearError | None = None
+    try:
+        if work is not None:
+            work()
+    except PearError as error:
+        failure = error
+    except OSError as error:
+        failure = CheckpointError(f"cannot write: {error}")
+        failure.__cause__ = error
+    failures = [failure]
+    if torch.distributed.is_initialized():
+        failures = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(failures, failure)
+    for found in failures:
+        if found is not None:
+            raise found

@@ -1,9 +1,19 @@
-"""Files that appear whole or not at all, and that a disk really holds."""
+"""Storage: files and folders that appear whole or not at all, that a disk really holds, that one process owns."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+from pear_megatron.errors import PearError, RecipeError
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -20,3 +30,59 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuses an output folder that holds something, unless it may be overwritten.
+
+    Raises:
+        RecipeError: it is there, or is no folder.
+    """
+    if path.exists() and not path.is_dir():
+        raise RecipeError(f"--output {path} is a file; name a new folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise RecipeError(
+            f"--output {path} is not empty; name a new folder (readers like NeMo-RL cache by path), or replace it "
+            "with --overwrite"
+        )
+
+
+def partial_of(path: Path) -> Path:
+    """The folder beside ``path`` that is written first."""
+    return path.absolute().with_name(f".{path.absolute().name}.partial")
+
+
+def publish(path: Path) -> None:
+    """Puts the written folder in the place of ``path``, and what was there away."""
+    old = path.absolute().with_name(f".{path.absolute().name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(partial_of(path), path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def lock(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Holds a folder; the end of the process lets go of it, however it came. Without effect where the file
+    system has no locks.
+
+    Raises:
+        PearError: another process holds it, and ``wait`` is False.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise PearError(
+                f"another pear-megatron compare is at work in {folder}; wait for it, or choose another output_dir"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+
+
+def digest(items: Sequence[int]) -> str:
+    """Twelve hex characters that differ when an item or its place does."""
+    return hashlib.sha256(",".join(map(str, items)).encode()).hexdigest()[:12]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from pear_megatron.problems.problem import ProblemsConfig, load_problems
+from pear_megatron.problems.load import load_problems
+from pear_megatron.problems.problem import ProblemsConfig
 from pear_megatron.storage import write_atomically
 
 # Small enough that a 135M-parameter model is right now and then; every answer is a whole number.

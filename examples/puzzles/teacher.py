@@ -21,7 +21,7 @@ from pathlib import Path
 from examples.launch import RECIPES, announce, command, train
 from examples.puzzles import problems
 from examples.puzzles.smollm2 import make_folder
-from pear_megatron.problems.problem import load_problems
+from pear_megatron.problems.load import load_problems
 from pear_megatron.storage import write_atomically
 
 

@@ -30,8 +30,8 @@ def convert(
     from pear_megatron.ranks import ensure_ranks, is_main, report_error
 
     try:
-        from pear_megatron.hf.folders import check_output
         from pear_megatron.recipe.hf_config import UnsupportedArchitecture, model_keys
+        from pear_megatron.storage import check_output
 
         check_output(output, overwrite=overwrite)
         try:

@@ -92,7 +92,7 @@ def evaluate(
 
 
 def _integers(texts: list[str]) -> list[int]:
-    from pear_megatron.evaluate.errors import EvalError
+    from pear_megatron.errors import EvalError
 
     try:
         return [int(text) for text in texts]
@@ -105,8 +105,7 @@ def _evaluate(model: str, problems: str, grader: str | None, output: Path, **set
 
     from pear_megatron.evaluate.figures import draw_pass_at_k, results_table
     from pear_megatron.evaluate.run import evaluate as run
-    from pear_megatron.problems.load import read_problems_config
-    from pear_megatron.problems.problem import load_problems
+    from pear_megatron.problems.load import load_problems, read_problems_config
 
     results = run(model, load_problems(read_problems_config(problems, grader)), output, **settings)
     draw_pass_at_k(output / "pass_at_k.png", {Path(model).name: [results]})

@@ -36,7 +36,7 @@ def export(
     from pear_megatron.ranks import ensure_ranks, is_main, report_error
 
     try:
-        from pear_megatron.hf.folders import check_output
+        from pear_megatron.storage import check_output
 
         check_output(output, overwrite=overwrite)
         if hf is not None:

@@ -104,7 +104,7 @@ def score(
 
     _speak(is_main())
     try:
-        from pear_megatron.score.errors import ScoreError
+        from pear_megatron.errors import ScoreError
         from pear_megatron.score.source import ScoreSettings
 
         chosen, why = _backend(model, backend, write_as)
@@ -159,8 +159,8 @@ def _run(settings: ScoreSettings, why: str) -> None:
 
 def _backend(model: str | None, backend: Backend | None, write_as: WriteAs) -> tuple[str, str]:
     """(the backend asked for or else the one that fits the model, why)."""
+    from pear_megatron.errors import ScoreError
     from pear_megatron.score.backends import choose_backend
-    from pear_megatron.score.errors import ScoreError
 
     if backend is Backend.recorded:
         if write_as is WriteAs.policy:

@@ -10,12 +10,11 @@ from rich.table import Table
 
 from pear_megatron.compare import figures
 from pear_megatron.compare.cell import tuning_cells
-from pear_megatron.compare.lock import lock
 from pear_megatron.compare.outcome import CellResult, Outcome, read_cell, show
 from pear_megatron.compare.page import page
 from pear_megatron.compare.recipe import CompareRecipe
 from pear_megatron.compare.run import Comparison
-from pear_megatron.storage import write_atomically
+from pear_megatron.storage import lock, write_atomically
 
 
 def run_and_report(recipe: CompareRecipe, jobs: int | None = None) -> Outcome:

@@ -16,12 +16,11 @@ from typing import Any
 from pear_megatron.compare import stages, workers
 from pear_megatron.compare.cell import Cell, cells_of, fill, tuning_cells
 from pear_megatron.compare.checks import check_packages, check_recipe, check_seed
-from pear_megatron.compare.lock import lock
 from pear_megatron.compare.outcome import CellResult, read_cell
 from pear_megatron.compare.recipe import CompareRecipe
 from pear_megatron.errors import PearError, RecipeError
 from pear_megatron.progress import Progress
-from pear_megatron.storage import write_atomically
+from pear_megatron.storage import lock, write_atomically
 
 _PREPARED = "prepared.json"
 _DONE = "done.json"

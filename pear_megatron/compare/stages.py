@@ -59,7 +59,7 @@ def export(checkpoint: Path, output: Path) -> None:
 def evaluate(cell: Cell, model: Path, output: Path) -> None:
     """As ``pear-megatron eval``; the same samples' seeds for every cell."""
     from pear_megatron.evaluate.run import evaluate as run
-    from pear_megatron.problems.problem import load_problems
+    from pear_megatron.problems.load import load_problems
 
     assert cell.rl.data.validation is not None
     settings = cell.recipe.eval

@@ -7,11 +7,8 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import DataError, Problems, RowProblem
@@ -19,6 +16,7 @@ from pear_megatron.data.files import expand_files, read_rows
 from pear_megatron.data.store import FORMAT_VERSION, TrajectoryDataset, TrajectoryWriter
 from pear_megatron.data.tokenizer import load_tokenizer, tokenizer_hash
 from pear_megatron.data.validate import Validator
+from pear_megatron.progress import reading_progress
 
 logger = logging.getLogger(__name__)
 
@@ -160,18 +158,3 @@ def _dropped(counts: Counter[str] | dict[str, int]) -> str:
         f"dropped {counts['dropped_truncated']} marked truncated (data.truncated=drop) and "
         f"{counts['dropped_overlong']} longer than data.seq_length (data.overlong=drop)"
     )
-
-
-@contextmanager
-def reading_progress(files: list[Path], show: bool) -> Iterator[Callable[[float], Any]]:
-    """A bar on standard error, if ``show``; yields what is called with the bytes that each row took."""
-    if not show:
-        yield lambda size: None
-        return
-    from rich import progress as rich
-    from rich.console import Console
-
-    columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), rich.DownloadColumn()]
-    with rich.Progress(*columns, rich.TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("reading trajectories", total=sum(file.stat().st_size for file in files))
-        yield lambda size: bar.advance(task, size)

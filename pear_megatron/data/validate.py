@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pear_megatron.data.behavior import looks_half, read_behavior_logprobs
-from pear_megatron.data.chat import ChatEncoder
+from pear_megatron.data.chat import ChatEncoder, Conversation
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import (
@@ -50,7 +50,7 @@ class Validator:
     ) -> None:
         self._config = config
         self._required = require_behavior_logprobs
-        self._encoder = ChatEncoder(tokenizer) if tokenizer is not None else None
+        self._encoder = ChatEncoder(tokenizer, multi_turn="whole") if tokenizer is not None else None
         self._vocab_size = len(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size
         self._first_use: dict[str, str] = {}
         self.tokenizer_hash = tokenizer_hash(tokenizer) if tokenizer is not None else None
@@ -135,11 +135,13 @@ class Validator:
                 "or folder, or give input_ids+loss_mask"
             )
         if form[0] == "messages":
-            input_ids, loss_mask = self._encoder.encode_messages(fields["messages"])
+            conversation = Conversation(messages=fields["messages"])
         else:
-            prompt, response = get_text(fields, "prompt"), get_text(fields, "response")
-            input_ids, loss_mask = self._encoder.encode_prompt_response(prompt, response)
-        return np.array(input_ids, dtype=np.int64), np.array(loss_mask, dtype=bool)
+            conversation = Conversation(
+                prompt=get_text(fields, "prompt"), response=get_text(fields, "response")
+            )
+        (encoded,) = self._encoder.encode(conversation)
+        return np.array(encoded.input_ids, dtype=np.int64), np.array(encoded.loss_mask, dtype=bool)
 
     def _check_tokens(self, input_ids: np.ndarray, loss_mask: np.ndarray) -> None:
         if len(input_ids) != len(loss_mask):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pear_megatron.evaluate.errors import EvalError
+from pear_megatron.errors import EvalError
 from pear_megatron.evaluate.results import Results, read_results
 from pear_megatron.evaluate.settings import OF_THE_RUN, differences
 from pear_megatron.evaluate.statistics import Estimate, interval

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pear_megatron.evaluate.errors import EvalError
+from pear_megatron.errors import EvalError
 from pear_megatron.evaluate.statistics import Estimate, interval, pass_at_k
 from pear_megatron.storage import write_atomically
 

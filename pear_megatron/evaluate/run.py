@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from pear_megatron.data.tokenizer import load_tokenizer
-from pear_megatron.evaluate.engines import Engine, load_engine
-from pear_megatron.evaluate.errors import EvalError
+from pear_megatron.errors import EvalError
+from pear_megatron.evaluate.engines import load_engine
 from pear_megatron.evaluate.results import Results, summarize
 from pear_megatron.evaluate.samples import FILE, SampleFile, Slot, plan_batches, sample_seed
+from pear_megatron.evaluate.sampling import Engine
 from pear_megatron.evaluate.settings import EvalSettings, check_folder, write_settings
+from pear_megatron.megatron.checkpoint.model_folder import check_model_folder
 from pear_megatron.problems.problem import ProblemSet
-from pear_megatron.problems.prompts import check_model_folder, encode_prompts, end_tokens
-
-_REPORTS = 20  # lines of progress where there is no terminal
+from pear_megatron.problems.prompts import encode_prompts, end_tokens
+from pear_megatron.progress import sampling_progress
 
 
 def evaluate(
@@ -81,7 +81,7 @@ def evaluate(
     write_settings(output, chosen)
     if samples.missing:
         engine = load_engine(chosen.engine, folder, end_ids, chosen.sampling, chosen.dtype, batch_size)
-        with _progress(len(samples.rows), sum(map(len, batches))) as advance:
+        with sampling_progress(len(samples.rows), sum(map(len, batches))) as advance:
             for batch in samples.missing:
                 rows = _draw(engine, tokenizer, problems, prompts, batch, chosen.seed)
                 samples.add(rows)
@@ -139,32 +139,3 @@ def _check_ks(ks: Sequence[int], num_samples: int) -> list[int]:
             f"--k {','.join(map(str, ks))}: each k of pass@k is from 1 to --num-samples {num_samples}"
         )
     return sorted(set(ks))
-
-
-@contextmanager
-def _progress(done: int, total: int) -> Iterator[Any]:
-    """A function to call after each batch: a bar on a terminal, now and then a line elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("[bold]eval"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-    )
-    count, score = done, 0.0
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("eval", total=total, completed=done, status="")
-
-        def advance(number: int, rows: list[dict[str, Any]]) -> None:
-            nonlocal count, score
-            before, count = count, count + number
-            score += sum(row["score"] for row in rows)
-            status = f"mean score {score / (count - done):.3f}"
-            bar.update(task, completed=count, status=status)
-            if not console.is_terminal and before * _REPORTS // total < count * _REPORTS // total:
-                print(f"{count}/{total} responses  {status}", file=sys.stderr, flush=True)
-
-        yield advance

@@ -8,9 +8,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from pear_megatron.evaluate.engines import Sampling
-from pear_megatron.evaluate.errors import EvalError
+from pear_megatron.errors import EvalError
 from pear_megatron.evaluate.samples import FILE
+from pear_megatron.evaluate.sampling import Sampling
 from pear_megatron.schema import StrictModel
 from pear_megatron.storage import write_atomically
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pear_megatron.evaluate.errors import EvalError
+from pear_megatron.errors import EvalError
 
 _RESAMPLES = 9999
 

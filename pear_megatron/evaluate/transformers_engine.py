@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from pear_megatron.evaluate.engines import Completion, Sampling
-from pear_megatron.evaluate.errors import EvalError
+from pear_megatron.errors import EvalError
+from pear_megatron.evaluate.sampling import Completion, Sampling
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pear_megatron.evaluate.engines import Completion, Sampling
-from pear_megatron.evaluate.errors import EvalError
+from pear_megatron.errors import EvalError
+from pear_megatron.evaluate.sampling import Completion, Sampling
 
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 

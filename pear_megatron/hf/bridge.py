@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pear_megatron.errors import PearError, RecipeError
-from pear_megatron.hf.folders import partial_of, publish
+from pear_megatron.storage import partial_of, publish
 
 
 def convert_with_bridge(folder: Path, output: Path, reason: RecipeError) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pear_megatron.errors import RecipeError
-from pear_megatron.hf.mapping import head_size, query_groups
 from pear_megatron.recipe import ModelConfig
 from pear_megatron.recipe.hf_config import FAMILIES, LLAMA3_SCALING, Family, model_keys, read_config
+from pear_megatron.recipe.sections import head_size, query_groups
 
 _TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 

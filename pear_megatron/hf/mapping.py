@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pear_megatron.recipe import ModelConfig
+from pear_megatron.recipe.sections import head_size, query_groups
 
 # Parameters of the local layer specification -> names in checkpoints and of Transformer Engine's layers.
 LOCAL_NAMES = {
@@ -107,16 +108,6 @@ def _layer_parameters(model: ModelConfig, layer: int) -> list[Parameter]:
         parameter("mlp.linear_fc2.weight", ("mlp.down_proj.weight", (hidden, ffn)), split=1),
     ]
     return found
-
-
-def head_size(model: ModelConfig) -> int:
-    """Width of an attention head."""
-    return model.kv_channels or model.hidden_size // model.num_attention_heads
-
-
-def query_groups(model: ModelConfig) -> int:
-    """Number of key and value heads."""
-    return model.num_query_groups or model.num_attention_heads
 
 
 def checkpoint_name(name: str, layer_numbers: list[int]) -> tuple[str, int | None]:

@@ -139,8 +139,8 @@ def score(model: str, trajectories: Sequence[Trajectory], *, dtype: str | None) 
     Raises:
         PearError: the model cannot be loaded, or gives no finite log-probs.
     """
+    from pear_megatron.progress import token_progress
     from pear_megatron.score.backends import load_scorer
-    from pear_megatron.score.progress import token_progress
     from pear_megatron.score.ranks import Ranks
 
     scored: list[np.ndarray] = []

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pear_megatron.hf.mapping import head_size, query_groups
 from pear_megatron.recipe import ModelConfig
+from pear_megatron.recipe.sections import head_size, query_groups
 
 
 def flops_per_token(model: ModelConfig) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pear_megatron.hf.mapping import head_size, query_groups
 from pear_megatron.recipe import ModelConfig
+from pear_megatron.recipe.sections import head_size, query_groups
 
 _VOCAB_MULTIPLE = 128  # Megatron's make-vocab-size-divisible-by
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pear_megatron.errors import RecipeError
-from pear_megatron.problems.problem import ProblemsConfig
+from pear_megatron.problems.problem import ProblemsConfig, ProblemSet
 from pear_megatron.recipe.load import read_values, validate_as
 
 
@@ -38,3 +38,24 @@ def read_problems_config(path: str, grader: str | None = None) -> ProblemsConfig
             f"{path}: no grader; name one with --grader, or put it beside the problems as {beside}"
         )
     return validate_as(ProblemsConfig, file, {"jsonl": path, "grader": grader or str(beside)})
+
+
+def load_problems(config: ProblemsConfig) -> ProblemSet:
+    """The problems of a set, the same every time.
+
+    Raises:
+        DataError: the file or a row of it is wrong (each with its line), or reasoning-gym refuses an option.
+        GraderError: the grader cannot be loaded.
+        ImportError: reasoning-gym is missing.
+    """
+    if config.grader:
+        from pear_megatron.problems.jsonl import read_problems
+
+        problems = read_problems(config)
+        graded_by = Path(config.grader).expanduser().read_text()
+    else:
+        from pear_megatron.problems.reasoning_gym import make_problems
+
+        problems = make_problems(config)
+        graded_by = config.extract
+    return ProblemSet(tuple(problems), graded_by)

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -137,27 +136,6 @@ class ProblemSet(Sequence[Problem]):
     def grading_digest(self) -> str:
         """Sixteen hex characters that differ when an answer or the grader's file does."""
         return _digest([self.graded_by, [problem.answer for problem in self]])
-
-
-def load_problems(config: ProblemsConfig) -> ProblemSet:
-    """The problems of a set, the same every time.
-
-    Raises:
-        DataError: the file or a row of it is wrong (each with its line), or reasoning-gym refuses an option.
-        GraderError: the grader cannot be loaded.
-        ImportError: reasoning-gym is missing.
-    """
-    if config.grader:
-        from pear_megatron.problems.jsonl import read_problems
-
-        problems = read_problems(config)
-        graded_by = Path(config.grader).expanduser().read_text()
-    else:
-        from pear_megatron.problems.reasoning_gym import make_problems
-
-        problems = make_problems(config)
-        graded_by = config.extract
-    return ProblemSet(tuple(problems), graded_by)
 
 
 def with_system(prompt: str | Messages, system: str | None) -> str | Messages:

@@ -3,37 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pear_megatron.data.errors import DataError, Problems
-from pear_megatron.evaluate.errors import EvalError
+from pear_megatron.errors import EvalError
 from pear_megatron.problems.problem import Messages, Problem
-
-_MEGATRON_FILES = ("latest_checkpointed_iteration.txt", "metadata.json")
-
-
-def check_model_folder(model: str | Path) -> Path:
-    """The folder of a Hugging Face checkpoint.
-
-    Raises:
-        EvalError: there is no such folder, or it holds a Megatron checkpoint, or no model.
-    """
-    from pear_megatron.score.backends import is_megatron_checkpoint
-
-    folder = Path(model).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    if not folder.is_dir():
-        raise EvalError(
-            f"no model at {folder}: no such folder; name an export or another Hugging Face folder"
-        )
-    if is_megatron_checkpoint(folder) or any((folder / name).is_file() for name in _MEGATRON_FILES):
-        raise EvalError(
-            f"{folder} is a Megatron checkpoint; export it first: "
-            f"pear-megatron export --checkpoint {folder} --output {folder}-hf"
-        )
-    raise EvalError(f"{folder} has no config.json: it is no Hugging Face checkpoint")
 
 
 def as_tokenizer_takes_it(tokenizer: Any, problem: Problem) -> str | Messages:

@@ -209,3 +209,13 @@ class Recipe(StrictModel):
                 "model.hf and checkpoint.pretrained both name weights to start from; give one of them"
             )
         return self
+
+
+def head_size(model: ModelConfig) -> int:
+    """Width of an attention head."""
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
+
+
+def query_groups(model: ModelConfig) -> int:
+    """Number of key and value heads."""
+    return model.num_query_groups or model.num_attention_heads

@@ -9,8 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from pear_megatron.data.trajectory import Trajectory
-from pear_megatron.errors import RecipeError
-from pear_megatron.score.errors import ScoreError
+from pear_megatron.errors import RecipeError, ScoreError
 
 BACKENDS = ("megatron", "hf")
 
@@ -122,6 +121,8 @@ def choose_backend(model: str | Path) -> tuple[str, str]:
         except RecipeError as error:
             return "hf", f"not supported on Megatron-Core: {error}"
         return "megatron", "a Hugging Face checkpoint that Megatron-Core can load"
+    from pear_megatron.megatron.checkpoint.model_folder import is_megatron_checkpoint
+
     if is_megatron_checkpoint(folder):
         return "megatron", "a Megatron-Core checkpoint"
     if len(list(folder.glob("*.gguf"))) == 1:
@@ -130,14 +131,3 @@ def choose_backend(model: str | Path) -> tuple[str, str]:
         f"no model at {folder}: expected a Hugging Face checkpoint (config.json), a run's output_dir or the output "
         "of `pear-megatron convert` (model.yaml)"
     )
-
-
-def is_megatron_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a run of ours, one of its checkpoints, or the output of ``convert``."""
-    from pear_megatron.hf.assets import find_root
-
-    try:
-        find_root(folder)
-    except RecipeError:
-        return False
-    return True

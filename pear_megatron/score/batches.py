@@ -8,7 +8,7 @@ import numpy as np
 
 from pear_megatron.data.batches import PackedBatch, collate
 from pear_megatron.data.trajectory import Trajectory
-from pear_megatron.score.errors import ScoreError
+from pear_megatron.errors import ScoreError
 
 _MAX_NAMED = 8
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_megatron.data.trajectory import Trajectory
-from pear_megatron.score.errors import ScoreError
+from pear_megatron.errors import ScoreError
 from pear_megatron.score.manifest import Identity
 from pear_megatron.score.rows import ScoreRow
 from pear_megatron.storage import write_atomically

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pear_megatron.score.errors import ScoreError
+from pear_megatron.errors import ScoreError
 
 FORMAT_VERSION = 1
 # What a user calls the parts of an identity; those without an option are named as they are.

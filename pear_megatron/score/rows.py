@@ -19,6 +19,7 @@ from pear_megatron.data.tokenizer import tokenizer_hash
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.data.validate import Validator
 from pear_megatron.score.recorded import ordinary_fields
+from pear_megatron.score.recorded.request import Request
 from pear_megatron.score.recorded.tokens import Tokens
 
 Purpose = Literal["behavior", "policy", "import"]
@@ -152,7 +153,7 @@ class RowReader:
                 f"truncated = True: a row of {form[0]} would get an end of turn that the policy never produced; "
                 "give input_ids+loss_mask, or drop the row"
             )
-        ids, mask = self._tokens.of_trajectory(*(fields.get(name) for name in _TEXT_FIELDS))
+        ids, mask = self._tokens.of_trajectory(Request.of(fields), fields.get("response"))
         end = int(np.flatnonzero([False, *mask])[-1]) if any(mask) else len(mask)
         if ids[end - 1] in self._encoder.special_ids:
             end -= 1

@@ -12,12 +12,12 @@ import torch
 
 from pear_megatron.data.errors import DataError
 from pear_megatron.data.trajectory import Trajectory
+from pear_megatron.errors import ScoreError
+from pear_megatron.progress import token_progress
 from pear_megatron.ranks import is_main
 from pear_megatron.score.backends import Scorer, load_scorer
 from pear_megatron.score.chunks import WorkFolder, read_finished, trajectories_of
-from pear_megatron.score.errors import ScoreError
 from pear_megatron.score.manifest import refuse_other, same_identity
-from pear_megatron.score.progress import token_progress
 from pear_megatron.score.ranks import Ranks
 from pear_megatron.score.source import ScoreSettings, Source
 

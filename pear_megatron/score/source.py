@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pear_megatron.data.errors import DataError, Problems, RowProblem
 from pear_megatron.data.files import expand_files, read_rows
-from pear_megatron.data.prepare import reading_progress
 from pear_megatron.data.tokenizer import load_tokenizer, tokenizer_hash
 from pear_megatron.megatron.checkpoint.model_folder import read_model_facts
+from pear_megatron.progress import reading_progress
 from pear_megatron.score.manifest import FORMAT_VERSION, digest_inputs
 from pear_megatron.score.rows import Purpose, RowReader, ScoreRow
 

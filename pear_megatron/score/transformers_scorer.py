@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from pear_megatron.data.trajectory import Trajectory
+from pear_megatron.errors import ScoreError
 from pear_megatron.ops.logprob import vocab_parallel_logprob
 from pear_megatron.score.batches import in_place, length_batches, right_padded
-from pear_megatron.score.errors import ScoreError
 from pear_megatron.score.ranks import world_size
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

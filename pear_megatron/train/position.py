@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pear_megatron.data import TrajectoryDataset
-from pear_megatron.megatron.checkpoint.state import CheckpointError
+from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.recipe import Recipe
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from pear_megatron.hf.ranks import together
+from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.checkpoint import state as checkpoint
-from pear_megatron.megatron.checkpoint.state import CheckpointError, checkpoint_path
+from pear_megatron.megatron.checkpoint.paths import checkpoint_path, whole_steps
 from pear_megatron.megatron.layout import Layout
+from pear_megatron.ranks import together
 from pear_megatron.recipe import Recipe, RecipeError
 from pear_megatron.train.run_folder import check_same_run
 
@@ -30,7 +31,7 @@ def find(recipe: Recipe, layout: Layout, root: Path) -> list[int]:
     found: list[list[int]] = [[]]
 
     def look() -> None:
-        found[0] = checkpoint.whole_steps(root)
+        found[0] = whole_steps(root)
         if found[0] and not recipe.checkpoint.resume:
             raise RecipeError(
                 f"output_dir {recipe.output_dir} holds a run at step {found[0][0]} and checkpoint.resume is "

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pear_megatron.hf.assets import ASSETS, check_same_model, find_root, write_model_files
-from pear_megatron.hf.ranks import together
-from pear_megatron.hf.weights import HFWeights, load_weights
+from pear_megatron.hf.weights import HFWeights
 from pear_megatron.megatron.checkpoint import state as checkpoint
+from pear_megatron.megatron.checkpoint.paths import resolve
+from pear_megatron.megatron.hf_weights import load_weights
 from pear_megatron.megatron.initialize import initialize_weights
 from pear_megatron.megatron.layout import Layout
+from pear_megatron.ranks import together
 from pear_megatron.recipe import Recipe, RecipeError
 
 log = logging.getLogger("pear_megatron")
@@ -37,7 +39,7 @@ def start_model(recipe: Recipe, layout: Layout, model: Any) -> None:
         source = Path(recipe.model.hf)
         together(partial(_load_from_hf, source, recipe, layout, model))
     elif recipe.checkpoint.pretrained:
-        folder = checkpoint.resolve(recipe.checkpoint.pretrained)
+        folder = resolve(recipe.checkpoint.pretrained)
         root = _root_of(folder)
         if root is not None:
             check_same_model(root, recipe.model)

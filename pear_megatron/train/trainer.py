@@ -14,16 +14,16 @@ from typing import Any
 import torch
 
 from pear_megatron.data import BatchPlan, PackedBatch, micro_batches, num_micro_batches
-from pear_megatron.digest import digest
 from pear_megatron.loss import REPORT_KEYS
+from pear_megatron.megatron.checkpoint.paths import checkpoint_path
 from pear_megatron.megatron.checkpoint.saver import CheckpointSaver
-from pear_megatron.megatron.checkpoint.state import checkpoint_path
 from pear_megatron.megatron.forward_step import PearForwardStep
 from pear_megatron.megatron.layout import Layout, packed_attention
 from pear_megatron.megatron.model import build_chunks, wrap_ddp
 from pear_megatron.megatron.optimizer import build_optimizer, build_scheduler
 from pear_megatron.megatron.output_chunks import require_output_processor
 from pear_megatron.recipe import Recipe
+from pear_megatron.storage import digest
 from pear_megatron.train import resume
 from pear_megatron.train.alignment_check import check_alignment
 from pear_megatron.train.dataset import open_dataset

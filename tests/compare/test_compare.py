@@ -105,7 +105,7 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(finished: Path,
 
 
 def test_two_commands_at_once_are_refused_the_folder(finished: Path) -> None:
-    from pear_megatron.compare.lock import lock
+    from pear_megatron.storage import lock
 
     with lock(finished / "out", wait=False):
         assert "another pear-megatron compare is at work" in compare(finished / "compare.yaml", code=1)

@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason="needs the extra hf")
 pytest.importorskip("scipy", reason="needs the extra eval")
 
 from pear_megatron.cli import app
-from pear_megatron.evaluate.errors import EvalError
+from pear_megatron.errors import EvalError
 from pear_megatron.evaluate.paired import compare, read_arm
 from pear_megatron.evaluate.results import ProblemResult, Results
 from tests.evaluate.words import save_word_model, write_problems

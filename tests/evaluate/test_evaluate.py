@@ -15,13 +15,12 @@ pytest.importorskip("transformers", reason="needs the extra hf")
 pytest.importorskip("scipy", reason="needs the extra eval")
 
 from pear_megatron.data.errors import DataError
-from pear_megatron.evaluate.engines import Sampling
-from pear_megatron.evaluate.errors import EvalError
+from pear_megatron.errors import EvalError
 from pear_megatron.evaluate.results import Results, read_results
 from pear_megatron.evaluate.run import evaluate
+from pear_megatron.evaluate.sampling import Sampling
 from pear_megatron.evaluate.transformers_engine import TransformersEngine
-from pear_megatron.problems.load import read_problems_config
-from pear_megatron.problems.problem import load_problems
+from pear_megatron.problems.load import load_problems, read_problems_config
 from tests.distributed import run_ranks
 from tests.evaluate.words import GRADER, WORDS, save_word_model, write_problems
 

@@ -10,8 +10,8 @@ import pytest
 from pear_megatron.data.errors import DataError
 from pear_megatron.errors import RecipeError
 from pear_megatron.problems.graders import GraderError, load_grader
-from pear_megatron.problems.load import read_problems_config
-from pear_megatron.problems.problem import ProblemsConfig, ProblemSet, load_problems
+from pear_megatron.problems.load import load_problems, read_problems_config
+from pear_megatron.problems.problem import ProblemsConfig, ProblemSet
 
 GRADER = "def grade(response, answer, problem):\n    return response == answer\n"
 

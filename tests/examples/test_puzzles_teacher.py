@@ -11,7 +11,7 @@ pytest.importorskip("reasoning_gym", reason="needs the extra rl")
 
 from examples.puzzles import problems
 from examples.puzzles.teacher import write_right_answers
-from pear_megatron.problems.problem import load_problems
+from pear_megatron.problems.load import load_problems
 
 
 def test_only_right_and_whole_answers_become_trajectories(tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ def test_negatives_are_wrong_answers_with_reward_minus_one_and_exact_logprobs(tm
 
 @pytest.mark.parametrize("name", ["problems", "heldout"])
 def test_problems_and_their_grader_agree_with_the_worlds_verifier(tmp_path: Path, name: str) -> None:
-    from pear_megatron.problems.problem import ProblemsConfig, load_problems
+    from pear_megatron.problems.load import load_problems
+    from pear_megatron.problems.problem import ProblemsConfig
 
     make_data(tmp_path, seed=0, **SIZES)
     config = ProblemsConfig(jsonl=str(tmp_path / f"{name}.jsonl"), grader=str(tmp_path / f"{name}.py"))

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pear_megatron.errors import PearError
+from pear_megatron.errors import CheckpointError, PearError
 from pear_megatron.hf.weights import HFWeights
 from pear_megatron.megatron.checkpoint.export import export_checkpoint
-from pear_megatron.megatron.checkpoint.state import CheckpointError
 from pear_megatron.recipe import ModelConfig
 from pear_megatron.recipe.hf_config import model_keys
 from tests.distributed import run_ranks

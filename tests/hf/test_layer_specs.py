@@ -99,7 +99,8 @@ def test_the_transformer_engine_specification_loads_the_same_model(
 
 def rank_parameters(rank: int, folder: Path, pp: int, vpp: int | None) -> dict[Any, Tensor]:
     """Every parameter of this rank, by its name in checkpoints and its layer in the whole model."""
-    from pear_megatron.hf.weights import HFWeights, load_weights
+    from pear_megatron.hf.weights import HFWeights
+    from pear_megatron.megatron.hf_weights import load_weights
     from pear_megatron.megatron.layout import initialize
     from pear_megatron.megatron.model import build_chunks
 

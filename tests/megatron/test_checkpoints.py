@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from pear_megatron.megatron.checkpoint import state as checkpoint
-from pear_megatron.megatron.checkpoint.state import CheckpointError
+from pear_megatron.errors import CheckpointError
+from pear_megatron.megatron.checkpoint.paths import damage, latest_step, whole_steps
 from tests.distributed import run_ranks
 from tests.megatron.ranks import SMALL, be_quiet, failures, train_runs
 from tests.megatron.runs import Started, metrics, run_entry_point, without_times
@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_skipped_by_name_for_the_one_before(
     make_whole(tmp_path, 20)
     how(make_whole(tmp_path, 30) / name)
     with caplog.at_level(logging.WARNING, logger="pear_megatron"):
-        assert checkpoint.latest_step(tmp_path) == 20
+        assert latest_step(tmp_path) == 20
     assert "skipping a damaged checkpoint" in caplog.text
     assert f"iter_0000030 ({said}" in caplog.text
 
@@ -78,7 +78,7 @@ def test_without_a_good_tracker_the_newest_whole_checkpoint_is_found(
     else:
         (tmp_path / LATEST).write_text(tracker)
     with caplog.at_level(logging.WARNING, logger="pear_megatron"):
-        assert checkpoint.latest_step(tmp_path) == 20
+        assert latest_step(tmp_path) == 20
     assert LATEST in caplog.text
 
 
@@ -86,25 +86,25 @@ def test_the_tracker_may_point_back(tmp_path: Path) -> None:
     make_whole(tmp_path, 10)
     make_whole(tmp_path, 20)
     (tmp_path / LATEST).write_text("10")
-    assert checkpoint.whole_steps(tmp_path) == [10, 20]
+    assert whole_steps(tmp_path) == [10, 20]
 
 
 def test_no_checkpoint_is_a_new_run_and_only_damaged_ones_an_error(tmp_path: Path) -> None:
-    assert checkpoint.latest_step(tmp_path / "nowhere") is None
-    assert checkpoint.latest_step(tmp_path) is None
+    assert latest_step(tmp_path / "nowhere") is None
+    assert latest_step(tmp_path) is None
     (make_whole(tmp_path, 10) / ".metadata").unlink()
     with pytest.raises(
         CheckpointError, match=r"no checkpoint under .* is whole: .*iter_0000010 \(\.metadata is"
     ):
-        checkpoint.latest_step(tmp_path)
+        latest_step(tmp_path)
     shutil.rmtree(tmp_path / "iter_0000010")
     with pytest.raises(CheckpointError, match="none is there"):
-        checkpoint.latest_step(tmp_path)
+        latest_step(tmp_path)
 
 
 def test_a_checkpoint_of_another_program_needs_no_sizes(tmp_path: Path) -> None:
     (make_whole(tmp_path, 10) / "files.json").unlink()
-    assert checkpoint.latest_step(tmp_path) == 10
+    assert latest_step(tmp_path) == 10
 
 
 def test_a_run_leaves_whole_checkpoints_and_nothing_else(one_rank_folder: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_run_leaves_whole_checkpoints_and_nothing_else(one_rank_folder: Path) 
     for step in (3, 6):
         files = json.loads((root / f"iter_000000{step}" / "files.json").read_text())
         assert any(name.endswith(".distcp") for name in files)
-        assert checkpoint.damage(root / f"iter_000000{step}") is None
+        assert damage(root / f"iter_000000{step}") is None
 
 
 def test_damage_that_sizes_do_not_show_is_skipped_when_loading_fails(
@@ -170,8 +170,8 @@ def test_keep_last_keeps_the_newest_and_counts_only_whole_ones(tmp_path: Path, t
     next((root / "iter_0000003").glob("*.distcp")).unlink()
     train_runs(1, trajectories, {run: ["train.max_steps=4", "checkpoint.keep_last=2"]})
     # Step 3 is damaged: run 2 goes on from step 2, and step 4 and step 2 are the last two whole ones.
-    assert checkpoint.damage(root / "iter_0000004") is None
-    assert checkpoint.damage(root / "iter_0000002") is None
+    assert damage(root / "iter_0000004") is None
+    assert damage(root / "iter_0000002") is None
 
 
 def rank_fails_while_writing(rank: int, root: Path, where: str) -> tuple[str, list[str]]:
@@ -215,7 +215,7 @@ def test_an_error_on_one_rank_while_writing_is_everybodys_and_leaves_the_last_on
         assert "the checkpoint of step 2 cannot be written to" in error
         assert "that of step 1 is whole" in error
         assert left == ["iter_0000001", LATEST]
-    assert checkpoint.damage(tmp_path / "iter_0000001") is None
+    assert damage(tmp_path / "iter_0000001") is None
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def test_a_full_disk_stops_the_run_before_it_writes_and_keeps_the_last_checkpoin
         assert "the checkpoint of step 2 cannot be written to" in message
         assert "GB are free; make room" in message
         assert "that of step 1 is whole" in message
-    assert checkpoint.whole_steps(run / "checkpoints") == [1]
+    assert whole_steps(run / "checkpoints") == [1]
     assert sorted(path.name for path in small_disk.iterdir()) == ["iter_0000001", LATEST]
     assert len(metrics(run)) == 2
 

@@ -9,7 +9,8 @@ import pytest
 
 from pear_megatron.errors import RecipeError
 from pear_megatron.hf.assets import MODEL_FILE
-from pear_megatron.megatron.checkpoint.state import read_common, resolve
+from pear_megatron.megatron.checkpoint.paths import resolve
+from pear_megatron.megatron.checkpoint.state import read_common
 from pear_megatron.rl.nemo_rl.launch import prepare
 from tests.distributed import run_ranks
 from tests.hf.models import save_model, save_tokenizer

@@ -16,11 +16,11 @@ pytest.importorskip("trl", reason="needs the extra rl")
 
 from pear_megatron.cli import app
 from pear_megatron.data.errors import DataError
-from pear_megatron.digest import digest
 from pear_megatron.errors import RecipeError
 from pear_megatron.problems.graders import GraderError
 from pear_megatron.rl.trl.grpo import run
 from pear_megatron.rl.trl.recipe import load_trl_recipe
+from pear_megatron.storage import digest
 from tests.distributed import run_ranks
 from tests.evaluate.words import GRADER, save_word_model, write_problems
 
@@ -207,7 +207,7 @@ def test_kl_is_measured_where_it_is_penalised(word_model: Path, tmp_path: Path) 
 
 def test_trl_and_eval_give_a_model_the_same_prompt_tokens(word_model: Path, tmp_path: Path) -> None:
     from pear_megatron.data.tokenizer import load_tokenizer
-    from pear_megatron.problems.problem import load_problems
+    from pear_megatron.problems.load import load_problems
     from pear_megatron.problems.prompts import encode_prompts
     from pear_megatron.rl.trl.grpo import _trainer
     from pear_megatron.rl.trl.run_folder import TrlRunFolder

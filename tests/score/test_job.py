@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pear_megatron.data import DataConfig, DataError, Trajectory, TrajectoryDataset, prepare
-from pear_megatron.score.errors import ScoreError
+from pear_megatron.errors import ScoreError
 from tests.byte_tokenizer import make_byte_tokenizer
 from tests.distributed import run_ranks
 from tests.score.jobs import chat_row, rows_of_ids, run_job, score_rows, some_rows, write_jsonl

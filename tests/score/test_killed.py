@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pear_megatron.score.errors import ScoreError
+from pear_megatron.errors import ScoreError
 from pear_megatron.score.run import ScoreJob
 from tests.score import jobs
 from tests.score.jobs import run_job, settings, some_rows, write_jsonl

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pear_megatron.data import Trajectory
+from pear_megatron.errors import ScoreError
 from pear_megatron.score.backends import choose_backend, load_scorer
 from pear_megatron.score.batches import length_batches
-from pear_megatron.score.errors import ScoreError
 from tests.distributed import run_ranks
 from tests.score.tiny import plainly_scored, save_tiny_llama, some_trajectories
 

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 from pear_megatron.hf.assets import write_model_files
-from pear_megatron.hf.folders import partial_of, publish
-from pear_megatron.hf.ranks import together
 from pear_megatron.megatron.checkpoint.load_model import load_for_inference
 from pear_megatron.megatron.checkpoint.saver import save_model
+from pear_megatron.ranks import together
+from pear_megatron.storage import partial_of, publish
 
 
 def convert_checkpoint(

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from pear_megatron.hf.assets import ASSETS, copy_assets, find_root, read_model_file
 from pear_megatron.hf.config_file import config_json, generation_json, rename_tokenizer_class
-from pear_megatron.hf.folders import partial_of, publish
 from pear_megatron.hf.mapping import Parameter, parameters, part_views
-from pear_megatron.hf.ranks import together
 from pear_megatron.hf.safetensors_files import TensorSize, index_of, plan_files, write_file
 from pear_megatron.hf.weights import INDEX
-from pear_megatron.megatron.checkpoint.state import resolve
+from pear_megatron.megatron.checkpoint.paths import resolve
 from pear_megatron.megatron.checkpoint.stored import StoredParameters
+from pear_megatron.ranks import together
+from pear_megatron.storage import partial_of, publish
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -10,15 +10,9 @@ import tempfile
 import uuid
 from pathlib import Path
 
+from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.checkpoint.background import write_format
-from pear_megatron.megatron.checkpoint.state import (
-    FILES,
-    LATEST,
-    CheckpointError,
-    checkpoint_path,
-    damage,
-    steps_on_disk,
-)
+from pear_megatron.megatron.checkpoint.paths import FILES, LATEST, checkpoint_path, damage, steps_on_disk
 from pear_megatron.storage import sync
 
 log = logging.getLogger("pear_megatron")

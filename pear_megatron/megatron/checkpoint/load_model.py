@@ -10,8 +10,10 @@ import torch
 import yaml
 
 from pear_megatron.hf.assets import find_root, read_model_file
-from pear_megatron.hf.weights import HFWeights, load_weights
+from pear_megatron.hf.weights import HFWeights
 from pear_megatron.megatron.checkpoint import state as checkpoint
+from pear_megatron.megatron.checkpoint.paths import resolve
+from pear_megatron.megatron.hf_weights import load_weights
 from pear_megatron.megatron.initialize import initialize_weights
 from pear_megatron.megatron.layout import Layout, initialize
 from pear_megatron.megatron.model import build_model
@@ -51,7 +53,7 @@ def load_run(run: str | Path) -> tuple[Any, Recipe]:
         RecipeError, CheckpointError: the folder holds no run, or no checkpoint.
     """
     recipe = read_run_recipe(run)
-    path = checkpoint.resolve(run)
+    path = resolve(run)
     model, _ = _build_on_one_rank(recipe)
     checkpoint.load(path, model)
     return model.eval(), recipe
@@ -92,7 +94,7 @@ def load_for_inference(
             built, layout = _build(model, tensor_parallel, pipeline_parallel, precision or weights.precision)
             load_weights(weights, built, layout)
         return built.eval(), model, layout
-    checkpoint_folder = checkpoint.resolve(path)
+    checkpoint_folder = resolve(path)
     model, stored_precision = read_model_file(find_root(path))
     built, layout = _build(model, tensor_parallel, pipeline_parallel, precision or stored_precision)
     checkpoint.load(checkpoint_folder, built)

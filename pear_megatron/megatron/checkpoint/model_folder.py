@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pear_megatron.score.backends import is_megatron_checkpoint
-from pear_megatron.score.errors import ScoreError
+from pear_megatron.errors import EvalError, RecipeError, ScoreError
+from pear_megatron.megatron.checkpoint.paths import resolve
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".distcp", ".pt")
@@ -51,11 +51,10 @@ def read_model_facts(folder: str | Path) -> ModelFacts:
             _digest(json.dumps(config, sort_keys=True), files),
         )
     from pear_megatron.hf.assets import ASSETS, find_root, read_model_file
-    from pear_megatron.megatron.checkpoint import state as checkpoint
 
     root = find_root(folder)
     model, _ = read_model_file(root)
-    files = [file for file in sorted(checkpoint.resolve(folder).rglob("*")) if file.name.endswith(_WEIGHTS)]
+    files = [file for file in sorted(resolve(folder).rglob("*")) if file.name.endswith(_WEIGHTS)]
     described = json.dumps(model.model_dump(mode="json", exclude={"hf"}), sort_keys=True)
     return ModelFacts(
         model.vocab_size, model.max_position_embeddings, _tokenizer(root / ASSETS), _digest(described, files)
@@ -107,3 +106,38 @@ def _digest(described: str, files: list[Path]) -> str:
                 file.seek(start)
                 digest.update(file.read(_SAMPLE))
     return digest.hexdigest()[:16]
+
+
+def is_megatron_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a run of ours, one of its checkpoints, or the output of ``convert``."""
+    from pear_megatron.hf.assets import find_root
+
+    try:
+        find_root(folder)
+    except RecipeError:
+        return False
+    return True
+
+
+_MEGATRON_FILES = ("latest_checkpointed_iteration.txt", "metadata.json")
+
+
+def check_model_folder(model: str | Path) -> Path:
+    """The folder of a Hugging Face checkpoint.
+
+    Raises:
+        EvalError: there is no such folder, or it holds a Megatron checkpoint, or no model.
+    """
+    folder = Path(model).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if not folder.is_dir():
+        raise EvalError(
+            f"no model at {folder}: no such folder; name an export or another Hugging Face folder"
+        )
+    if is_megatron_checkpoint(folder) or any((folder / name).is_file() for name in _MEGATRON_FILES):
+        raise EvalError(
+            f"{folder} is a Megatron checkpoint; export it first: "
+            f"pear-megatron export --checkpoint {folder} --output {folder}-hf"
+        )
+    raise EvalError(f"{folder} has no config.json: it is no Hugging Face checkpoint")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.checkpoint.background import (
     bytes_to_write,
     first_cause,
@@ -25,13 +26,8 @@ from pear_megatron.megatron.checkpoint.background import (
 )
 from pear_megatron.megatron.checkpoint.folder import CheckpointFolder
 from pear_megatron.megatron.checkpoint.megatron_lm import megatron_lm_state
-from pear_megatron.megatron.checkpoint.state import (
-    SHARDING,
-    CheckpointError,
-    checkpoint_path,
-    model_state,
-    rng,
-)
+from pear_megatron.megatron.checkpoint.paths import checkpoint_path
+from pear_megatron.megatron.checkpoint.state import SHARDING, model_state, rng
 from pear_megatron.megatron.layout import Layout
 
 

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from pear_megatron.errors import CheckpointError
 from pear_megatron.hf.mapping import Parameter, parameters
-from pear_megatron.megatron.checkpoint.state import CheckpointError
 from pear_megatron.recipe import ModelConfig
 
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")

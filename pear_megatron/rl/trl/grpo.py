@@ -14,8 +14,10 @@ from typing import Any
 
 from pear_megatron.data.tokenizer import load_tokenizer
 from pear_megatron.errors import RecipeError
-from pear_megatron.problems.problem import ProblemSet, load_problems
-from pear_megatron.problems.prompts import as_tokenizer_takes_it, check_model_folder, encode_prompts
+from pear_megatron.megatron.checkpoint.model_folder import check_model_folder
+from pear_megatron.problems.load import load_problems
+from pear_megatron.problems.problem import ProblemSet
+from pear_megatron.problems.prompts import as_tokenizer_takes_it, encode_prompts
 from pear_megatron.rl.trl.recipe import DataConfig, TrlRecipe
 
 

@@ -11,11 +11,10 @@ from typing import Any
 import yaml
 from transformers import TrainerCallback
 
-from pear_megatron.digest import digest
 from pear_megatron.errors import RecipeError
 from pear_megatron.recipe import differing_keys
 from pear_megatron.rl.trl.recipe import TrlRecipe
-from pear_megatron.storage import write_atomically
+from pear_megatron.storage import digest, write_atomically
 
 # What may change when a run is continued; anything else makes it another run.
 _MAY_CHANGE = ("grpo.max_num_steps", "checkpointing.", "policy.train_micro_batch_size", "policy.model_name")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pear_megatron.data.chat import Conversation
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import get_integers, short
 
@@ -67,13 +68,11 @@ class Request:
         )
 
     @property
-    def chat(self) -> list[Any]:
-        """The messages; RowProblem where there are none, nor a prompt to make one of."""
-        if self.messages is not None:
-            return self.messages
-        if self.prompt is None:
+    def conversation(self) -> Conversation:
+        """For the encoder; RowProblem where there are neither messages nor a prompt."""
+        if self.messages is None and self.prompt is None:
             raise RowProblem(NO_PROMPT)
-        return [{"role": "user", "content": self.prompt}]
+        return Conversation(messages=self.messages, prompt=self.prompt, **self.context)
 
     @property
     def ends_with_assistant(self) -> bool:

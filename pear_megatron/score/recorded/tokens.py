@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from pear_megatron.data.chat import ChatEncoder
@@ -14,6 +15,7 @@ RECORD_IDS = (
     "have the server record token ids: return_token_ids=true (vLLM), or return_tokens_as_token_ids=true "
     "beside logprobs"
 )
+_PARSED = ("content", "reasoning_content", "reasoning", "tool_calls")  # of a message, all that was generated
 _ID_PREFIX = "token_id:"  # vLLM's and SGLang's way to write an id where a token's text is expected
 
 
@@ -40,9 +42,9 @@ class Tokens:
         Args:
             chat: the answer is a chat's, so that a prompt is the user's message; otherwise it stands as it is.
         """
-        tokenizer, _ = self._needed("the prompt is text")
+        tokenizer, encoder = self._needed("the prompt is text")
         if chat or request.messages is not None:
-            return self._generation_prompt(request)
+            return encoder.generation_prompt(request.conversation)
         if request.prompt is None:
             raise RowProblem(NO_PROMPT)
         return list(tokenizer(request.prompt)["input_ids"])
@@ -50,43 +52,56 @@ class Tokens:
     def of_trajectory(self, request: Request, response: Any) -> tuple[list[int], list[bool]]:
         """(input_ids, loss_mask) of a whole conversation, as the loader would encode it."""
         _, encoder = self._needed("the trajectory is text")
-        if request.messages is not None:
-            return encoder.encode_messages(request.messages)
-        if not isinstance(request.prompt, str) or not isinstance(response, str):
-            raise RowProblem("prompt and response must be strings, unless the server recorded token ids")
-        return encoder.encode_prompt_response(request.prompt, response)
+        encoded = encoder.encode(replace(request.conversation, response=response))
+        if len(encoded) > 1:
+            raise RowProblem(
+                f"the chat template gives the {len(encoded)} turns contexts that are not one row of tokens, and "
+                "log-probs were recorded for one; give input_ids+loss_mask as they were scored, a row a turn"
+            )
+        return encoded[0].input_ids, encoded[0].loss_mask
 
     def of_text(self, text: Any, recorded: Sequence[str], *, truncated: bool) -> list[int]:
-        """Ids of a response as it stands, and of the recorded token that ended it."""
+        """Ids of a completion's response as it stands, and of the token that ended it."""
         tokenizer, _ = self._needed("the response is text")
         if not isinstance(text, str):
             raise RowProblem(
                 f"the response is {short(text)}; it must be text where no token ids are recorded"
             )
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return ids if truncated else [*ids, self._end_of_turn(recorded)]
+        if truncated:
+            return ids
+        if tokenizer.eos_token_id is None:
+            raise RowProblem(f"the tokenizer has no EOS token, by which the response ended; {RECORD_IDS}")
+        return self._as_it_ended([*ids, tokenizer.eos_token_id], recorded)
 
     def of_message(
         self, request: Request, message: Mapping[str, Any], recorded: Sequence[str], *, truncated: bool
     ) -> list[int]:
-        """Ids of an assistant's message and of the recorded token that ended it.
+        """Ids of an assistant's message and of the token that ended it.
 
         What a server has parsed (reasoning, tool calls) no longer stands as it was sampled: then the recorded
         texts are joined, or, where they are pieces of characters, the chat template has to write it again.
         """
+        tokenizer, encoder = self._needed("the response is text")
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         calls, content = message.get("tool_calls") or [], message.get("content")
         if not reasoning and not calls:
-            return self.of_text(joined_text(content, "message"), recorded, truncated=truncated)
-        tokenizer, encoder = self._needed("the response is text")
+            text = joined_text(content, "message")
+            ids = encoder.response_ids(request.conversation, text, truncated=truncated)
+            return ids if truncated else self._as_it_ended(ids, recorded)
         joined = "".join(recorded)
         if "\ufffd" in joined or any(token.startswith("bytes:") for token in recorded):
-            ids = self._rendered(request, message, truncated=truncated)
+            parsed = {name: message[name] for name in _PARSED if message.get(name)}
+            answer = {"role": "assistant", **parsed}
+            ids = encoder.response_ids(request.conversation, answer, truncated=truncated)
             joined = tokenizer.decode(ids)
         else:
-            ids = list(tokenizer(joined, add_special_tokens=False)["input_ids"])
+            ids = encoder.response_ids(request.conversation, joined, truncated=True)
             if not truncated and (not ids or ids[-1] not in encoder.special_ids):
-                ids.append(self._end_of_turn(recorded))
+                raise RowProblem(
+                    f"the last recorded token is {recorded[-1]!r}: the end of turn, which the policy chose as well, is "
+                    f"not recorded; {RECORD_IDS}, or score with --model"
+                )
         names = [("tool call", call["function"]["name"]) for call in calls]
         for what, text in [("reasoning", reasoning), ("text", content), *names]:
             if text and joined_text(text, "message").strip() not in joined:
@@ -130,14 +145,11 @@ class Tokens:
             return f"id {token_id}"
         return f"id {token_id} ({self._tokenizer.decode([token_id])!r})"
 
-    def _end_of_turn(self, recorded: Sequence[str]) -> int:
-        """The recorded special token that ended the response, or else the one that should have."""
+    def _as_it_ended(self, ids: list[int], recorded: Sequence[str]) -> list[int]:
+        """A policy may stop at another special token than the chat template's; the recorded one is right."""
         tokenizer, encoder = self._needed("the response is text")
-        found = tokenizer.convert_tokens_to_ids(recorded[-1]) if recorded else None
-        end = found if found in encoder.special_ids else tokenizer.eos_token_id
-        if end is None:
-            raise RowProblem(f"the tokenizer has no EOS token, by which the response ended; {RECORD_IDS}")
-        return int(end)
+        last = tokenizer.convert_tokens_to_ids(recorded[-1]) if recorded else None
+        return [*ids[:-1], last] if last in encoder.special_ids and ids[-1] in encoder.special_ids else ids
 
     def _needed(self, why: str) -> tuple[Any, ChatEncoder]:
         if self._tokenizer is None or self.encoder is None:
@@ -145,24 +157,3 @@ class Tokens:
                 f"{why} without token ids: name the tokenizer (--tokenizer or --model), or {RECORD_IDS}"
             )
         return self._tokenizer, self.encoder
-
-    def _generation_prompt(self, request: Request) -> list[int]:
-        from jinja2 import TemplateError
-
-        try:
-            encoded = self._tokenizer.apply_chat_template(
-                request.chat, tokenize=True, add_generation_prompt=True, return_dict=True, **request.context
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise RowProblem(f"messages: the chat template refuses them: {error}") from error
-        return list(encoded["input_ids"])
-
-    def _rendered(self, request: Request, message: Mapping[str, Any], *, truncated: bool) -> list[int]:
-        _, encoder = self._needed("the response is text")
-        ids, mask = encoder.encode_messages([*request.chat, {"role": "assistant", **message}])
-        end = start = len(mask) - mask[::-1].index(True)
-        while start > 0 and mask[start - 1]:
-            start -= 1
-        if truncated and ids[end - 1] in encoder.special_ids:
-            end -= 1
-        return ids[start:end]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pear_megatron.score import progress
+from pear_megatron import progress
 
 
 def test_without_a_terminal_a_log_line_says_speed_and_time_left(
