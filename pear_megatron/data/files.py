@@ -129,7 +129,9 @@ def _read_parquet(path: Path, problems: Problems, strict: bool) -> Iterator[Row]
                     fields = {name: value for name, value in values.items() if value is not None}
                     yield Row(f"{path}:{number}", fields, size)
     except pa.ArrowNotImplementedError as error:
-        problems.add(str(path), f"has a column that pyarrow cannot read ({short(str(error))}); write it as JSONL")
+        problems.add(
+            str(path), f"has a column that pyarrow cannot read ({short(str(error))}); write it as JSONL"
+        )
     except (pa.ArrowException, OSError) as error:
         place = f"{path}:{number + 1}" if number else str(path)
         problems.add(place, f"is not a whole Parquet file ({short(str(error))}); write or copy it again")

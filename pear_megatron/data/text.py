@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,7 +20,7 @@ _COUNTED = ("rows split into their turns", "tokens added by splitting")
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens:
+class Tokenized:
     """A trajectory's tokens.
 
     Attributes:
@@ -43,6 +43,7 @@ class TextReader:
 
     Attributes:
         tokenizer_hash: of tokenizer, chat template and its arguments; None without a tokenizer.
+        encoder: with the template, arguments and ``multi_turn`` of ``config``; None without a tokenizer.
 
     Raises:
         DataError: the chat template cannot be read, or there is no tokenizer that it could belong to.
@@ -51,16 +52,20 @@ class TextReader:
     def __init__(self, config: DataConfig, tokenizer: Any) -> None:
         self._config = config
         self._tokenizer = tokenizer
-        self._encoders: dict[str, ChatEncoder] = {}
         self._template = read_chat_template(config.chat_template)
+        self._whole: ChatEncoder | None = None
+        self.encoder: ChatEncoder | None = None
         self.tokenizer_hash: str | None = None
         if tokenizer is not None:
+            self.encoder = self._make_encoder(config.multi_turn)
             self.tokenizer_hash = tokenizer_hash(tokenizer, self._template, config.chat_template_kwargs)
             return
         for name in ("chat_template", "chat_template_kwargs"):
             if getattr(config, name):
                 raise DataError(
-                    [f"data.{name} is set and data.tokenizer is not: nothing would read it; name the tokenizer"]
+                    [
+                        f"data.{name} is set and data.tokenizer is not: nothing would read it; name the tokenizer"
+                    ]
                 )
 
     @property
@@ -79,29 +84,28 @@ class TextReader:
     @property
     def notes(self) -> dict[str, int]:
         """What became of the rows that the user should know, and how many times it happened."""
-        encoder = self._encoders.get(self._config.multi_turn)
-        found = encoder.notes.items() if encoder is not None else ()
+        found = self.encoder.notes.items() if self.encoder is not None else ()
         return {note: count for note, count in found if note not in _COUNTED}
 
-    def encode(self, conversation: Conversation, field: str) -> list[Tokens]:
+    def encode(self, conversation: Conversation, field: str) -> list[Tokenized]:
         """The row's trajectories, one unless its turns are split.
 
         Raises:
             RowProblem: no tokenizer, or a conversation that cannot become the tokens that were sampled.
         """
-        if self._tokenizer is None:
+        if self.encoder is None:
             raise RowProblem(
                 f"{field} is text and data.tokenizer is not set; set it to the model's Hugging Face name "
                 "or folder, or give input_ids+loss_mask"
             )
         try:
-            return self._encode(conversation, self._config.multi_turn)
+            return _tokenized(self.encoder, conversation)
         except RowProblem as problem:
             if field != "conversations":
                 raise
             raise RowProblem(str(problem).replace("messages", field)) from problem
 
-    def whole(self, conversation: Conversation, parts: list[Tokens], name: str) -> Tokens:
+    def whole(self, conversation: Conversation, parts: list[Tokenized], name: str) -> Tokenized:
         """The one row of tokens that begins with each of the ``parts``: what a list of numbers is aligned with.
 
         Raises:
@@ -112,8 +116,9 @@ class TextReader:
             "contexts no single row of tokens holds: which number belongs to which token is unknown. Take the field "
             "out and score the text again (`pear-megatron score`), or give each turn as a row with input_ids"
         )
+        self._whole = self._whole or self._make_encoder("whole")
         try:
-            (whole,) = self._encode(conversation, "whole")
+            (whole,) = _tokenized(self._whole, conversation)
         except RowProblem as problem:
             raise RowProblem(way_out) from problem
         for part in parts:
@@ -121,18 +126,20 @@ class TextReader:
                 raise RowProblem(way_out)
         return whole
 
-    def _encode(self, conversation: Conversation, multi_turn: Any) -> list[Tokens]:
-        if multi_turn not in self._encoders:
-            self._encoders[multi_turn] = ChatEncoder(
-                self._tokenizer,
-                chat_template=self._template,
-                chat_template_kwargs=self._config.chat_template_kwargs,
-                multi_turn=multi_turn,
-            )
-        return [
-            Tokens(np.array(one.input_ids, dtype=np.int64), np.array(one.loss_mask, dtype=bool), one.turn)
-            for one in self._encoders[multi_turn].encode(conversation)
-        ]
+    def _make_encoder(self, multi_turn: Literal["auto", "whole", "split"]) -> ChatEncoder:
+        return ChatEncoder(
+            self._tokenizer,
+            chat_template=self._template,
+            chat_template_kwargs=self._config.chat_template_kwargs,
+            multi_turn=multi_turn,
+        )
+
+
+def _tokenized(encoder: ChatEncoder, conversation: Conversation) -> list[Tokenized]:
+    return [
+        Tokenized(np.array(one.input_ids, dtype=np.int64), np.array(one.loss_mask, dtype=bool), one.turn)
+        for one in encoder.encode(conversation)
+    ]
 
 
 def conversation_of(fields: Mapping[str, Any], form: tuple[str, ...]) -> Conversation:
@@ -161,5 +168,7 @@ def _object(fields: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
         except ValueError:
             raise RowProblem(f"{name} = {short(value)} is no JSON; it must be an object, {{...}}") from None
     if value is not None and not isinstance(value, Mapping):
-        raise RowProblem(f"{name} = {short(value)} is a {type(value).__name__}; it must be an object, {{...}}")
+        raise RowProblem(
+            f"{name} = {short(value)} is a {type(value).__name__}; it must be an object, {{...}}"
+        )
     return value

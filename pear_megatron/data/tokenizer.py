@@ -63,7 +63,9 @@ def read_chat_template(path: str | None) -> str | None:
         template = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            [f"data.chat_template = {path!r} cannot be read ({error}); name a text file with a Jinja template"]
+            [
+                f"data.chat_template = {path!r} cannot be read ({error}); name a text file with a Jinja template"
+            ]
         ) from error
     if not template.strip():
         raise DataError([f"data.chat_template = {path!r} is empty; name a text file with a Jinja template"])

@@ -23,7 +23,7 @@ from pear_megatron.data.fields import (
     get_token_weights,
 )
 from pear_megatron.data.files import Row
-from pear_megatron.data.text import TextReader, Tokens, conversation_of
+from pear_megatron.data.text import TextReader, Tokenized, conversation_of
 from pear_megatron.data.trajectory import Trajectory
 
 
@@ -41,6 +41,7 @@ class Validator:
             (trajectories that have any), and of rows that are split into their turns ``split_rows``,
             ``split_trajectories``, ``split_tokens`` and ``split_whole_tokens``, what one rendering of each would be.
         tokenizer_hash: of the tokenizer and chat template, or else the one that the rows carry, or None.
+        encoder: what tokenises text rows; None without a tokenizer.
 
     Raises:
         DataError: the chat template cannot be read.
@@ -60,6 +61,7 @@ class Validator:
         self._vocab_size = len(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size
         self._first_use: dict[str, str] = {}
         self.tokenizer_hash = self._text.tokenizer_hash
+        self.encoder = self._text.encoder
         self.counts: Counter[str] = Counter(
             trajectories=0, dropped_truncated=0, dropped_overlong=0, half_precision=0
         )
@@ -81,7 +83,7 @@ class Validator:
         reward = get_number(fields, "reward", 1.0)
         conversation = None if form[0] == "input_ids" else conversation_of(fields, form)
         if conversation is None:
-            parts = [Tokens(get_integers(fields, "input_ids"), get_mask(fields, "loss_mask"))]
+            parts = [Tokenized(get_integers(fields, "input_ids"), get_mask(fields, "loss_mask"))]
         else:
             parts = self._text.encode(conversation, form[0])
         for part in parts:
@@ -147,7 +149,7 @@ class Validator:
             )
         return policy == "drop"
 
-    def _is_overlong(self, part: Tokens, form: tuple[str, ...]) -> bool:
+    def _is_overlong(self, part: Tokenized, form: tuple[str, ...]) -> bool:
         n = len(part.input_ids)
         if n - 1 <= self._config.seq_length:
             return False
@@ -161,7 +163,7 @@ class Validator:
         self.counts["dropped_overlong"] += 1
         return True
 
-    def _count_split(self, parts: list[Tokens]) -> None:
+    def _count_split(self, parts: list[Tokenized]) -> None:
         if len(parts) > 1:
             self.counts["split_rows"] += 1
             self.counts["split_trajectories"] += len(parts)
@@ -197,7 +199,7 @@ class Validator:
         fields: Mapping[str, Any],
         form: tuple[str, ...],
         conversation: Conversation | None,
-        parts: list[Tokens],
+        parts: list[Tokenized],
     ) -> list[np.ndarray]:
         """The behaviour log-probs of each part, float32 [n]."""
         given = [name for name in ("behavior_logprobs", "policy_logprobs") if name in fields]

@@ -21,6 +21,7 @@ _OPTIONS = {
     "overlong": "--overlong",
     "tokenizer_hash": "tokenizer, chat template or its arguments",
     "multi_turn": "--multi-turn",
+    "raw_logprobs": "--raw-logprobs",
     "inputs": "--data",
 }
 

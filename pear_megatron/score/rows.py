@@ -52,6 +52,7 @@ class RowReader:
         max_length: positions; a trajectory of n tokens takes n - 1. None = no limit.
         overlong: what to do with a longer one.
         origin: goes into every row's metadata.
+        raw_logprobs: see ``ordinary_fields``.
 
     Attributes:
         tokenizer_hash: of tokenizer, chat template and its arguments; None without a tokenizer.
@@ -68,6 +69,7 @@ class RowReader:
         max_length: int | None = None,
         overlong: Literal["error", "drop"] = "error",
         origin: Mapping[str, Any] | None = None,
+        raw_logprobs: bool = False,
     ) -> None:
         config = DataConfig(
             train=["-"],
@@ -83,12 +85,13 @@ class RowReader:
             vocab_size=vocab_size,
             tokenizer=tokenizer,
         )
-        self._tokens = Tokens(tokenizer)
+        self._tokens = Tokens(tokenizer, self._validator.encoder)
         self.tokenizer_hash = self._validator.tokenizer_hash
         self._limit = _NO_LIMIT if max_length is None else max_length
         self._overlong = overlong
         self._origin = dict(origin or {})
         self._counts = counts
+        self._raw_logprobs = raw_logprobs
 
     @property
     def split(self) -> Mapping[str, int]:
@@ -102,18 +105,22 @@ class RowReader:
 
     def __call__(self, row: Row) -> list[ScoreRow]:
         """The row's ScoreRows, one per trajectory, none if they are dropped; RowProblem if the row is wrong."""
-        fields = dict(row.fields)
-        own = fields.get("metadata")
-        if self._purpose == "import":
-            found = ordinary_fields(fields, self._tokens)
-        else:
-            check_names(fields)
-            found = [(fields, {name: fields[name] for name in _TEXT_FIELDS if name in fields})]
-        return [written for one, notes in found for written in self._rows(replace(row, fields=one), notes, own)]
+        if self._purpose != "import":
+            check_names(row.fields)
+            return list(
+                self._rows(row, {name: row.fields[name] for name in _TEXT_FIELDS if name in row.fields})
+            )
+        found = ordinary_fields(row.fields, self._tokens, raw_logprobs=self._raw_logprobs)
+        own = {"metadata": row.fields["metadata"]} if "metadata" in row.fields else {}
+        written: list[ScoreRow] = []
+        for k, (fields, notes) in enumerate(found):
+            where = f"{row.where}#{k}" if len(found) > 1 else row.where
+            written += self._rows(replace(row, where=where, fields=fields | own), notes)
+        return written
 
-    def _rows(self, row: Row, texts: Mapping[str, Any], own: Any) -> Iterator[ScoreRow]:
+    def _rows(self, row: Row, texts: Mapping[str, Any]) -> Iterator[ScoreRow]:
         fields = dict(row.fields)
-        fields.pop("metadata", None)
+        own = fields.pop("metadata", None)
         fields.pop("policy_logprobs", None)
         kept: dict[str, Any] = {}
         if self._purpose == "behavior":

@@ -43,6 +43,7 @@ class ScoreSettings:
         chat_template, chat_template_kwargs, multi_turn: of text rows, see ``DataConfig``.
         max_length: positions, at most; None = the model's.
         tensor_parallel, pipeline_parallel, dtype, max_tokens_per_batch: see ``load_scorer``.
+        raw_logprobs: with ``import``: the engine logged the model's own log-probs, whatever it sampled with.
         chunk_rows, chunk_tokens: what is scored between two saves; the scores may depend on it by rounding.
     """
 
@@ -62,6 +63,7 @@ class ScoreSettings:
     pipeline_parallel: int = 1
     dtype: str = "fp32"
     max_tokens_per_batch: int | None = None
+    raw_logprobs: bool = False
     chunk_rows: int = 128
     chunk_tokens: int = 131072
 
@@ -111,6 +113,7 @@ class Source:
             "max_length": self._max_length,
             "overlong": settings.overlong,
             "chunks": [settings.chunk_rows, settings.chunk_tokens],
+            "raw_logprobs": settings.raw_logprobs,
             "inputs": digest_inputs(self._files),
         }
 
@@ -146,6 +149,7 @@ class Source:
                 max_length=self._max_length,
                 overlong=settings.overlong,
                 origin={"model": self._model_name, "backend": settings.backend},
+                raw_logprobs=settings.raw_logprobs,
             )
         except DataError as error:
             raise _in_options(error) from error
