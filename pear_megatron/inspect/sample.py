@@ -82,7 +82,7 @@ def draw(
 
 def _in_memory(trajectory: Trajectory) -> Trajectory:
     """Free of the files that are mapped behind it."""
-    arrays = {name: getattr(trajectory, name) for name in _ARRAYS}
+    arrays: dict[str, Any] = {name: getattr(trajectory, name) for name in _ARRAYS}
     return replace(trajectory, **{name: np.array(x) for name, x in arrays.items() if x is not None})
 
 
