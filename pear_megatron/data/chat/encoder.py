@@ -17,6 +17,7 @@ from pear_megatron.data.chat.messages import (
     check_order,
     is_assistant,
     is_empty,
+    parts_of,
     read_messages,
     without_nulls,
 )
@@ -84,6 +85,7 @@ class ChatEncoder:
             return [self._encode_raw(conversation)]
         messages = read_messages(conversation.messages)
         check_order(messages)
+        self._note_control_tokens(messages)
         setting = self._setting(conversation)
         fitter, writer = self._renderer(setting)
         turns = self._turns(messages, setting, fitter, writer, conversation.truncated)
@@ -227,6 +229,11 @@ class ChatEncoder:
                 written = writer.write(messages[k], f"messages[{k}]", setting, context, truncated=cut)
                 turns.append(_Turn(k, number, context, written, self._sampled_ids(written)))
         return turns
+
+    def _note_control_tokens(self, messages: list[Message]) -> None:
+        for message in messages:
+            if any(token in part.text for part in parts_of(message, "") for token in self._special):
+                self.notes["messages whose text contains a special token, which becomes that token"] += 1
 
     def _split(self, turns: list[_Turn]) -> list[Encoded]:
         return [_joined(self._ids(turn.context), turn.response, turn.number) for turn in turns]
