@@ -11,6 +11,13 @@ from typing import Annotated
 
 import typer
 
+from pear_megatron.commands.text_options import (
+    ChatTemplateKwargsOption,
+    ChatTemplateOption,
+    MultiTurnOption,
+    text_settings,
+)
+
 EPILOG = (
     "Example: pear-megatron inspect data/train.parquet --model path/to/student "
     "pear.variant=block pear.baseline=sequence_mean"
@@ -46,6 +53,9 @@ def inspect(
         str | None,
         typer.Option(help="for rows of text and for reading (default: the recipe's, or the model's)"),
     ] = None,
+    multi_turn: MultiTurnOption = None,
+    chat_template: ChatTemplateOption = None,
+    chat_template_kwargs: ChatTemplateKwargsOption = None,
     max_trajectories: Annotated[
         int, typer.Option(min=1, help="of more than these, as many are drawn at random")
     ] = 512,
@@ -76,6 +86,7 @@ def inspect(
             model=model,
             tokenizer=tokenizer,
             seq_length=seq_length,
+            text=text_settings(multi_turn, chat_template, chat_template_kwargs),
         )
         run(
             settings,

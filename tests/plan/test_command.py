@@ -62,7 +62,7 @@ def test_data_are_counted_as_training_counts_them(tmp_path: Path) -> None:
     (cache,) = (tmp_path / "run" / "data_cache").iterdir()  # training finds it
     dataset = TrajectoryDataset.open(cache)
     assert run["trajectories"] == 50
-    assert run["tokens"] == int((dataset.lengths - 1).sum())
+    assert run["tokens"] == int(dataset.lengths.sum())  # as `validate` says
     assert run["decisions"] == int(dataset.num_decisions.sum())
     assert run["steps"] == BatchPlan(dataset.lengths, 128, 8, seed=1234).steps_per_epoch()
 
