@@ -131,21 +131,27 @@ class Trainer:
             if run is not None:
                 run.close()
         if self.layout.is_main:
-            log.info(
-                "%s: %s",
-                "done" if finished else "asked to stop, and saved; the same command goes on",
-                checkpoint_path(self.saver.folder.root, self.step),
-            )
-            if not finished:
-                message = f"stopped at step {self.step} of {self.total_steps}"
-                leave_requeue_file(self.recipe.output_dir, message)
+            self._say_goodbye(finished)
         return finished
+
+    def _say_goodbye(self, finished: bool) -> None:
+        folder = checkpoint_path(self.saver.folder.root, self.step)
+        if finished:
+            log.info("done: %s", folder)
+            return
+        message = f"stopped at step {self.step} of {self.total_steps}"
+        leave_requeue_file(self.recipe.output_dir, message)
+        if self.step:
+            log.info("%s, and saved; the same command goes on: %s", message, folder)
+        else:
+            log.info("stopped before the first step, with nothing to save; the same command starts again")
 
     def _train_steps(self, run: RunFolder | None) -> bool:
         for chunk in self.model:
             chunk.train()
         interval = self.recipe.checkpoint.save_interval
         stop_asked = self._stop_asked()
+        self.stop.saves(self.saver.folder.root)
         saved = self.step
         while self.step < self.total_steps and not stop_asked:
             metrics, stop_asked = self._train_step()
