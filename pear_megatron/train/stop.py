@@ -20,7 +20,7 @@ EXIT_REQUEUE = 75
 REQUEUE_FILE = "requeue"
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_SECONDS_OF_ONE_CTRL_C = 1.0  # torchrun passes on what its processes have from the terminal already
+_SECONDS_OF_ONE_CTRL_C = 0.5  # torchrun may pass on what its processes have from the terminal already
 
 
 class StopRequest:
