@@ -118,6 +118,7 @@ class Trainer:
                 self._micro_batches(),
                 self.dataset,
             )
+        self.stop.saves(self.saver.folder.root)
         run = None
         if self.layout.is_main:
             run = RunFolder(self.recipe, start_step=self.step, total_steps=self.total_steps)
@@ -151,7 +152,6 @@ class Trainer:
             chunk.train()
         interval = self.recipe.checkpoint.save_interval
         stop_asked = self._stop_asked()
-        self.stop.saves(self.saver.folder.root)
         saved = self.step
         while self.step < self.total_steps and not stop_asked:
             metrics, stop_asked = self._train_step()

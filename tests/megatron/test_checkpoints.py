@@ -211,7 +211,7 @@ def rank_fails_while_writing(rank: int, root: Path, where: str) -> tuple[str, li
 def test_an_error_on_one_rank_while_writing_is_everybodys_and_leaves_the_last_one(
     tmp_path: Path, where: str
 ) -> None:
-    for error, left in run_ranks(2, rank_fails_while_writing, tmp_path, where, timeout=60):
+    for error, left in run_ranks(2, rank_fails_while_writing, tmp_path, where):
         assert "the checkpoint of step 2 cannot be written to" in error
         assert "that of step 1 is whole" in error
         assert left == ["iter_0000001", LATEST]
@@ -249,7 +249,7 @@ def test_a_full_disk_stops_the_run_before_it_writes_and_keeps_the_last_checkpoin
 def test_a_disk_that_fills_up_while_writing_leaves_nothing_half_written(
     small_disk: Path, tmp_path: Path
 ) -> None:
-    errors = run_ranks(2, rank_fills_the_disk, small_disk, timeout=60)
+    errors = run_ranks(2, rank_fills_the_disk, small_disk)
     for error in errors:
         assert "cannot be written" in error
         assert "with 0 GB free" in error
@@ -317,7 +317,7 @@ def test_an_error_on_rank_0_before_the_shards_does_not_hang_the_others(
 ) -> None:
     arguments = [f"data.train={trajectories}", f"output_dir={tmp_path / 'run'}", *SMALL]
     run = Started(2, *arguments, TP, target=run_without_room_for_small_files)
-    assert run.wait(timeout=60) == [1, 1]
+    assert run.wait() == [1, 1]
     assert "error: the checkpoint of step " in run.output()
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 

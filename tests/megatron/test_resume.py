@@ -224,7 +224,7 @@ def test_through_torchrun_the_requeue_file_speaks(tmp_path: Path, trajectories: 
     try:
         wait_until(lambda: len(metrics(folder)) >= 3)
         run.send_signal(signal.SIGTERM)
-        _, errors = run.communicate(timeout=60)
+        _, errors = run.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         run.kill()
         raise
