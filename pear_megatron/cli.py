@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from pear_megatron import interrupt
 from pear_megatron.commands import compare, convert, eval, export, grpo, inspect, plan, score, validate
 
 app = typer.Typer(
@@ -14,9 +15,23 @@ app = typer.Typer(
 )
 
 
+# What Ctrl-C leaves, of the commands that are long at work.
+_KEPT = {
+    "score": "the chunks that are scored stay beside --output, and the same command goes on",
+    "eval": "the responses so far stay in --output, and the same command goes on",
+    "compare": "finished cells and checkpoints stay in output_dir, and the same command goes on",
+    "grpo": "checkpoints stay in the run's folder, and the same command goes on from the newest",
+    "convert": "nothing was written to --output",
+    "export": "nothing was written to --output",
+}
+
+
 @app.callback()
-def _commands() -> None:
-    """Keeps the subcommands' names while there is only one."""
+def _commands(context: typer.Context) -> None:
+    name = context.invoked_subcommand or ""
+    interrupt.end_on_interrupt(
+        _KEPT.get(name, "the same command starts again"), clean=name in ("convert", "export")
+    )
 
 
 app.command("validate", epilog=validate.EPILOG)(validate.validate)

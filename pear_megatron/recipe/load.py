@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from pear_megatron.errors import RecipeError
 from pear_megatron.recipe.sections import Recipe
+
+log = logging.getLogger("pear_megatron")
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
 
@@ -22,8 +27,7 @@ def _load_with_defaults(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
             f"{path}: `defaults` goes round in a circle: {' -> '.join(map(str, [*seen, path]))}"
         )
     if not path.is_file():
-        from_file = f" (named by `defaults` of {seen[-1]})" if seen else ""
-        raise RecipeError(f"no recipe at {path}{from_file}")
+        raise RecipeError(_no_recipe(path, seen))
     try:
         config = OmegaConf.load(path)
     except Exception as error:
@@ -36,6 +40,23 @@ def _load_with_defaults(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
     for parent in parents:
         merged = OmegaConf.merge(merged, _load_with_defaults((path.parent / parent).resolve(), (*seen, path)))
     return OmegaConf.merge(merged, config)  # type: ignore[return-value]
+
+
+def _no_recipe(path: Path, seen: tuple[Path, ...]) -> str:
+    """What to say of a file that is not there, with those that may be meant."""
+    here = seen[-1].parent if seen else Path.cwd()
+    beside = {file.name: file for file in path.parent.glob("*.y*ml") if file not in seen}
+    found = sorted(Path.cwd().glob(f"recipes/*/{path.name}"))
+    found += [beside[name] for name in difflib.get_close_matches(path.name, sorted(beside), n=1)]
+    hint = (
+        f"; did you mean {' or '.join(os.path.relpath(file, here) for file in found[:3])}?" if found else ""
+    )
+    if not seen:
+        return f"no recipe at {path}{hint}"
+    return (
+        f"no recipe at {path} (named by `defaults` of {seen[-1]}); `defaults` holds paths relative to that file's "
+        f"folder{hint or '; copy the file there, or write the path to it'}"
+    )
 
 
 def _apply_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
@@ -112,8 +133,14 @@ def _complete_model(path: Path, values: Any) -> None:
     from pear_megatron.recipe.hf_config import has_tokenizer, model_keys
 
     found = model_keys(model["hf"])
-    if isinstance(values.get("data"), dict) and has_tokenizer(model["hf"]):
-        values["data"].setdefault("tokenizer", model["hf"])
+    data = values.get("data")
+    if isinstance(data, dict) and has_tokenizer(model["hf"]):
+        data.setdefault("tokenizer", model["hf"])
+    elif isinstance(data, dict) and data.get("tokenizer") is None:
+        log.info(
+            "model.hf %s has no tokenizer.json: rows of text need data.tokenizer, and so does what is exported",
+            model["hf"],
+        )
     for key, value in found.items():
         if model.setdefault(key, value) != value:
             raise RecipeError(
