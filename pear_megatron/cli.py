@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from pear_megatron.commands import compare, convert, eval, export, grpo, inspect, plan, score, validate
+from pear_megatron import __version__
+from pear_megatron.commands import (
+    compare,
+    convert,
+    eval,
+    eval_compare,
+    export,
+    grpo,
+    inspect,
+    plan,
+    score,
+    validate,
+)
+from pear_megatron.commands.errors import say_errors
 
 app = typer.Typer(
     help="PEAR for Megatron-Core. Train with: torchrun -m pear_megatron.train --config RECIPE.yaml",
@@ -14,20 +29,43 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        from pear_megatron.ops.library import with_cuda
+    except ImportError:
+        ops = "compiled ops missing"
+    else:
+        ops = "with CUDA ops" if with_cuda else "CPU ops only"
+    print(f"pear-megatron {__version__}, {ops}")
+    raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
-    """Keeps the subcommands' names while there is only one."""
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="print it, and which ops are compiled"
+        ),
+    ] = False,
+) -> None:
+    """Options before the command's name."""
 
 
-app.command("validate", epilog=validate.EPILOG)(validate.validate)
-app.command("score", epilog=score.EPILOG)(score.score)
-app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
-app.command("plan", epilog=plan.EPILOG)(plan.plan)
-app.command("convert", epilog=convert.EPILOG)(convert.convert)
-app.command("export", epilog=export.EPILOG)(export.export)
-app.command("grpo", epilog=grpo.EPILOG)(grpo.grpo)
-app.command("eval", epilog=eval.EPILOG)(eval.evaluate)
-app.command("compare", epilog=compare.EPILOG)(compare.compare)
+app.command("validate", epilog=validate.EPILOG)(say_errors(validate.validate, continues=False))
+app.command("score", epilog=score.EPILOG)(say_errors(score.score, continues=True))
+app.command("inspect", epilog=inspect.EPILOG)(say_errors(inspect.inspect, continues=False))
+app.command("plan", epilog=plan.EPILOG)(say_errors(plan.plan, continues=False))
+app.command("convert", epilog=convert.EPILOG)(say_errors(convert.convert, continues=False))
+app.command("export", epilog=export.EPILOG)(say_errors(export.export, continues=False))
+app.command("grpo", epilog=grpo.EPILOG)(say_errors(grpo.grpo, continues=True))
+app.command("eval", epilog=eval.EPILOG)(say_errors(eval.evaluate, continues=True))
+app.command("eval-compare", epilog=eval_compare.EPILOG)(
+    say_errors(eval_compare.eval_compare, continues=False)
+)
+app.command("compare", epilog=compare.EPILOG)(say_errors(compare.compare, continues=True))
 
 if __name__ == "__main__":
     app()

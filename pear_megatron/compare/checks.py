@@ -38,8 +38,7 @@ def check_recipe(recipe: CompareRecipe, *, prepared: bool) -> None:
     Raises:
         RecipeError: names the arm and the key.
     """
-    overrides = [*recipe.offline.overrides, *(text for own in recipe.arms.values() for text in own or [])]
-    later = any("model.hf" in text and "{prepared}" in text for text in overrides)
+    later = prepare_makes_the_model(recipe)
     if prepared and not later:
         return
     tried = [cell for by_value in tuning_cells(recipe).values() for cell in by_value.values()]
@@ -51,6 +50,12 @@ def check_recipe(recipe: CompareRecipe, *, prepared: bool) -> None:
         _ = cell.max_new_tokens
         if prepared or not later:
             _check_cell(cell)
+
+
+def prepare_makes_the_model(recipe: CompareRecipe) -> bool:
+    """Whether the model is known only once ``prepare`` has run."""
+    overrides = [*recipe.offline.overrides, *(text for own in recipe.arms.values() for text in own or [])]
+    return any("model.hf" in text and "{prepared}" in text for text in overrides)
 
 
 def _check_cell(cell: Cell) -> None:
@@ -118,6 +123,7 @@ def _same_settings(first: Cell, second: Cell) -> None:
         for part in settings.values():
             part.pop("weights", None)
             part.pop("model", None)
+            part.pop("checkpointing", None)
         return settings
 
     changed = differing_keys(read(first), read(second))

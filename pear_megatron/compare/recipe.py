@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -83,6 +83,7 @@ class CompareRecipe(StrictModel):
         arms: name -> overrides of the offline phase; null = no offline phase, RL from where the others start.
         baseline: the arm that the others are compared with.
         tune: None = the recipe's values hold for all arms.
+        keep: what a finished cell keeps: its models (export/ and rl/final), or also ``all`` checkpoints of both phases.
         take_off: the reward (mean of 5 steps) at which RL counts as taken off.
     """
 
@@ -96,6 +97,7 @@ class CompareRecipe(StrictModel):
     arms: dict[str, list[str] | None]
     baseline: str
     tune: TuneConfig | None = None
+    keep: Literal["models", "all"] = "models"
     take_off: float = Field(default=0.1, gt=0)
 
     @field_validator("arms")
