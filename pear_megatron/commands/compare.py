@@ -33,9 +33,13 @@ def compare(
 
     warnings.filterwarnings("ignore")
     from pear_megatron.compare.recipe import load_compare_recipe
-    from pear_megatron.compare.report import print_table, run_and_report
 
     recipe = load_compare_recipe(config, list(overrides or []))
+    from pear_megatron.compare.report import (
+        print_table,
+        run_and_report,
+    )  # slow: after what a recipe can get wrong
+
     outcome: Any = run_and_report(recipe, jobs)
     print_table(outcome)
     print(f"page, pictures and results.json: {recipe.output_dir}")

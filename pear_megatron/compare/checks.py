@@ -12,7 +12,7 @@ from pear_megatron.compare.cell import Cell, cells_of, tuning_cells
 from pear_megatron.compare.outcome import CellResult, read_metrics
 from pear_megatron.compare.recipe import CompareRecipe
 from pear_megatron.errors import PearError, RecipeError
-from pear_megatron.recipe import check_layout, differing_keys
+from pear_megatron.recipe import ParallelConfig, check_layout, differing_keys
 
 _BATCHES = ("data.", "train.global_batch_size", "train.num_epochs", "train.max_steps")
 
@@ -64,6 +64,7 @@ def _check_cell(cell: Cell) -> None:
         stages.stages_of(cell)
         if cell.has_offline_phase:
             offline = cell.offline
+            _check_processes(offline.parallel, cell.recipe.offline.processes)
             check_layout(
                 offline.model,
                 offline.parallel,
@@ -73,6 +74,18 @@ def _check_cell(cell: Cell) -> None:
             )
     except PearError as error:
         raise RecipeError(f"arm {cell.name}: {error}") from error
+
+
+def _check_processes(parallel: ParallelConfig, processes: int) -> None:
+    """What ``check_layout`` would say of torchrun's --nproc-per-node, in a comparison's words."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    size = tp * pp * parallel.context_parallel_size
+    if processes % size:
+        raise RecipeError(
+            f"offline.processes {processes} is no multiple of {size}, the product of parallel."
+            f"tensor_model_parallel_size {tp}, pipeline_model_parallel_size {pp} and context_parallel_size "
+            f"{parallel.context_parallel_size}; set offline.processes={size}, or the sizes to 1"
+        )
 
 
 def check_seed(recipe: CompareRecipe, results: list[CellResult]) -> None:

@@ -16,7 +16,7 @@ class OfflineConfig(StrictModel):
     """The offline phase, the same for all arms but for the arm's own overrides.
 
     Attributes:
-        recipe: of ``pear_megatron.train``; a path relative to the comparison's file.
+        recipe: of ``pear_megatron.train``; a path relative to the file that names it.
         overrides: ``key=value`` for every arm.
         processes: ranks of a run, as torchrun's --nproc-per-node.
     """
@@ -146,11 +146,13 @@ def folder_name(arm: str) -> str:
 def load_compare_recipe(path: str | Path, overrides: list[str] | None = None) -> CompareRecipe:
     """Reads a comparison, its parents and ``key=value`` overrides.
 
+    A path in offline.recipe or rl.recipe is relative to the file that names it; in an override, to ``path``.
+
     Raises:
         RecipeError: a missing file, bad YAML, an unknown key (with the nearest known one) or a bad value.
     """
     file = Path(path)
-    values: Any = read_values(file, overrides)
+    values: Any = read_values(file, overrides, paths=("offline.recipe", "rl.recipe"))
     for part in ("offline", "rl"):
         section = values.get(part) if isinstance(values, dict) else None
         if isinstance(section, dict) and isinstance(section.get("recipe"), str):
