@@ -145,10 +145,10 @@ def _run_table(found: Plan) -> Table:
     else:
         if length.trajectories is not None:
             rows.append(("trajectories", f"{length.trajectories:,}"))
-        rows.append(("tokens per epoch", f"{length.tokens:,}"))
+        rows.append(("tokens per epoch", f"{length.tokens:,}, prompts and responses, no padding"))
         if length.decisions is not None:
             rows.append(("decisions per epoch", f"{length.decisions:,}"))
-        rows.append(("steps", f"{length.steps:,} ({length.steps_per_epoch:,} per epoch)"))
+        rows.append(("steps", f"{length.steps:,} ({length.steps_per_epoch:,} an epoch)"))
     if found.step_seconds is not None:
         assumed = f"at an assumed MFU of {found.mfu:.0%}"
         rows.append(("a step", f"{found.step_seconds:.1f} s, {assumed}" + ("" if length else ", rows full")))

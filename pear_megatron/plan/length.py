@@ -18,8 +18,7 @@ class RunLength:
     """A run's data and steps.
 
     Attributes:
-        tokens: of one epoch's trajectories as they are stored, prompts included, without padding: as ``validate``
-            counts them.
+        tokens: of one epoch's trajectories, prompts and responses, without padding, as ``validate`` counts them.
         steps_per_epoch: of the first epoch.
         steps: of the run.
         flops: of the run, by the formula in flops.py.

@@ -62,9 +62,31 @@ def test_data_are_counted_as_training_counts_them(tmp_path: Path) -> None:
     (cache,) = (tmp_path / "run" / "data_cache").iterdir()  # training finds it
     dataset = TrajectoryDataset.open(cache)
     assert run["trajectories"] == 50
-    assert run["tokens"] == int((dataset.lengths - 1).sum())
+    assert run["tokens"] == int(dataset.lengths.sum())
     assert run["decisions"] == int(dataset.num_decisions.sum())
     assert run["steps"] == BatchPlan(dataset.lengths, 128, 8, seed=1234).steps_per_epoch()
+
+
+def test_plan_and_validate_count_the_same_tokens(tmp_path: Path) -> None:
+    data = write_trajectories(tmp_path / "data.jsonl", count=20)
+    run = json.loads(
+        plan("--config", TINY, f"data.train={data}", f"output_dir={tmp_path}/run", "--json").stdout
+    )
+    said = CliRunner().invoke(app, ["validate", str(data)]).stdout
+    assert run["run"]["tokens"] == sum(
+        len(json.loads(row)["input_ids"]) for row in data.read_text().splitlines()
+    )
+    assert f" {run['run']['tokens']:,}" in said
+
+
+def test_errors_name_the_file_once(tmp_path: Path) -> None:
+    for overrides in (
+        ["train.max_stepz=3"],
+        ["cluster.gpus_per_node=3", "parallel.tensor_model_parallel_size=2"],
+    ):
+        said = plan("--config", TINY, *overrides).stderr
+        assert said.startswith(f"error: {TINY}: ")
+        assert said.count(str(TINY)) == 1
 
 
 def test_broken_data_are_refused_by_file_and_line(tmp_path: Path) -> None:
