@@ -158,13 +158,11 @@ def _run_table(found: Plan) -> Table:
 
 
 def _disk_table(found: Plan) -> Table:
+    from pear_megatron.storage import show_bytes
+
     disk = found.disk
-    rows = [
-        (
-            "a checkpoint",
-            f"{_gb(disk.checkpoint)}: weights {_gb(disk.weights)}, optimizer {_gb(disk.optimizer)}",
-        )
-    ]
+    parts = f"weights {show_bytes(disk.weights)}, optimizer {show_bytes(disk.optimizer)}"
+    rows = [("a checkpoint", f"{show_bytes(disk.checkpoint)}: {parts}")]
     if disk.kept is None or disk.most is None:
         rows.append(
             (
@@ -173,11 +171,7 @@ def _disk_table(found: Plan) -> Table:
             )
         )
     else:
-        at_once = f"{disk.most} at once at most: {_gb(disk.most * disk.checkpoint)}"
+        at_once = f"{disk.most} at once at most: {show_bytes(disk.most * disk.checkpoint)}"
         rows.append(("checkpoints", f"{disk.kept} kept, {at_once}"))
-    rows.append(("an export", _gb(disk.export)))
+    rows.append(("an export", show_bytes(disk.export)))
     return _rows("Disk", rows)
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"

@@ -15,8 +15,9 @@ from pathlib import Path
 from pear_megatron.compare import stages
 from pear_megatron.compare.cell import Cell
 from pear_megatron.errors import RecipeError
-from pear_megatron.plan.disk import count_checkpoints, export_bytes, run_disk
+from pear_megatron.plan.disk import count_checkpoints, run_disk
 from pear_megatron.plan.parameters import model_parameters
+from pear_megatron.storage import show_bytes
 
 _TO_CONTINUE = (f"{stages.RUN}/checkpoints", f"{stages.RUN}/data_cache", f"{stages.RL}/checkpoints")
 _MODELS = (stages.EXPORT, f"{stages.RL}/final")
@@ -33,22 +34,28 @@ class CellDisk:
 
 
 def cell_disk(cell: Cell) -> CellDisk:
-    """By formula; the prepared data and logs are not counted."""
+    """By formula; the prepared data and logs are not counted, and of an unknown number of checkpoints one is."""
     offline, checkpointing = cell.offline, cell.rl.checkpointing
-    weights = model_parameters(offline.model)
-    starts_from_megatron = cell.has_offline_phase or offline.checkpoint.pretrained is not None
-    export = export_bytes(offline.model, offline.train.precision) if starts_from_megatron else 0
-    kept, most = count_checkpoints(
-        checkpointing.save_period, checkpointing.keep_last, cell.rl.grpo.max_num_steps
-    )
-    models, rl = export + _RL_WEIGHT * weights, (_RL_WEIGHT + _RL_OPTIMIZER) * weights
+    parameters = model_parameters(offline.model)
     run = run_disk(offline, offline.train.max_steps)
-    of_run = [(count or 1) * run.checkpoint * cell.has_offline_phase for count in (run.kept, run.most)]
-    if cell.recipe.keep == "all":
-        return CellDisk(
-            most=models + of_run[1] + (most or 1) * rl, kept=models + of_run[0] + (kept or 1) * rl
+    runs_kept, runs_most = (
+        (count or 1) * run.checkpoint if cell.has_offline_phase else 0 for count in (run.kept, run.most)
+    )
+    from_megatron = cell.has_offline_phase or offline.checkpoint.pretrained is not None
+    export = run.export if from_megatron else 0
+    final, of_rl = _RL_WEIGHT * parameters, (_RL_WEIGHT + _RL_OPTIMIZER) * parameters
+    rl_kept, rl_most = (
+        (count or 1) * of_rl
+        for count in count_checkpoints(
+            checkpointing.save_period, checkpointing.keep_last, cell.rl.grpo.max_num_steps
         )
-    return CellDisk(most=models + of_run[1] + (most or 1) * rl, kept=models if cell.evaluated else 0)
+    )
+    everything = runs_kept + export + rl_kept + final
+    models = export + final if cell.evaluated else 0
+    return CellDisk(
+        most=max(runs_most, runs_kept + export + rl_most, everything),
+        kept=everything if cell.recipe.keep == "all" else models,
+    )
 
 
 def check_disk(cells: Sequence[Cell], root: Path, jobs: int) -> str:
@@ -63,15 +70,15 @@ def check_disk(cells: Sequence[Cell], root: Path, jobs: int) -> str:
     there = sum(bytes_in(cell.folder) for cell in cells)
     free = shutil.disk_usage(root).free
     said = (
-        f"{len(cells)} cell(s) to run, {min(jobs, len(cells))} at once, take up to {_gb(kept + passing)} in {root} and "
-        f"keep {_gb(kept)} (models and checkpoints; prepared data not counted)"
+        f"{len(cells)} cell(s) to run, {min(jobs, len(cells))} at once, take up to {show_bytes(kept + passing)} in "
+        f"{root} and keep {show_bytes(kept)} (models and checkpoints; prepared data not counted)"
     )
     if kept + passing - there > free:
         raise RecipeError(
-            f"{said}; {_gb(there)} of that are there and {_gb(free)} are free: make room, put output_dir on another "
-            "disk, or run fewer cells at once with --jobs"
+            f"{said}; {show_bytes(there)} of that are there and {show_bytes(free)} are free: make room, put "
+            "output_dir on another disk, or run fewer cells at once with --jobs"
         )
-    return f"{said}; {_gb(free)} are free"
+    return f"{said}; {show_bytes(free)} are free"
 
 
 def drop(cell: Cell) -> int:
@@ -88,7 +95,3 @@ def drop(cell: Cell) -> int:
 def bytes_in(folder: Path) -> int:
     """Of all files in a folder; 0 where there is none."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"

@@ -23,7 +23,7 @@ from pear_megatron.compare.outcome import CellResult, read_cell
 from pear_megatron.compare.recipe import CompareRecipe
 from pear_megatron.errors import PearError, RecipeError
 from pear_megatron.progress import Progress
-from pear_megatron.storage import lock, write_atomically
+from pear_megatron.storage import lock, show_bytes, write_atomically
 
 _PREPARED = "prepared.json"
 _DONE = "done.json"
@@ -76,7 +76,7 @@ class Comparison:
         results = self._in_parallel("compare", cells, self._run_cell, lambda cell: cell.name, self._seed_done)
         if freed := sum(self._freed):
             print(
-                f"dropped {freed / 1e9:.3g} GB that nothing reads again: checkpoints and prepared data of "
+                f"dropped {show_bytes(freed)} that nothing reads again: checkpoints and prepared data of "
                 "finished cells, models of tuning (keep: all keeps them)",
                 file=sys.stderr,
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pear_megatron.plan.parameters import model_parameters, padded_vocab_size
-from pear_megatron.recipe import ModelConfig, Recipe
+from pear_megatron.recipe import Recipe
 
 _MOMENTS = 8
 _MASTER_WEIGHT = 4
@@ -50,20 +50,16 @@ def run_disk(recipe: Recipe, steps: int | None) -> RunDisk:
     copies = 1 if model.share_embeddings_and_output_weights else 2
     padded = padded_vocab_size(model.vocab_size, recipe.parallel.tensor_model_parallel_size)
     stored = model_parameters(model) + copies * (padded - model.vocab_size) * model.hidden_size
+    weight = 2 if bf16 else 4
     master = bf16 or recipe.parallel.use_distributed_optimizer
     kept, most = count_checkpoints(recipe.checkpoint.save_interval, recipe.checkpoint.keep_last, steps)
     return RunDisk(
-        weights=stored * (2 if bf16 else 4),
+        weights=stored * weight,
         optimizer=stored * (_MOMENTS + (_MASTER_WEIGHT if master else 0)),
         kept=kept,
         most=most,
-        export=export_bytes(model, recipe.train.precision),
+        export=model_parameters(model) * weight,
     )
-
-
-def export_bytes(model: ModelConfig, precision: str) -> int:
-    """Weights of a Hugging Face folder in ``bf16`` or ``fp32``."""
-    return model_parameters(model) * (2 if precision == "bf16" else 4)
 
 
 def count_checkpoints(
