@@ -20,7 +20,14 @@ def plan(*arguments: str | Path) -> Result:
 def test_recipe_alone_gives_layout_memory_and_time_of_a_step() -> None:
     done = plan("--config", FOLDER / "qwen2.5-72b.yaml")
     assert done.exit_code == 0, done.stderr
-    for said in ("72.706 B", "TP 8 x PP 4 x DP 1", "stage 4", "optimizer state", "assumed MFU of 40%"):
+    for said in (
+        "72.706 B",
+        "TP 8 x PP 4 x DP 1",
+        "stage 4",
+        "optimizer state",
+        "assumed MFU of 40%",
+        "an export",
+    ):
         assert said in done.stdout
 
 
@@ -42,6 +49,8 @@ def test_json_holds_everything_and_nothing_else_is_printed(tmp_path: Path) -> No
     assert found["gpu_hours"] == pytest.approx(found["hours"] * 8)
     assert found["mfu_assumed"] == 0.5
     assert {"weights", "logits", "reserve", "total"} <= found["stages"][0].keys()
+    assert found["disk"]["checkpoint"] == found["disk"]["weights"] + found["disk"]["optimizer"]
+    assert found["disk"]["export"] == 2 * found["parameters"]
 
 
 def test_json_of_a_recipe_that_does_not_fit_names_the_remedies() -> None:
