@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from four_byte import four_byte_logprob
+from experiments.four_byte import four_byte_logprob
+from experiments.one_sweep import one_sweep_loss
 from measure import single_process_group
-from one_sweep import one_sweep_loss
 from peers import Case, Unavailable, weighted
 from torch import Tensor
 from torch.autograd.function import once_differentiable

@@ -35,7 +35,7 @@ def exp_forward_(
     on a GPU the kernel of four_byte_kernel.py does the same.
     """
     if logits.device.type == "cuda":
-        from four_byte_kernel import exp_forward_kernel_
+        from experiments.four_byte_kernel import exp_forward_kernel_
 
         return exp_forward_kernel_(logits, target, mask, vocab_start, vocab_size)
     stats = ops.logprob_forward(logits, target, mask, vocab_start, vocab_size)
