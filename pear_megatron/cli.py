@@ -43,7 +43,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _options(
+def _commands(
     version: Annotated[
         bool,
         typer.Option(
@@ -54,18 +54,16 @@ def _options(
     """Options before the command's name."""
 
 
-app.command("validate", epilog=validate.EPILOG)(say_errors(validate.validate, continues=False))
-app.command("score", epilog=score.EPILOG)(say_errors(score.score, continues=True))
-app.command("inspect", epilog=inspect.EPILOG)(say_errors(inspect.inspect, continues=False))
-app.command("plan", epilog=plan.EPILOG)(say_errors(plan.plan, continues=False))
-app.command("convert", epilog=convert.EPILOG)(say_errors(convert.convert, continues=False))
-app.command("export", epilog=export.EPILOG)(say_errors(export.export, continues=False))
-app.command("grpo", epilog=grpo.EPILOG)(say_errors(grpo.grpo, continues=True))
-app.command("eval", epilog=eval.EPILOG)(say_errors(eval.evaluate, continues=True))
-app.command("eval-compare", epilog=eval_compare.EPILOG)(
-    say_errors(eval_compare.eval_compare, continues=False)
-)
-app.command("compare", epilog=compare.EPILOG)(say_errors(compare.compare, continues=True))
+app.command("validate", epilog=validate.EPILOG)(say_errors(validate.validate))
+app.command("score", epilog=score.EPILOG)(say_errors(score.score))
+app.command("inspect", epilog=inspect.EPILOG)(say_errors(inspect.inspect))
+app.command("plan", epilog=plan.EPILOG)(say_errors(plan.plan))
+app.command("convert", epilog=convert.EPILOG)(say_errors(convert.convert))
+app.command("export", epilog=export.EPILOG)(say_errors(export.export))
+app.command("grpo", epilog=grpo.EPILOG)(say_errors(grpo.grpo))
+app.command("eval", epilog=eval.EPILOG)(say_errors(eval.evaluate))
+app.command("eval-compare", epilog=eval_compare.EPILOG)(say_errors(eval_compare.eval_compare))
+app.command("compare", epilog=compare.EPILOG)(say_errors(compare.compare))
 
 if __name__ == "__main__":
     app()
