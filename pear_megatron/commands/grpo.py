@@ -47,33 +47,27 @@ def grpo(
     ] = False,
 ) -> None:
     """Run GRPO from a checkpoint. Exit code 1, before anything starts, if it would fail."""
-    from pear_megatron.errors import PearError, RecipeError
+    from pear_megatron.errors import RecipeError
 
-    try:
-        if engine is Engine.trl:
-            if output is None or dry_run:
-                raise RecipeError("--engine trl needs --output DIR, and has no --dry-run")
-            from pear_megatron.rl.trl.grpo import run
-            from pear_megatron.rl.trl.recipe import load_trl_recipe
+    if engine is Engine.trl:
+        if output is None or dry_run:
+            raise RecipeError("--engine trl needs --output DIR, and has no --dry-run")
+        from pear_megatron.rl.trl.grpo import run
+        from pear_megatron.rl.trl.recipe import load_trl_recipe
 
-            print(f"done: {run(load_trl_recipe(config, list(overrides or [])), checkpoint, output)}")
-            return
-        if output is not None:
-            raise RecipeError(
-                "--output is for --engine trl; NeMo-RL's folder is checkpointing.checkpoint_dir"
-            )
-        from pear_megatron.rl.nemo_rl.launch import prepare
+        print(f"done: {run(load_trl_recipe(config, list(overrides or [])), checkpoint, output)}")
+        return
+    if output is not None:
+        raise RecipeError("--output is for --engine trl; NeMo-RL's folder is checkpointing.checkpoint_dir")
+    from pear_megatron.rl.nemo_rl.launch import prepare
 
-        launch = prepare(config, checkpoint, list(overrides or []))
-        for key, old, new in launch.recipe.differences():
-            print(f"  {key}: {new!r} (NeMo-RL: {old!r})", file=sys.stderr)
-        print(launch.sizes, file=sys.stderr)
-        for note in launch.notes:
-            print(f"note: {note}", file=sys.stderr)
-        if dry_run:
-            print(launch.shell())
-        else:
-            launch.run()
-    except (PearError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+    launch = prepare(config, checkpoint, list(overrides or []))
+    for key, old, new in launch.recipe.differences():
+        print(f"  {key}: {new!r} (NeMo-RL: {old!r})", file=sys.stderr)
+    print(launch.sizes, file=sys.stderr)
+    for note in launch.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if dry_run:
+        print(launch.shell())
+    else:
+        launch.run()
