@@ -11,9 +11,10 @@ from typing import Any
 from pear_megatron.compare.recipe import CompareRecipe, folder_name
 from pear_megatron.errors import RecipeError
 from pear_megatron.recipe import Recipe, differing_keys, load_recipe
-from pear_megatron.rl.trl.recipe import TrlRecipe, load_trl_recipe
+from pear_megatron.rl.engine import find_engine
 from pear_megatron.storage import write_atomically
 
+RL_ENGINE = "trl"
 _FILE = "cell.json"
 # What changes no number: a cell that is there stays as it is under another value.
 _MAY_CHANGE = (
@@ -75,14 +76,14 @@ class Cell:
         return load_recipe(self.recipe.offline.recipe, self.offline_overrides)
 
     @cached_property
-    def rl(self) -> TrlRecipe:
-        """GRPO."""
-        return load_trl_recipe(self.recipe.rl.recipe, self.rl_overrides)
+    def rl(self) -> Any:
+        """The engine's settings."""
+        return find_engine(RL_ENGINE).load_recipe(Path(self.recipe.rl.recipe), self.rl_overrides)
 
     @property
     def max_new_tokens(self) -> int:
         """Of the evaluations."""
-        wanted = self.recipe.eval.max_new_tokens or self.rl.policy.generation.max_new_tokens
+        wanted: int | None = self.recipe.eval.max_new_tokens or self.rl.policy.generation.max_new_tokens
         if wanted is None:
             raise RecipeError(
                 "eval.max_new_tokens is not given, and the RL recipe has no policy.generation.max_new_tokens"

@@ -16,7 +16,7 @@ from tests.distributed import run_ranks
 from tests.hf.models import save_model, save_tokenizer
 from tests.hf.ranks import rank_convert
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "grpo"
+RECIPES = Path(__file__).parents[3] / "recipes" / "grpo"
 SHORT = ["policy.max_total_sequence_length=1024"]  # the small model's context
 
 

@@ -16,10 +16,10 @@ from pear_megatron.cli import app
 from pear_megatron.errors import RecipeError
 from pear_megatron.rl.nemo_rl.config import compose
 from pear_megatron.rl.nemo_rl.launch import Launch, prepare
-from pear_megatron.rl.nemo_rl.rules import problems
-from tests.rl.exports import write_export
+from pear_megatron.rl.nemo_rl.rules import layout, size_faults
+from tests.rl.nemo_rl.exports import write_export
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "grpo"
+RECIPES = Path(__file__).parents[3] / "recipes" / "grpo"
 QWEN = RECIPES / "qwen2.5-7b.yaml"
 
 
@@ -157,50 +157,50 @@ def test_keys_of_other_libraries_and_of_data_sets_are_taken(
     [
         ("cluster.num_nodes=3", "train_global_batch_size 512 is not divisible by 12 data-parallel ranks"),
         ("policy.megatron_cfg.pipeline_model_parallel_size=3", "does not divide the 32 training GPUs"),
-        ("policy.megatron_cfg.tensor_model_parallel_size=4", "policy.logprob_batch_size (2) must equal"),
-        (
-            "policy.train_global_batch_size=96",
-            "2048 rollouts are no multiple of policy.train_global_batch_size 96",
-        ),
-        ("loss_fn.force_on_policy_ratio=true", "policy.train_global_batch_size must be 2048"),
-        (
-            "policy.make_sequence_length_divisible_by=1 policy.megatron_cfg.sequence_parallel=true",
-            "a multiple of 2",
-        ),
-        ("policy.sequence_packing.train_mb_tokens=4096", "holds no sequence of 8192 tokens"),
-        ("policy.generation.vllm_cfg.max_model_len=16384", "do not fit training"),
+        ("policy.train_global_batch_size=96", "no multiple of policy.train_global_batch_size 96"),
         ("policy.generation.vllm_cfg.tensor_parallel_size=5", "does not divide the 32 GPUs that generate"),
         ("policy.generation.temperature=0", "all samples would be the same"),
         ("grpo.val_batch_size=256", "holds no batch of grpo.val_batch_size 256"),
-        ("data.validation=null", "validation has no data"),
-        ("data.default.env_name=maths", "no section env.maths"),
-        ("data.default.prompt_file=nowhere.txt", "data.train.prompt_file: no file"),
-        ("+policy.optimizer={kwargs: {lr: 1e-6}}", "policy.megatron_cfg.optimizer.lr"),
-        (
-            "policy.megatron_cfg.context_parallel_size=2 policy.sequence_packing.enabled=false",
-            "needs policy.sequence_pa",
-        ),
-        ("policy.logprob_chunk_size=1024", "needs policy.megatron_cfg.defer_fp32_logits=true"),
+        ("++policy.optimizer.kwargs.lr=1e-6", "policy.megatron_cfg.optimizer.lr"),
         ("policy.dtensor_cfg.enabled=true", "policy.dtensor_cfg.enabled false"),
         (
             "checkpointing.metric_name=val:pass_k grpo.val_num_generations_per_prompt=1",
             "needs grpo.val_num_generations",
         ),
         ("policy.max_total_sequence_length=262144", "exceeds the model's context of 131072"),
+        ("grpo.num_prompts_per_step=many", "grpo.num_prompts_per_step must be a whole number"),
+        (
+            "grpo.num_generations_per_prompt=0",
+            "grpo.num_generations_per_prompt must be a whole number of at least 1",
+        ),
+        ("grpo.val_batch_size=all", "grpo.val_batch_size must be a whole number"),
+        ("policy.train_global_batch_size=1.5", "policy.train_global_batch_size must be a whole number"),
+        ("policy.max_total_sequence_length=-1", "policy.max_total_sequence_length must be a whole number"),
+        (
+            "policy.megatron_cfg.tensor_model_parallel_size=0",
+            "tensor_model_parallel_size must be a whole number",
+        ),
+        ("cluster.gpus_per_node=[8]", "cluster.gpus_per_node must be a whole number"),
+        ("policy.tokenizer.name=null", "policy.tokenizer.name None is not a folder"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(nemo_rl: Path, export: Path, override: str, says: str) -> None:
-    overrides = [override] if "{" in override else override.split()
-    if override.startswith("+policy.optimizer"):
-        overrides = ["++policy.optimizer.kwargs.lr=1e-6"]
-    assert says in refusal(QWEN, export, *overrides)
+def test_what_nemo_rl_ignores_or_cannot_say_here_is_refused(
+    nemo_rl: Path, export: Path, override: str, says: str
+) -> None:
+    assert says in refusal(QWEN, export, *override.split())
 
 
-def test_all_problems_are_named_at_once(export: Path) -> None:
+def test_it_says_that_nemo_rl_has_not_looked(export: Path) -> None:
+    assert any(
+        "NeMo-RL itself has not checked this recipe" in note for note in prepare(QWEN, export, []).notes
+    )
+
+
+def test_all_faults_are_named_at_once(export: Path) -> None:
     text = refusal(
         QWEN, export, "grpo.val_batch_size=256", "cluster.num_nodes=3", "policy.generation.temperature=0"
     )
-    assert "4 problems" in text
+    assert "4 faults" in text
     assert len(text.splitlines()) == 5
 
 
@@ -343,9 +343,11 @@ def test_games_run_through_nemo_gym_with_their_data(export: Path) -> None:
 def test_separate_nodes_for_generation_are_counted(nemo_rl: Path) -> None:
     colocated = "policy.generation.colocated"
     overrides = [f"{colocated}.enabled=false", f"{colocated}.resources.num_nodes=4"]
-    assert "the 0 training GPUs" in problems(compose(nemo_rl, QWEN, overrides), nemo_rl)[0]
+    nothing_left = compose(nemo_rl, QWEN, overrides)
+    assert "the 0 training GPUs" in size_faults(nothing_left, layout(nothing_left))[0]
     overrides[1] = f"{colocated}.resources.num_nodes=2"
-    assert problems(compose(nemo_rl, QWEN, overrides), nemo_rl) == []
+    half = compose(nemo_rl, QWEN, overrides)
+    assert size_faults(half, layout(half)) == []
 
 
 def test_grpo_starts_without_importing_nemo_rl(export: Path) -> None:

@@ -10,7 +10,7 @@ from pear_megatron.errors import RecipeError
 from pear_megatron.rl.trl.grpo import prompt_order
 from pear_megatron.rl.trl.recipe import load_trl_recipe
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "grpo_trl"
+RECIPES = Path(__file__).parents[3] / "recipes" / "grpo_trl"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from pear_megatron.errors import RecipeError
 from pear_megatron.megatron import cpu
 from tests.megatron.runs import write_trajectories
-from tests.rl.exports import write_export
+from tests.rl.nemo_rl.exports import write_export
 
 RECIPE = """
 defaults: ${oc.env:NEMO_RL_DIR}/examples/configs/sft.yaml
@@ -88,7 +88,7 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     )
     import nemo_rl.distributed.virtual_cluster as cluster
 
-    from pear_megatron.rl.nemo_rl.loss import sft as nemo_rl_sft
+    from pear_megatron.rl.nemo_rl import sft as nemo_rl_sft
 
     monkeypatch.setattr(sft, "Policy", OneProcess)
     monkeypatch.setattr(sft, "RayVirtualCluster", lambda **_: None)

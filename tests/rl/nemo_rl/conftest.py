@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.rl.stand_in import write_stand_in
+from pear_megatron.rl.nemo_rl import preflight
+from tests.rl.nemo_rl.stand_in import write_stand_in
 
 CHECKOUT = os.environ.get("NEMO_RL_DIR")
 
@@ -33,6 +34,9 @@ def nemo_rl(
             "DEDICATED_RAY_HEAD",
         ):
             monkeypatch.delenv(name)
+    monkeypatch.setattr(
+        preflight, "_interpreters", list
+    )  # NeMo-RL itself is asked in test_preflight.py alone
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return root.resolve()
