@@ -94,7 +94,13 @@ class Tokens:
         if "\ufffd" in joined or any(token.startswith("bytes:") for token in recorded):
             parsed = {name: message[name] for name in _PARSED if message.get(name)}
             answer = {"role": "assistant", **parsed}
-            ids = encoder.response_ids(request.conversation, answer, truncated=truncated)
+            try:
+                ids = encoder.response_ids(request.conversation, answer, truncated=truncated)
+            except RowProblem as problem:
+                what = "tool calls" if calls else "reasoning"
+                raise RowProblem(
+                    f"the answer has {what}, and the chat template cannot write it again ({problem}); {RECORD_IDS}"
+                ) from problem
             joined = tokenizer.decode(ids)
         else:
             ids = encoder.response_ids(request.conversation, joined, truncated=True)
