@@ -23,7 +23,7 @@ def check_packages() -> None:
     Raises:
         PearError: one is missing.
     """
-    for package, extra in (("transformers", "hf"), ("trl", "rl"), ("scipy", "eval"), ("matplotlib", "plot")):
+    for package, extra in (("transformers", "hf"), ("trl", "rl"), ("scipy", "eval")):
         if find_spec(package) is None:
             raise PearError(f"compare needs {package}; pip install 'pear-megatron[{extra}]'")
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from pear_megatron.cli import app
 from pear_megatron.data import load_tokenizer, tokenizer_hash
 from tests.byte_tokenizer import save_byte_tokenizer
-from tests.inspect_data.scored_rows import Inspect, scored
+from tests.inspect.scored_rows import Inspect, scored
 from tests.megatron.runs import TINY
 from tests.structured import make_rows, write_rows
 
