@@ -61,6 +61,7 @@ def inspect(
     ] = 512,
     seed: Annotated[int, typer.Option(min=0, help="of that draw")] = 0,
     seq_length: Annotated[int, typer.Option(min=1, help="data.seq_length, where no recipe says it")] = 4096,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what --output holds")] = False,
 ) -> None:
     """Show the importance ratios and weights that training would see, and what to change.
 
@@ -76,6 +77,9 @@ def inspect(
     try:
         if model is not None and scored:
             raise RecipeError("--model and --scored both name the policy's log-probs; give one of them")
+        for file in (output, output.with_suffix(".json")):
+            if file.is_file() and not overwrite:
+                raise RecipeError(f"{file} is there; name another --output, or replace it with --overwrite")
         from pear_megatron.inspect.run import run
         from pear_megatron.inspect.settings import read_settings
 

@@ -72,22 +72,25 @@ class Template:
         """RowProblem on an argument that the template never reads."""
         if not kwargs:
             return
-        read, undeclared = _variables(self.text)
+        read, expected = _variables(self.text)
         for name in kwargs:
             if name not in read or name in _GIVEN_BY_RENDERER:
-                own = sorted(undeclared - _GIVEN_BY_RENDERER - _GLOBALS - set(self._special))
+                own = sorted(expected - _GIVEN_BY_RENDERER - _GLOBALS - set(self._special))
                 known = f"it reads {', '.join(own)}" if own else "it reads none"
                 raise RowProblem(f"chat_template_kwargs: the chat template does not read {name!r}; {known}")
 
 
 def _variables(template: str) -> tuple[set[str], set[str]]:
-    """(names that it reads, those of them that it never sets)."""
+    """(names that it reads, those of them that it seems to expect from outside)."""
     from jinja2 import Environment, meta, nodes
 
     environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     tree = environment.parse(_GENERATION_TAGS.sub("", template))
     read = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
-    return read, meta.find_undeclared_variables(tree)
+    written = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    tests = [test.node for test in tree.find_all(nodes.Test) if test.name == "defined"]
+    asked = {node.name for node in tests if isinstance(node, nodes.Name)}
+    return read, meta.find_undeclared_variables(tree) & (asked | (read - written))
 
 
 def _as_template_reads(message: Message) -> Message:
