@@ -284,11 +284,16 @@ class ChatEncoder:
 
     def _sampled_ids(self, text: str) -> list[int]:
         """Ids of a text that begins in the middle, where SentencePiece would put a space before it."""
+        ids = self._ids(text)
         if self._space_first:
             newline, after = self._ids("\n"), self._ids("\n" + text)
             if after[: len(newline)] == newline:
-                return after[len(newline) :]
-        return self._ids(text)
+                ids = after[len(newline) :]
+        if self._tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
+            self.notes[
+                "responses that the tokenizer changes, for it normalises or has no token for a character"
+            ] += 1
+        return ids
 
     def _without_eos(self, prompt: str) -> list[int]:
         context = list(self._tokenizer(prompt)["input_ids"])
