@@ -17,7 +17,7 @@ Tokens = tuple[list[int], list[bool]]
 class ChatEncoder:
     """Tokenises text rows with a Hugging Face tokenizer and its chat template.
 
-    Decisions are the tokens the behaviour policy chose (METHOD: Words): the content of every assistant
+    Decisions are the tokens the behaviour policy chose (docs/method.md, Words): the content of every assistant
     turn and the token that ends the turn, not the white space that the template puts after it.
 
     Args:

@@ -58,8 +58,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """Sixteen hex characters that differ when a tokenizer would give other token ids.
 
     SHA-256 over the fast tokenizer's serialised form, without its padding and truncation state, and over
-    the chat template; the same in every process and after ``save_pretrained`` and loading again (METHOD:
-    Where it goes wrong, the first item).
+    the chat template; the same in every process and after ``save_pretrained`` and loading again
+    (docs/method.md, Where it goes wrong).
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["padding"] = state["truncation"] = None
