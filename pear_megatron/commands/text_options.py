@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import click
 import typer
 
 MultiTurnOption = Annotated[
-    str | None,
+    Literal["auto", "whole", "split"] | None,
     typer.Option(
         "--multi-turn",
-        click_type=click.Choice(["auto", "whole", "split"]),
         help="conversations of several turns: one trajectory (whole), one per assistant turn (split), or whole "
         "where the chat template lets the contexts agree (auto, the default)",
         show_default=False,
