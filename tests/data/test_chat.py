@@ -143,10 +143,6 @@ BAD_TEXT = {
         ["tokenizer_hash = '0123456789abcdef', but data.tokenizer = ", "foreign tokenizer", "score the data"],
     ),
     "token of another tokenizer": (a_row(input_ids=[258] * 8), ["input_ids[0] = 258 is outside"]),
-    "truncated text": (
-        {"prompt": "a", "response": "b", "truncated": True},
-        ["truncated = True", "the policy never produced", "data.truncated=drop"],
-    ),
 }
 
 
