@@ -125,6 +125,25 @@ def test_empty_turn_is_no_decision_and_said_so(families: Families) -> None:
         encoder.encode(Conversation(messages=row("emptyturn")["messages"][:2]))
 
 
+def test_character_without_a_token_is_said(families: Families) -> None:
+    encoder = ChatEncoder(families("smollm2"))
+    encoder.encode(Conversation(prompt="Hi", response="plain \U0001f642"))
+    assert not encoder.notes
+    encoder.encode(Conversation(prompt="Hi", response="control \x13 character"))
+    assert list(encoder.notes) == [
+        "responses that the tokenizer changes, for it normalises or has no token for a character"
+    ]
+
+
+def test_role_that_the_template_does_not_know_is_refused(families: Families) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "critic", "content": "Bad."}]
+    messages.append({"role": "assistant", "content": "Hello"})
+    with pytest.raises(
+        RowProblem, match=r"messages\[1\]\.content \(role 'critic'\): the chat template leaves it out"
+    ):
+        encode(families, "qwen3", {"messages": messages})
+
+
 def test_splitting_says_what_it_costs(families: Families) -> None:
     encoder = ChatEncoder(families("qwen3"))
     first, second = encoder.encode(Conversation(**row("multi")))

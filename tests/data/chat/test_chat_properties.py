@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import groupby
 
 import pytest
 from chat_tokenizers import Families
-from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from pear_megatron.data.chat import ChatEncoder, Conversation
@@ -47,17 +48,28 @@ ODD = [
     "assistant",
     *TAGS,
 ]
-texts = st.lists(st.one_of(st.sampled_from(ODD), st.text(max_size=6)), min_size=1, max_size=6).map("".join)
+# What may stand before the text: what the template or the text itself opens and closes the turn's thinking with.
+HEADS = ("", "</think>", "<|channel|>final<|message|>")
+BASIC = st.characters(
+    max_codepoint=0xFFFF, exclude_categories=["Cs", "Cc"]
+)  # SmolLM2 has no token for some others
+texts = st.lists(st.one_of(st.sampled_from(ODD), st.text(BASIC, max_size=6)), min_size=1, max_size=6).map(
+    "".join
+)
+
+
+@cache
+def encoder_of(name: str, families: Families) -> ChatEncoder:
+    return ChatEncoder(families(name))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(asked=texts, first=texts, again=texts, second=texts)
 def test_odd_texts_are_sampled_whole_or_refused(
     name: str, asked: str, first: str, again: str, second: str, families: Families
 ) -> None:
-    tokenizer = families(name)
-    encoder = ChatEncoder(tokenizer)
+    tokenizer, encoder = families(name), encoder_of(name, families)
     roles = ("user", "assistant", "user", "assistant")
     messages = [
         {"role": role, "content": text}
@@ -80,21 +92,17 @@ def test_odd_texts_are_sampled_whole_or_refused(
         body = answer.strip().removeprefix("<think>").strip()
         assert body in written
         assert run[-1] in encoder.special_ids
-        assert written.rpartition(body)[0].strip() in (
-            "",
-            "<think>",
-            "</think>",
-            "<|channel|>final<|message|>",
-        )
+        if body:
+            assert written.rpartition(body)[0].replace("<think>", "").strip() in HEADS
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(asked=texts, response=texts)
 def test_odd_response_is_raw(name: str, asked: str, response: str, families: Families) -> None:
     tokenizer = families(name)
     try:
-        (encoded,) = ChatEncoder(tokenizer).encode(
+        (encoded,) = encoder_of(name, families).encode(
             Conversation(prompt=asked, response=response, truncated=True)
         )
     except RowProblem:
