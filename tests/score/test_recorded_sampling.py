@@ -11,11 +11,9 @@ from typer.testing import CliRunner
 
 from pear_megatron.cli import app
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.score.recorded import ordinary_fields
 from pear_megatron.score.recorded.sampling import check_sampling
-from pear_megatron.score.recorded.tokens import Tokens
 from tests.score.jobs import write_jsonl
-from tests.score.recorded_cases import case
+from tests.score.recorded_cases import case, read
 
 PLACES = {
     "temperature": {"temperature": 0.7},
@@ -127,9 +125,9 @@ def test_the_row_goes_before_the_option() -> None:
 def test_metadata_of_a_scored_file_is_history() -> None:
     row = {"input_ids": [1, 2], "loss_mask": [0, 1], "behavior_logprobs": [0.0, -1.0], "temperature": 1.0}
     scored = json.dumps({"source": "a.jsonl:1", "backend": "hf", "temperature": 0.7})
-    ordinary_fields({**row, "metadata": scored}, Tokens(None))
+    assert len(read({**row, "metadata": scored}, with_tokenizer=False)) == 1
     with pytest.raises(RowProblem, match=r"metadata\.temperature = 0\.7"):
-        ordinary_fields({**row, "metadata": {"temperature": 0.7}}, Tokens(None))
+        read({**row, "metadata": {"temperature": 0.7}}, with_tokenizer=False)
 
 
 def score(folder: Path, row: dict[str, Any], *options: str) -> Any:
