@@ -12,6 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pear_megatron.commands.text_options import (
+    ChatTemplateKwargsOption,
+    ChatTemplateOption,
+    MultiTurnOption,
+    text_settings,
+)
+
 if TYPE_CHECKING:
     from pear_megatron.score.run import ScoreJob
     from pear_megatron.score.source import ScoreSettings
@@ -76,6 +83,9 @@ def score(
     pipeline_parallel: Annotated[int, typer.Option(min=1, help="stages")] = 1,
     dtype: Annotated[Dtype | None, typer.Option(help="default: bf16 on a GPU, fp32 without")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="default: the model's")] = None,
+    multi_turn: MultiTurnOption = None,
+    chat_template: ChatTemplateOption = None,
+    chat_template_kwargs: ChatTemplateKwargsOption = None,
     max_length: Annotated[
         int | None,
         typer.Option(min=1, help="positions, at most; default: the model's max_position_embeddings"),
@@ -120,6 +130,7 @@ def score(
                 model=model,
                 write_as=write_as.value,
                 tokenizer=tokenizer,
+                **text_settings(multi_turn, chat_template, chat_template_kwargs),
                 max_length=max_length,
                 overlong=overlong.value,
                 raw_logprobs=raw_logprobs,

@@ -17,6 +17,7 @@ from pear_megatron.data.chat.messages import (
     check_order,
     is_assistant,
     is_empty,
+    parts_of,
     read_messages,
     without_nulls,
 )
@@ -37,6 +38,7 @@ class _Turn:
     number: int
     context: str
     written: str
+    before: list[int]
     response: list[int]
 
 
@@ -74,6 +76,8 @@ class ChatEncoder:
         self._multi_turn = multi_turn
         self._renderers: dict[str, tuple[Fitter, TurnWriter]] = {}
         self._special = special_texts(tokenizer)
+        first = tokenizer.convert_ids_to_tokens(self._ids("a"))[0]
+        self._space_first = first.startswith("\u2581")
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = set(tokenizer.all_special_ids) | {i for i, token in added if token.special}
         self.notes: Counter[str] = Counter()
@@ -84,6 +88,7 @@ class ChatEncoder:
             return [self._encode_raw(conversation)]
         messages = read_messages(conversation.messages)
         check_order(messages)
+        self._note_control_tokens(messages)
         setting = self._setting(conversation)
         fitter, writer = self._renderer(setting)
         turns = self._turns(messages, setting, fitter, writer, conversation.truncated)
@@ -225,11 +230,17 @@ class ChatEncoder:
                 context = fitter.render(messages[:k], setting, prompt=True)
                 cut = truncated and k == places[-1]
                 written = writer.write(messages[k], f"messages[{k}]", setting, context, truncated=cut)
-                turns.append(_Turn(k, number, context, written, self._sampled_ids(written)))
+                before, response = self._ids(context), self._sampled_ids(written)
+                turns.append(_Turn(k, number, context, written, before, response))
         return turns
 
+    def _note_control_tokens(self, messages: list[Message]) -> None:
+        for message in messages:
+            if any(token in part.text for part in parts_of(message, "") for token in self._special):
+                self.notes["messages whose text contains a special token, which becomes that token"] += 1
+
     def _split(self, turns: list[_Turn]) -> list[Encoded]:
-        return [_joined(self._ids(turn.context), turn.response, turn.number) for turn in turns]
+        return [_joined(turn.before, turn.response, turn.number) for turn in turns]
 
     def _whole(
         self,
@@ -249,18 +260,19 @@ class ChatEncoder:
         if text and fitter.template.has_marks and self._multi_turn != "split":
             check_marks(fitter, messages, setting)
             marked = marked_contexts(text, contexts, [turn.written for turn in turns], writer)
-            if marked is not None and (encoded := self._in_one(turns, marked, text)) is not None:
+            if (
+                marked is not None
+                and (encoded := self._in_one(turns, [self._ids(one) for one in marked], text)) is not None
+            ):
                 return encoded
-        return self._in_one(turns, contexts, text)
+        return self._in_one(turns, [turn.before for turn in turns], text)
 
-    def _in_one(self, turns: list[_Turn], contexts: list[str], text: str) -> Encoded | None:
-        input_ids = self._ids(contexts[-1]) + turns[-1].response
-        rendered = self._ids(text)
-        if rendered[: len(input_ids)] == input_ids:
-            input_ids = rendered  # with the white space behind the last turn
+    def _in_one(self, turns: list[_Turn], contexts: list[list[int]], text: str) -> Encoded | None:
+        input_ids = contexts[-1] + turns[-1].response
+        if len(turns) > 1 and (rendered := self._ids(text))[: len(input_ids)] == input_ids:
+            input_ids = rendered  # as the template has it, with the white space behind the last turn
         mask = [False] * len(input_ids)
-        for turn, context in zip(turns, contexts, strict=True):
-            before = self._ids(context)
+        for turn, before in zip(turns, contexts, strict=True):
             end = len(before) + len(turn.response)
             if input_ids[:end] != before + turn.response:
                 return None
@@ -272,11 +284,11 @@ class ChatEncoder:
 
     def _sampled_ids(self, text: str) -> list[int]:
         """Ids of a text that begins in the middle, where SentencePiece would put a space before it."""
-        newline = self._ids("\n")
-        after = self._ids("\n" + text)
-        if self._tokenizer.decode(self._ids("a")).startswith("a") or after[: len(newline)] != newline:
-            return self._ids(text)
-        return after[len(newline) :]
+        if self._space_first:
+            newline, after = self._ids("\n"), self._ids("\n" + text)
+            if after[: len(newline)] == newline:
+                return after[len(newline) :]
+        return self._ids(text)
 
     def _without_eos(self, prompt: str) -> list[int]:
         context = list(self._tokenizer(prompt)["input_ids"])

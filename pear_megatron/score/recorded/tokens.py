@@ -30,11 +30,12 @@ class Tokens:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer, or None.
+        encoder: that of the loader, with its chat template; None without a tokenizer.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, encoder: ChatEncoder | None) -> None:
         self._tokenizer = tokenizer
-        self.encoder = ChatEncoder(tokenizer) if tokenizer is not None else None
+        self.encoder = encoder
 
     def of_context(self, request: Request, *, chat: bool) -> list[int]:
         """Ids of the context that the response was generated from.
@@ -155,9 +156,9 @@ class Tokens:
         """A policy may stop at another special token than the chat template's; the recorded one is right."""
         tokenizer, encoder = self._needed("the response is text")
         last = tokenizer.convert_tokens_to_ids(recorded[-1]) if recorded else None
-        if last is not None and last in encoder.special_ids and ids[-1] in encoder.special_ids:
-            return [*ids[:-1], int(last)]
-        return ids
+        if last is None or last not in encoder.special_ids or ids[-1] not in encoder.special_ids:
+            return ids
+        return [*ids[:-1], last]
 
     def _needed(self, why: str) -> tuple[Any, ChatEncoder]:
         if self._tokenizer is None or self.encoder is None:
