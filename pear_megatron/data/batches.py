@@ -97,7 +97,7 @@ def collate(
     """Build the batch of some rows of trajectory indices; an empty row is all padding.
 
     A trajectory of n tokens takes n - 1 positions: inputs are its first n - 1 tokens, labels its last. This
-    is the one place where the shift happens (METHOD: Where it goes wrong, off by one).
+    is the one place where the shift happens (docs/method.md, Where it goes wrong: off by one).
 
     Args:
         trajectories: where the indices point.

@@ -28,7 +28,7 @@ from pear_megatron.data.trajectory import Trajectory
 
 
 class Validator:
-    """Checks rows and makes trajectories of them.
+    """Checks rows and makes trajectories of them (docs/method.md, Where it goes wrong).
 
     Args:
         config: the recipe's ``data:`` section.
