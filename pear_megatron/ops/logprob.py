@@ -58,7 +58,6 @@ def _memory_order(logits: Tensor) -> list[int]:
     """Leading dimensions by falling stride, so that flattening them is a view: mcore's [s, b, v] comes
     to its users transposed to [b, s, v]."""
     strides = logits.stride()
-    strides = logits.stride()
     return sorted(range(logits.dim() - 1), key=lambda d: (-strides[d], d))
 
 
