@@ -20,8 +20,11 @@ log = logging.getLogger("pear_megatron")
 _Kind = TypeVar("_Kind", bound=BaseModel)
 
 
-def _load_with_defaults(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
-    """The YAML at ``path`` over what its ``defaults:`` names (a path or a list, relative to the file)."""
+def _load_with_defaults(path: Path, paths: tuple[str, ...] = (), seen: tuple[Path, ...] = ()) -> DictConfig:
+    """The YAML at ``path`` over what its ``defaults:`` names (a path or a list, relative to the file).
+
+    ``paths`` are dotted keys whose values are paths relative to the file that gives them.
+    """
     if path in seen:
         raise RecipeError(
             f"{path}: `defaults` goes round in a circle: {' -> '.join(map(str, [*seen, path]))}"
@@ -34,11 +37,15 @@ def _load_with_defaults(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(config, DictConfig):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, found {type(config).__name__}")
+    for key in paths:
+        if isinstance(value := OmegaConf.select(config, key), str):
+            OmegaConf.update(config, key, str((path.parent / value).resolve()))
     parents = config.pop("defaults", None) or []
     parents = [parents] if isinstance(parents, str) else list(parents)
     merged: Any = OmegaConf.create({})
     for parent in parents:
-        merged = OmegaConf.merge(merged, _load_with_defaults((path.parent / parent).resolve(), (*seen, path)))
+        file = (path.parent / parent).resolve()
+        merged = OmegaConf.merge(merged, _load_with_defaults(file, paths, (*seen, path)))
     return OmegaConf.merge(merged, config)  # type: ignore[return-value]
 
 
@@ -94,14 +101,22 @@ def load_recipe(
 
 
 def read_values(
-    path: Path, overrides: list[str] | None = None, *, missing: dict[str, Any] | None = None
+    path: Path,
+    overrides: list[str] | None = None,
+    *,
+    missing: dict[str, Any] | None = None,
+    paths: tuple[str, ...] = (),
 ) -> Any:
     """The resolved values of a YAML file, its parents and overrides, for any kind of file; not validated.
+
+    Args:
+        path, overrides, missing: see ``load_recipe``.
+        paths: dotted keys of paths that are relative to the file that gives them, and absolute here.
 
     Raises:
         RecipeError: a missing file, bad YAML or a bad override.
     """
-    config = _apply_overrides(_load_with_defaults(path.resolve()), list(overrides or []))
+    config = _apply_overrides(_load_with_defaults(path.resolve(), paths), list(overrides or []))
     try:
         return OmegaConf.to_container(
             OmegaConf.merge(missing or {}, config), resolve=True, throw_on_missing=True
