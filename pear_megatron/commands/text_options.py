@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from typing import Annotated, Any
 
-import click
 import typer
 
+
+class MultiTurn(StrEnum):
+    """What a conversation of several turns becomes."""
+
+    AUTO = "auto"
+    WHOLE = "whole"
+    SPLIT = "split"
+
+
 MultiTurnOption = Annotated[
-    str | None,
+    MultiTurn | None,
     typer.Option(
         "--multi-turn",
-        click_type=click.Choice(["auto", "whole", "split"]),
         help="conversations of several turns: one trajectory (whole), one per assistant turn (split), or whole "
         "where the chat template lets the contexts agree (auto, the default)",
         show_default=False,
@@ -39,7 +47,7 @@ ChatTemplateKwargsOption = Annotated[
 
 
 def text_settings(
-    multi_turn: str | None, chat_template: str | None, chat_template_kwargs: str | None
+    multi_turn: MultiTurn | None, chat_template: str | None, chat_template_kwargs: str | None
 ) -> dict[str, Any]:
     """The options that are given, as keys of a recipe's ``data:`` section.
 
@@ -50,7 +58,7 @@ def text_settings(
 
     settings: dict[str, Any] = {}
     if multi_turn is not None:
-        settings["multi_turn"] = multi_turn
+        settings["multi_turn"] = multi_turn.value
     if chat_template is not None:
         settings["chat_template"] = chat_template
     if chat_template_kwargs is not None:
