@@ -156,7 +156,9 @@ class Tokens:
         """A policy may stop at another special token than the chat template's; the recorded one is right."""
         tokenizer, encoder = self._needed("the response is text")
         last = tokenizer.convert_tokens_to_ids(recorded[-1]) if recorded else None
-        return [*ids[:-1], last] if last in encoder.special_ids and ids[-1] in encoder.special_ids else ids
+        if last is None or last not in encoder.special_ids or ids[-1] not in encoder.special_ids:
+            return ids
+        return [*ids[:-1], last]
 
     def _needed(self, why: str) -> tuple[Any, ChatEncoder]:
         if self._tokenizer is None or self.encoder is None:
