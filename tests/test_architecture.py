@@ -15,7 +15,6 @@ PACKAGE = ROOT / "pear_megatron"
 # Files outside pear_megatron/megatron that import megatron, and why.
 MEETS_MEGATRON = {
     "hf/bridge.py": "Megatron-Bridge, for architectures that this package does not know",
-    "score/megatron_scorer.py": "the schedule",
 }
 
 

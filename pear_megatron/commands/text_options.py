@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-
-class MultiTurn(StrEnum):
-    """What a conversation of several turns becomes."""
-
-    AUTO = "auto"
-    WHOLE = "whole"
-    SPLIT = "split"
-
-
 MultiTurnOption = Annotated[
-    MultiTurn | None,
+    Literal["auto", "whole", "split"] | None,
     typer.Option(
         "--multi-turn",
         help="conversations of several turns: one trajectory (whole), one per assistant turn (split), or whole "
@@ -47,7 +37,7 @@ ChatTemplateKwargsOption = Annotated[
 
 
 def text_settings(
-    multi_turn: MultiTurn | None, chat_template: str | None, chat_template_kwargs: str | None
+    multi_turn: str | None, chat_template: str | None, chat_template_kwargs: str | None
 ) -> dict[str, Any]:
     """The options that are given, as keys of a recipe's ``data:`` section.
 
@@ -58,7 +48,7 @@ def text_settings(
 
     settings: dict[str, Any] = {}
     if multi_turn is not None:
-        settings["multi_turn"] = multi_turn.value
+        settings["multi_turn"] = multi_turn
     if chat_template is not None:
         settings["chat_template"] = chat_template
     if chat_template_kwargs is not None:
