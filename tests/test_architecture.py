@@ -87,5 +87,5 @@ def test_megatron_is_imported_in_its_folder_alone() -> None:
 
 def test_nothing_but_the_method_and_the_ground_floor_stands_at_the_top() -> None:
     method = {"config", "weights", "loss", "alignment"}
-    ground_floor = {"__init__", "cli", "errors", "progress", "ranks", "schema", "storage"}
+    ground_floor = {"__init__", "cli", "errors", "lazy", "progress", "ranks", "schema", "storage"}
     assert {path.stem for path in PACKAGE.glob("*.py")} == method | ground_floor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -48,19 +47,15 @@ def grpo(
     ] = False,
 ) -> None:
     """Run GRPO from a checkpoint. Exit code 1, before anything starts, if it would fail."""
-    from pear_megatron.errors import PearError, RecipeError
+    from pear_megatron.errors import RecipeError
     from pear_megatron.rl.engine import find_engine
 
-    try:
-        chosen = find_engine(engine)
-        if chosen.output and output is None and not dry_run:
-            raise RecipeError(f"--engine {engine} needs --output DIR, the folder of the run")
-        if output is not None and not chosen.output:
-            raise RecipeError(f"--engine {engine} has no --output: its recipe names the folder of the run")
-        if dry_run:
-            print(chosen.dry_run(config, list(overrides or []), checkpoint))
-        else:
-            print(f"done: {chosen.run(config, list(overrides or []), checkpoint, output)}")
-    except (PearError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+    chosen = find_engine(engine)
+    if chosen.output and output is None and not dry_run:
+        raise RecipeError(f"--engine {engine} needs --output DIR, the folder of the run")
+    if output is not None and not chosen.output:
+        raise RecipeError(f"--engine {engine} has no --output: its recipe names the folder of the run")
+    if dry_run:
+        print(chosen.dry_run(config, list(overrides or []), checkpoint))
+    else:
+        print(f"done: {chosen.run(config, list(overrides or []), checkpoint, output)}")

@@ -16,6 +16,15 @@ from pear_megatron.storage import write_atomically
 
 RL_ENGINE = "trl"
 _FILE = "cell.json"
+# What changes no number: a cell that is there stays as it is under another value.
+_MAY_CHANGE = (
+    "offline.checkpoint.save_interval",
+    "offline.checkpoint.keep_last",
+    "offline.checkpoint.async_save",
+    "offline.logging.",
+    "offline.train.log_interval",
+    "rl.checkpointing.",
+)
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,9 @@ class Cell:
 
     @cached_property
     def rl_overrides(self) -> list[str]:
-        """The overrides of the RL recipe."""
-        return [*fill(self.recipe.rl.overrides, self.seed, self.prepared), f"grpo.seed={self.seed}"]
+        """The overrides of the RL recipe; of its checkpoints the last is all that a cell reads."""
+        kept = [] if self.recipe.keep == "all" else ["checkpointing.keep_last=1"]
+        return [*fill(self.recipe.rl.overrides, self.seed, self.prepared), *kept, f"grpo.seed={self.seed}"]
 
     @cached_property
     def offline(self) -> Recipe:
@@ -100,7 +110,8 @@ class Cell:
         """
         described, path = self.describe(), self.folder / _FILE
         if path.is_file():
-            changed = differing_keys(json.loads(path.read_text()), described)
+            keys = differing_keys(json.loads(path.read_text()), described)
+            changed = [key for key in keys if not key.startswith(_MAY_CHANGE)]
             if changed:
                 raise RecipeError(
                     f"{self.folder} holds a run with other settings ({', '.join(changed)} differ); choose another "

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.byte_tokenizer import save_byte_tokenizer
-from tests.inspect_data.scored_rows import Inspect, Inspected, Row
+from tests.inspect.scored_rows import Inspect, Inspected, Row
 from tests.structured import write_rows
 
 

@@ -7,11 +7,11 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from pear_megatron.inspect.svg import Axis
 
 from pear_megatron.data import load_tokenizer
 from pear_megatron.inspect.reading import pieces, shade
-from pear_megatron.inspect.svg import Axis
-from tests.inspect_data.scored_rows import Inspect, scored
+from tests.inspect.scored_rows import Inspect, scored
 
 UNICODE = "Grüße, Ωμέγα \N{GRINNING FACE} 漢字 <script>alert('&')</script>\n\n\ttab"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.inspect_data.scored_rows import Inspect, scored
+from tests.inspect.scored_rows import Inspect, scored
 
 
 def test_good_data_are_called_good(look: Inspect) -> None:

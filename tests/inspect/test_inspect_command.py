@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from pear_megatron.cli import app
 from pear_megatron.data import load_tokenizer, tokenizer_hash
 from tests.byte_tokenizer import save_byte_tokenizer
-from tests.inspect_data.scored_rows import Inspect, scored
+from tests.inspect.scored_rows import Inspect, scored
 from tests.megatron.runs import TINY
 from tests.structured import make_rows, write_rows
 
@@ -105,6 +105,19 @@ def test_mistakes_are_one_line(inspect: Inspect, tmp_path: Path, arguments: list
     assert found.exit_code == 1
     assert found.stderr.startswith("error: ")
     assert said in found.stderr
+
+
+def test_a_page_that_is_there_is_replaced_only_when_asked(inspect: Inspect, tmp_path: Path) -> None:
+    data, page = write_rows(tmp_path / "data.jsonl", make_rows(3)), tmp_path / "mine.html"
+    page.write_text("mine")
+    done = CliRunner().invoke(app, ["inspect", str(data), "--output", str(page)])
+    assert done.exit_code == 1
+    assert f"{page} is there; name another --output, or replace it with --overwrite" in done.stderr
+    assert page.read_text() == "mine"
+    assert inspect(data, "--overwrite").exit_code == 0
+    done = CliRunner().invoke(app, ["inspect", str(data), "--output", str(page), "--overwrite"])
+    assert done.exit_code == 0
+    assert page.read_text() != "mine"
 
 
 @pytest.mark.parametrize("change", ["other_words", "other_template"])
