@@ -67,39 +67,35 @@ def inspect(
 
     Exit code 1 if training would refuse the data.
     """
-    from pear_megatron.errors import PearError, RecipeError
+    from pear_megatron.errors import RecipeError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for category in (UserWarning, FutureWarning, DeprecationWarning):  # of libraries
         warnings.filterwarnings("ignore", category=category)
     words = arguments or []
     overrides = [word for word in words if _OVERRIDE.match(word) and not Path(word).exists()]
-    try:
-        if model is not None and scored:
-            raise RecipeError("--model and --scored both name the policy's log-probs; give one of them")
-        for file in (output, output.with_suffix(".json")):
-            if file.is_file() and not overwrite:
-                raise RecipeError(f"{file} is there; name another --output, or replace it with --overwrite")
-        from pear_megatron.inspect.run import run
-        from pear_megatron.inspect.settings import read_settings
+    if model is not None and scored:
+        raise RecipeError("--model and --scored both name the policy's log-probs; give one of them")
+    for file in (output, output.with_suffix(".json")):
+        if file.is_file() and not overwrite:
+            raise RecipeError(f"{file} is there; name another --output, or replace it with --overwrite")
+    from pear_megatron.inspect.run import run
+    from pear_megatron.inspect.settings import read_settings
 
-        settings = read_settings(
-            [word for word in words if word not in overrides],
-            overrides,
-            recipe=config,
-            model=model,
-            tokenizer=tokenizer,
-            seq_length=seq_length,
-            text=text_settings(multi_turn, chat_template, chat_template_kwargs),
-        )
-        run(
-            settings,
-            model=model,
-            scored=scored,
-            output=output,
-            max_trajectories=max_trajectories,
-            seed=seed,
-        )
-    except (PearError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+    settings = read_settings(
+        [word for word in words if word not in overrides],
+        overrides,
+        recipe=config,
+        model=model,
+        tokenizer=tokenizer,
+        seq_length=seq_length,
+        text=text_settings(multi_turn, chat_template, chat_template_kwargs),
+    )
+    run(
+        settings,
+        model=model,
+        scored=scored,
+        output=output,
+        max_trajectories=max_trajectories,
+        seed=seed,
+    )

@@ -49,25 +49,18 @@ def validate(
     between [[ ]] in a pipe. Exit code 1 if they are broken.
     """
     from pear_megatron.data import DataConfig, TrajectoryDataset, load_tokenizer, prepare
-    from pear_megatron.errors import PearError
 
     with tempfile.TemporaryDirectory(prefix="pear-validate-") as folder:
-        try:
-            text = text_settings(multi_turn, chat_template, chat_template_kwargs)
-            config = DataConfig(
-                train=data, seq_length=seq_length, tokenizer=tokenizer, cache_dir=folder, **text
-            )
-            prepared = prepare(
-                config,
-                require_behavior_logprobs=not plain_sft,
-                vocab_size=vocab_size,
-                progress=sys.stderr.isatty(),
-            )
-            dataset = TrajectoryDataset.open(prepared)
-            shown = _chosen(dataset, show, identity)
-        except (PearError, ImportError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(1) from error
+        text = text_settings(multi_turn, chat_template, chat_template_kwargs)
+        config = DataConfig(train=data, seq_length=seq_length, tokenizer=tokenizer, cache_dir=folder, **text)
+        prepared = prepare(
+            config,
+            require_behavior_logprobs=not plain_sft,
+            vocab_size=vocab_size,
+            progress=sys.stderr.isatty(),
+        )
+        dataset = TrajectoryDataset.open(prepared)
+        shown = _chosen(dataset, show, identity)
         console = Console()
         console.print(_table(dataset, seq_length))
         if shown and tokenizer is None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pear_megatron.compare.table import make_table
+from pear_megatron.compare.table import Entry, make_table
 
 
 def markdown_table(results: dict[str, Any]) -> str:
@@ -25,7 +26,7 @@ def markdown_table(results: dict[str, Any]) -> str:
         "| --- |" + " ---: |" * len(table.titles),
     ]
     for row in table.rows:
-        differences = row.differences or [None] * len(row.means)
+        differences: Sequence[Entry | None] = row.differences or [None] * len(row.means)
         cells = [
             f"{mean}<br>**{difference}**" if difference is not None and difference.clear else str(mean)
             for mean, difference in zip(row.means, differences, strict=True)

@@ -27,7 +27,7 @@ from pear_megatron.storage import digest
 from pear_megatron.train import resume
 from pear_megatron.train.alignment_check import check_alignment
 from pear_megatron.train.dataset import open_dataset
-from pear_megatron.train.guards import raise_bad_gradient, raise_not_finite, warn_of_collapse
+from pear_megatron.train.guards import WeightWatch, raise_bad_gradient, raise_not_finite, warn_of_collapse
 from pear_megatron.train.position import DataPosition
 from pear_megatron.train.run_folder import RunFolder
 from pear_megatron.train.start import start_model
@@ -153,11 +153,13 @@ class Trainer:
         interval = self.recipe.checkpoint.save_interval
         stop_asked = self._stop_asked()
         saved = self.step
+        watch = WeightWatch(self.recipe.pear)
         while self.step < self.total_steps and not stop_asked:
             metrics, stop_asked = self._train_step()
             if run is not None:
                 run.log_step(metrics)
                 warn_of_collapse(metrics, self.recipe)
+                watch(metrics)
             self.saver.poll()
             if interval is not None and self.step % interval == 0:
                 self._save()

@@ -135,7 +135,7 @@ def test_another_tokenizer_or_chat_template_is_refused(
     found = inspect(write_rows(data, rows), "--scored", "--tokenizer", byte_folder)
     assert found.exit_code == 1
     assert f"{data}:4: tokenizer_hash" in found.stderr
-    assert "a foreign tokenizer or chat template" in found.stderr
+    assert "score the data again" in found.stderr
 
 
 def test_a_draw_is_said_on_the_page_and_can_be_repeated(inspect: Inspect, tmp_path: Path) -> None:

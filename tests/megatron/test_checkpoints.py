@@ -174,6 +174,21 @@ def test_keep_last_keeps_the_newest_and_counts_only_whole_ones(tmp_path: Path, t
     assert damage(root / "iter_0000002") is None
 
 
+def test_checkpoints_that_are_too_many_are_named_before_they_go(tmp_path: Path, trajectories: Path) -> None:
+    run = tmp_path / "run"
+    root = run / "checkpoints"
+    every = ["checkpoint.save_interval=1", "checkpoint.keep_last=null"]
+    train_runs(1, trajectories, {run: ["train.max_steps=4", *every]})
+    assert len(list(root.glob("iter_*"))) == 4
+    goes_on = Started(1, f"data.train={trajectories}", f"output_dir={run}", *SMALL, "train.max_steps=5")
+    assert goes_on.wait() == [0], goes_on.output()
+    assert (
+        f"checkpoint.keep_last is 2 and {root} holds 4 checkpoints: the older ones (steps 1, 2)"
+        in goes_on.output()
+    )
+    assert sorted(path.name for path in root.glob("iter_*")) == ["iter_0000004", "iter_0000005"]
+
+
 def rank_fails_while_writing(rank: int, root: Path, where: str) -> tuple[str, list[str]]:
     """Saves step 1, then step 2 with a limit on the size of files -> the error, and what is in the folder."""
     from pear_megatron.megatron.checkpoint.saver import CheckpointSaver, save_model

@@ -135,6 +135,15 @@ def test_character_without_a_token_is_said(families: Families) -> None:
     ]
 
 
+def test_role_that_the_template_does_not_know_is_refused(families: Families) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "critic", "content": "Bad."}]
+    messages.append({"role": "assistant", "content": "Hello"})
+    with pytest.raises(
+        RowProblem, match=r"messages\[1\]\.content \(role 'critic'\): the chat template leaves it out"
+    ):
+        encode(families, "qwen3", {"messages": messages})
+
+
 def test_splitting_says_what_it_costs(families: Families) -> None:
     encoder = ChatEncoder(families("qwen3"))
     first, second = encoder.encode(Conversation(**row("multi")))
