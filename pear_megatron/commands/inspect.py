@@ -11,6 +11,13 @@ from typing import Annotated
 
 import typer
 
+from pear_megatron.commands.text_options import (
+    ChatTemplateKwargsOption,
+    ChatTemplateOption,
+    MultiTurnOption,
+    text_settings,
+)
+
 EPILOG = (
     "Example: pear-megatron inspect data/train.parquet --model path/to/student "
     "pear.variant=block pear.baseline=sequence_mean"
@@ -46,11 +53,15 @@ def inspect(
         str | None,
         typer.Option(help="for rows of text and for reading (default: the recipe's, or the model's)"),
     ] = None,
+    multi_turn: MultiTurnOption = None,
+    chat_template: ChatTemplateOption = None,
+    chat_template_kwargs: ChatTemplateKwargsOption = None,
     max_trajectories: Annotated[
         int, typer.Option(min=1, help="of more than these, as many are drawn at random")
     ] = 512,
     seed: Annotated[int, typer.Option(min=0, help="of that draw")] = 0,
     seq_length: Annotated[int, typer.Option(min=1, help="data.seq_length, where no recipe says it")] = 4096,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what --output holds")] = False,
 ) -> None:
     """Show the importance ratios and weights that training would see, and what to change.
 
@@ -66,6 +77,9 @@ def inspect(
     try:
         if model is not None and scored:
             raise RecipeError("--model and --scored both name the policy's log-probs; give one of them")
+        for file in (output, output.with_suffix(".json")):
+            if file.is_file() and not overwrite:
+                raise RecipeError(f"{file} is there; name another --output, or replace it with --overwrite")
         from pear_megatron.inspect.run import run
         from pear_megatron.inspect.settings import read_settings
 
@@ -76,6 +90,7 @@ def inspect(
             model=model,
             tokenizer=tokenizer,
             seq_length=seq_length,
+            text=text_settings(multi_turn, chat_template, chat_template_kwargs),
         )
         run(
             settings,
