@@ -51,5 +51,5 @@ def every_seed(outcome: Outcome) -> Figure:
         axes.set_yticks(range(len(arms)), [literal(arm) for arm in arms], fontsize=8)
         axes.tick_params(axis="x", labelsize=7)
         tidy(axes, grid="x")
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(arms) - 0.5, -0.5)
     return figure

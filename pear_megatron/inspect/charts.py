@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from pear_megatron.alignment import Alignment
 from pear_megatron.config import PearConfig
@@ -65,7 +65,7 @@ def effective_sample_sizes(pack: Pack, measured: Weights) -> Figure:
     figure, axes = _axes("effective sample size / decisions, per trajectory")
     has = pack.num_decisions > 0
     _bars(axes, measured.effective_sample_size[has], pack.reward[has], np.linspace(0, 1, 26), "trajectories")
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_formatter(_percent)
     return _with_legend(figure)
 
 
@@ -114,7 +114,7 @@ def relative_position(pack: Pack, measured: Weights) -> Figure:
     figure, axes = _axes("place in the response")
     _quantiles(axes, measured, relative, edges, (edges[:-1] + edges[1:]) / 2)
     axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_formatter(_percent)
     return _with_legend(figure)
 
 
@@ -129,26 +129,23 @@ def one_against_the_other(pack: Pack) -> Figure:
     figure, axes = _axes("behaviour log-prob", "policy log-prob", _SQUARE)
     axes.imshow(colors, extent=(low, 0, low, 0), origin="lower", aspect="auto", interpolation="none")
     axes.plot([low, 0], [low, 0], color=INK, linestyle="--", linewidth=1.1, label="the two agree")
-    axes.plot([], [], "s", color=BLUE, label="decisions: the darker the more")
+    axes.plot([], [], "s", color=BLUE, label="decisions (stronger: more of them)")
     return _with_legend(figure)
 
 
 def shifts(alignment: Alignment) -> Figure:
-    """Correlation of the two policies' log-probs at every shift."""
+    """Correlation of the two policies' log-probs at every shift; 0 and the best of the others have their number."""
+    r = alignment.correlations
     figure, axes = _axes("behaviour log-probs taken this many decisions later", "correlation", _SQUARE)
-    for shift, value in alignment.correlations.items():
-        wrong = shift == alignment.shift != 0
-        axes.bar(shift, value, width=0.76, color=ORANGE if wrong else AXIS if shift else BLUE)
+    colors = [ORANGE if shift == alignment.shift != 0 else AXIS if shift else BLUE for shift in r]
+    axes.bar(list(r), list(r.values()), width=0.76, color=colors)
+    for shift in {0, max((s for s in r if s), key=lambda s: r[s])}:
+        place = (shift, max(r[shift], 0.0))
         axes.annotate(
-            f"{value:.2f}",
-            (shift, max(value, 0.0)),
-            (0, 2),
-            textcoords="offset points",
-            ha="center",
-            fontsize=_TEXT,
+            f"{r[shift]:.2f}", place, (0, 2), textcoords="offset points", ha="center", fontsize=_TEXT
         )
-    axes.xaxis.set_major_locator(FixedLocator(list(alignment.correlations)))
-    axes.set_ylim(min(0.0, *alignment.correlations.values()), 1.1)
+    axes.xaxis.set_major_locator(FixedLocator([shift for shift in r if shift % 2 == 0]))
+    axes.set_ylim(min(-0.05, *(1.15 * value for value in r.values())), 1.1)
     return figure
 
 
@@ -164,10 +161,11 @@ def _axes(x: str, y: str = "", size: tuple[float, float] = _SIZE) -> tuple[Figur
 
 def _with_legend(figure: Figure) -> Figure:
     """The legend stands above, where it hides nothing."""
-    if figure.axes[0].get_legend_handles_labels()[0]:
+    count = len(figure.axes[0].get_legend_handles_labels()[0])
+    if count:
         figure.legend(
             loc="outside upper left",
-            ncols=2,
+            ncols=3 if count == 3 else 2,
             frameon=False,
             fontsize=_TEXT,
             handlelength=1.4,
@@ -202,7 +200,7 @@ def _bars(axes: Axes, values: np.ndarray, reward: np.ndarray, edges: np.ndarray,
             others + below, edges, baseline=others, fill=True, color=ORANGE, label="negative examples"
         )
     axes.set_ylabel(f"share of {what}")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(_percent)
     axes.set_xlim(edges[0], edges[-1])
 
 
@@ -224,6 +222,10 @@ def _quantiles(
     axes.set_ylim(min(table[0].min(), 0.5) * 0.9, max(table[4].max(), 1.0) * 1.25)
     axes.set_ylabel("weight")
     _label_decades(axes, "y")
+
+
+def _percent(value: float, _: float) -> str:
+    return f"{100 * value:g}%"
 
 
 def _label_decades(axes: Axes, which: str) -> None:

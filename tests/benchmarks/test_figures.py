@@ -82,7 +82,6 @@ def test_tables_of_every_kind(stem: str, said: list[str]):
 
 @pytest.mark.parametrize("stem", RECORDS)
 def test_plots_of_every_kind(tmp_path: Path, stem: str):
-    pytest.importorskip("matplotlib")
     from plots import plot_record
     from table import kind
 

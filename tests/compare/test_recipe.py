@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 pytest.importorskip("trl", reason="needs the extra rl")
 pytest.importorskip("scipy", reason="needs the extra eval")
-pytest.importorskip("matplotlib", reason="needs the extra plot")
 
 from pear_megatron.cli import app
 from pear_megatron.compare.cell import cells_of, fill, tuning_cells

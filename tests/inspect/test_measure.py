@@ -11,7 +11,7 @@ import torch
 
 from pear_megatron import PearConfig
 from pear_megatron.data import Trajectory
-from pear_megatron.inspect.alternatives import compare
+from pear_megatron.inspect.alternatives import alternatives
 from pear_megatron.inspect.measure import make_pack, weigh
 from pear_megatron.ops import reference
 from tests.distributed import run_ranks
@@ -68,7 +68,7 @@ def test_statistics_by_sign_are_those_of_the_trajectories_alone() -> None:
 def test_alternatives_begin_with_the_given_settings_and_are_what_they_say() -> None:
     made, policy = trajectories()
     pack, given = make_pack(made, policy), PearConfig(gamma=0.9)
-    settings = compare(pack, given)
+    settings = alternatives(pack, given)
     assert settings[0].overrides == ""
     assert settings[0].statistics == weigh(pack, given).statistics
     assert len({setting.overrides for setting in settings}) == len(settings)

@@ -7,7 +7,6 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from pear_megatron.inspect.svg import Axis
 
 from pear_megatron.data import load_tokenizer
 from pear_megatron.inspect.reading import pieces, shade
@@ -38,12 +37,37 @@ def test_the_page_has_its_parts_and_needs_nothing_else(look: Inspect) -> None:
     sections = [section.get("id") for section in root.iter("section")]
     assert sections == ["verdicts", "settings", "statistics", "charts", "trajectories"]
     figures = [svg.get("aria-label") for svg in root.iter("svg")]
-    assert len(figures) == 8
+    assert figures == [text_of(caption) for caption in root.iter("figcaption")]
+    assert len(set(figures)) == 8
     assert len(list(root.iter("article"))) == 6
     assert "7 negative examples" in text_of(root)
     assert found.page is not None
-    assert not re.search(r"https?://|<script|<link|<img|url\(|@import", found.page)
+    assert not re.search(r"https?://|<script|<link|<img|url\((?!#)|@import", found.page)
     assert len(found.page) < 300_000
+
+
+def test_charts_name_their_marks_and_their_bounds_in_full(look: Inspect) -> None:
+    rows = scored(lambda lb, rng: lb - 1 + rng.gauss(0, 1), tokens=300, count=8)
+    rows[0]["reward"] = -0.5
+    root = parse(look(rows, "pear.log_ratio_clip=[-0.08,0.3]").page)
+    texts = {svg.get("aria-label"): [text_of(t) for t in svg.iter("text")] for svg in root.iter("svg")}
+    assert {"clip -0.08", "clip 0.3", "reward at least 0", "negative examples"} <= set(texts["Log ratio"])
+    assert "floor 4.5e-05" in texts["Weight"]
+    bands = {"median", "middle 50%", "middle 80%"}
+    assert bands | {"discount alone", "every ratio at the low clip"} <= set(
+        texts["Weight and place, from the end"]
+    )
+    assert bands <= set(texts["Weight and place, relative"])
+
+
+def test_ids_in_figures_are_not_shared_by_two_of_them(look: Inspect) -> None:
+    ids = [element.get("id") for svg in parse(look(noisy_rows()).page).iter("svg") for element in svg.iter()]
+    found = [name for name in ids if name is not None]
+    assert len(found) == len(set(found)) > 8
+
+
+def test_the_same_data_give_the_same_page(look: Inspect) -> None:
+    assert look(noisy_rows()).page == look(noisy_rows()).page
 
 
 def test_thousands_of_tokens_stay_a_small_page(look: Inspect) -> None:
@@ -110,19 +134,3 @@ def test_shades_follow_the_weight() -> None:
     levels = [shade(weight, -10.0) for weight in weights]
     assert levels == sorted(levels)
     assert (levels[0], levels[5], levels[-1]) == (0, 10, 13)
-
-
-@pytest.mark.parametrize(
-    ("axis", "ticks", "shown"),
-    [
-        (Axis(0, 1, "", percent=True), [0, 0.2, 0.4, 0.6, 0.8, 1.0], "20%"),
-        (Axis(-4.3, 2.2, "", decades=True), [-4, -2, 0, 2], "0.01"),
-        (Axis(-0.35, 0.8, "", decades=True), [-0.30103, 0, 0.30103, 0.69897], "1"),
-        (Axis(180, 0, ""), [0, 50, 100, 150], "50"),
-        (Axis(3, 3, ""), [3], None),
-    ],
-)
-def test_ticks_are_round_and_inside(axis: Axis, ticks: list[float], shown: str | None) -> None:
-    assert axis.ticks() == pytest.approx(ticks)
-    if shown is not None:
-        assert axis.show(axis.ticks()[1]) == shown

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,10 +61,15 @@ def test_misaligned_log_probs_are_refused_with_a_page(look: Inspect, shift: int,
     assert said in found.page
 
 
-def test_on_policy_data_gain_nothing(look: Inspect) -> None:
-    found = look(scored(lambda lb, rng: lb + rng.gauss(0, 0.005)))
-    assert "pear.variant=none" in found.verdict("on-policy data")["change"]
+def test_on_policy_data_gain_nothing_and_their_weights_will_grow(look: Inspect) -> None:
+    rows = scored(lambda lb, rng: lb + rng.gauss(0, 0.005))
+    found = look(rows)
     assert found.exit_code == 0
+    assert "pear.variant=none" in found.verdict("on-policy data")["change"]
+    assert "pear.normalize=sequence" in found.verdict("weights that will grow")["change"]
+    bounded = look(rows, "pear.normalize=sequence").verdict("weights that will grow")
+    assert "set pear.normalize=sequence" not in bounded["change"]
+    assert "weights that will grow" not in look(rows, "pear.variant=none").titles()
 
 
 @pytest.mark.parametrize(("temperature", "said"), [(0.7, "below 1"), (1.4, "above 1")])
@@ -111,3 +119,30 @@ def test_plain_sft_has_weights_of_one_and_shows_what_pear_would_give(look: Inspe
     assert "plain SFT" in found.titles("note")
     assert found.numbers["statistics"]["all"]["weight"] == 1
     assert any(setting["overrides"] == "pear.variant=token" for setting in found.numbers["alternatives"])
+
+
+# What brings out verdicts: the policy, the data, the options.
+CASES: dict[str, tuple[Callable[[float, random.Random], float], dict[str, Any], list[str]]] = {
+    "good": (lambda lb, rng: lb + rng.gauss(-0.02, 0.15), {}, []),
+    "floor": (lambda lb, rng: lb - 1 - rng.random(), {"tokens": 400, "count": 8}, []),
+    "ceiling": (lambda lb, rng: lb - 1 + rng.gauss(0, 1), {"tokens": 300, "count": 8}, ["pear.baseline=sequence_mean"]),
+    "large": (lambda lb, rng: lb + 0.2, {"tokens": 40}, []),
+    "shifted": (lambda lb, rng: lb + rng.gauss(-0.3, 0.4), {"shift": 1}, []),
+    "on-policy": (lambda lb, rng: lb, {}, []),
+    "temperature": (lambda lb, rng: lb * 0.7, {}, []),
+    "other tokens": (lambda lb, rng: -8 + rng.gauss(0, 1), {}, []),
+    "plain SFT": (lambda lb, rng: lb + rng.gauss(0, 0.2), {}, ["pear.variant=none"]),
+}  # fmt: skip
+
+
+def test_every_verdict_has_a_remedy(look: Inspect) -> None:
+    seen = {}
+    for policy, changes, options in CASES.values():
+        seen |= {
+            v["title"]: v["change"] for v in look(scored(policy, **changes), *options).numbers["verdicts"]
+        }
+    rows = scored()
+    rows[0]["truncated"] = True
+    seen |= {v["title"]: v["change"] for v in look(rows).numbers["verdicts"]}
+    assert len(seen) >= 12, sorted(seen)
+    assert [title for title, change in seen.items() if not change.strip()] == []
