@@ -224,7 +224,7 @@ def _quantiles(
     _label_decades(axes, "y")
 
 
-def _percent(value: float, _: int) -> str:
+def _percent(value: float, _: float) -> str:
     return f"{100 * value:g}%"
 
 

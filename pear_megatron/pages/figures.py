@@ -36,7 +36,7 @@ _OF_THE_PAGE = {
     BLUE: "var(--blue)",
     ORANGE: "var(--orange)",
 }
-_SVG = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana"]}
+_SVG: dict[Any, Any] = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana"]}
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
