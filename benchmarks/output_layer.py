@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experiments.output_variants import Variant, variants
 from measure import copy_bandwidth, peak_bytes, save, time_ms
-from output_variants import Variant, variants
 from peers import Case, Unavailable
 from table import print_record
 from torch import Tensor

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron.config import PearConfig
+from pear_megatron.ops.arguments import require_behavior, require_config, require_mask, require_tensors
 from pear_megatron.ops.logprob import vocab_parallel_logprob
 from pear_megatron.ops.output_layer import linear_logprob
 from pear_megatron.ops.suffix_sum import as_cu_seqlens
@@ -23,6 +24,7 @@ def _reward_per_token(
     reward: Tensor, cu_seqlens: Tensor, config: PearConfig, tokens: int, cp_size: int
 ) -> Tensor:
     """[segments] or [T] -> [T] float32, negative examples scaled."""
+    require_tensors(reward=reward)
     reward = reward.detach().to(device=cu_seqlens.device, dtype=torch.float32).flatten()
     reward = torch.where(reward < 0, reward * config.negative_scale, reward)
     segments = cu_seqlens.numel() - 1
@@ -35,6 +37,42 @@ def _reward_per_token(
     return reward.repeat_interleave(cu_seqlens.diff() // cp_size, output_size=tokens)
 
 
+def _check_arguments(
+    config: PearConfig, behavior_logprobs: Tensor | None, mask: Tensor, **tensors: Tensor
+) -> None:
+    """What is wrong with the call, said before the output layer's work is done. The first tensor has the device."""
+    require_config(config)
+    require_tensors(**tensors)
+    device = next(iter(tensors.values())).device
+    require_tensors(device, **tensors)
+    require_mask(mask, device)
+    require_behavior(behavior_logprobs, device, config)
+
+
+def _checked_token_weights(token_weights: Tensor, mask: Tensor) -> Tensor:
+    """[T] or [B, S] floating -> [T] float32, 0 off the mask."""
+    require_tensors(mask.device, token_weights=token_weights)
+    if token_weights.shape not in (mask.shape, (mask.numel(),)):
+        raise ValueError(
+            f"token_weights has shape {tuple(token_weights.shape)} and mask {tuple(mask.shape)}; give one number "
+            "per token of this rank, aligned with target"
+        )
+    if not token_weights.is_floating_point():
+        raise ValueError(f"token_weights are {token_weights.dtype}; give floating-point numbers (.float())")
+    factor = token_weights.detach().float().reshape(-1)
+    factor = factor.where(mask.reshape(-1), 0.0)
+    finite = factor.isfinite()
+    if factor.is_cuda:  # without waiting for the device
+        torch._assert_async(finite.all(), "token_weights are not finite on a decision")
+    elif not finite.all():
+        bad = (~finite).nonzero().flatten()
+        raise ValueError(
+            f"token_weights are not finite on {len(bad)} of {int(mask.sum())} decisions, first at flat position "
+            f"{bad[0]}: {factor[bad[0]]}; give a finite number to every decision (0 takes it out of the gradient)"
+        )
+    return factor
+
+
 def pear_loss(
     logits: Tensor,
     target: Tensor,
@@ -44,12 +82,13 @@ def pear_loss(
     config: PearConfig,
     *,
     reward: Tensor | None = None,
+    token_weights: Tensor | None = None,
     tp_group: torch.distributed.ProcessGroup | None = None,
     cp_group: torch.distributed.ProcessGroup | None = None,
     vocab_size: int | None = None,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The reweighted SFT loss of one micro-batch (METHOD: Loss).
+    """The reweighted SFT loss of one micro-batch (docs/method.md, Loss).
 
     ``target``, ``behavior_logprobs`` and ``mask`` are aligned with the logits: entry i belongs to the
     token that logits[i] predict (data files are aligned with ``input_ids``; the loader shifts, once).
@@ -62,6 +101,9 @@ def pear_loss(
         cu_seqlens: [segments + 1] integer over the flat tokens of the whole pack.
         config: how the loss is reweighted.
         reward: [segments] (one per trajectory) or [T]; default 1. Below zero = negative example.
+        token_weights: [T] or [B, S] floating, this rank's tokens as ``target`` has them; default 1. A factor of
+            each decision's coefficient, of either sign; it changes neither ``num_tokens`` nor the importance
+            weights, and ``negative_scale`` does not look at it. Anything off the mask.
         tp_group: ranks that share the vocabulary; None = whole.
         cp_group: ranks that share each trajectory in zigzag chunks; None = whole.
         vocab_size: number of real tokens, where the vocabulary is padded.
@@ -75,8 +117,11 @@ def pear_loss(
             ``nll`` (unweighted), and ``pear/...`` (see importance_weights).
 
     Raises:
-        ValueError, IndexError: see vocab_parallel_logprob and importance_weights.
+        ValueError, TypeError, IndexError: see vocab_parallel_logprob and importance_weights; a reward or
+            token_weights that do not fit the tokens, token_weights that are not finite on a decision (on CUDA
+            a device-side assertion).
     """
+    _check_arguments(config, behavior_logprobs, mask, logits=logits, target=target)
     logprob = vocab_parallel_logprob(
         logits,
         target,
@@ -86,7 +131,14 @@ def pear_loss(
         inplace_backward=inplace_backward,
     )
     return loss_of_logprobs(
-        logprob, behavior_logprobs, mask, cu_seqlens, config, reward=reward, cp_group=cp_group
+        logprob,
+        behavior_logprobs,
+        mask,
+        cu_seqlens,
+        config,
+        reward=reward,
+        token_weights=token_weights,
+        cp_group=cp_group,
     )
 
 
@@ -101,6 +153,7 @@ def pear_linear_loss(
     *,
     chunk_tokens: int,
     reward: Tensor | None = None,
+    token_weights: Tensor | None = None,
     tp_group: torch.distributed.ProcessGroup | None = None,
     cp_group: torch.distributed.ProcessGroup | None = None,
     vocab_size: int | None = None,
@@ -112,7 +165,7 @@ def pear_linear_loss(
         hidden: [T, H] floating, the output layer's input, alike on the ranks of tp_group.
         weight: [V_local, H] of the same dtype, this rank's rows of the output layer.
         target, behavior_logprobs, mask: [T], as in pear_loss.
-        cu_seqlens, config, reward, tp_group, cp_group, vocab_size: as in pear_loss.
+        cu_seqlens, config, reward, token_weights, tp_group, cp_group, vocab_size: as in pear_loss.
         chunk_tokens: rows of logits that exist at a time.
         reduce_hidden_gradient: see linear_logprob.
 
@@ -120,8 +173,9 @@ def pear_linear_loss(
         loss_sum, num_tokens, report: as pear_loss.
 
     Raises:
-        ValueError, IndexError: see linear_logprob and importance_weights.
+        ValueError, TypeError, IndexError: see linear_logprob and pear_loss.
     """
+    _check_arguments(config, behavior_logprobs, mask, hidden=hidden, weight=weight, target=target)
     logprob = linear_logprob(
         hidden,
         weight,
@@ -133,7 +187,14 @@ def pear_linear_loss(
         reduce_hidden_gradient=reduce_hidden_gradient,
     )
     return loss_of_logprobs(
-        logprob, behavior_logprobs, mask, cu_seqlens, config, reward=reward, cp_group=cp_group
+        logprob,
+        behavior_logprobs,
+        mask,
+        cu_seqlens,
+        config,
+        reward=reward,
+        token_weights=token_weights,
+        cp_group=cp_group,
     )
 
 
@@ -145,16 +206,13 @@ def loss_of_logprobs(
     config: PearConfig,
     *,
     reward: Tensor | None = None,
+    token_weights: Tensor | None = None,
     cp_group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What pear_loss does once it has the log-probabilities, [T] or [B, S] float32 and 0 off the mask."""
+    _check_arguments(config, behavior_logprobs, mask, logprob=logprob)
     logprob = logprob.reshape(-1)  # [T]
-    if behavior_logprobs is None:
-        if config.variant != "none":
-            raise ValueError(f"variant {config.variant!r} needs behavior_logprobs; only 'none' does without")
-        behavior = logprob.detach()
-    else:
-        behavior = behavior_logprobs.reshape(-1)
+    behavior = None if behavior_logprobs is None else behavior_logprobs.reshape(-1)
     decisions = mask.reshape(-1)
     weights, stats = importance_weights(logprob, behavior, decisions, cu_seqlens, config, cp_group=cp_group)
 
@@ -163,6 +221,8 @@ def loss_of_logprobs(
         cp_size = 1 if cp_group is None else cp_group.size()
         cu = as_cu_seqlens(cu_seqlens, weights.device)
         coefficient = weights * _reward_per_token(reward, cu, config, weights.numel(), cp_size)
+    if token_weights is not None:
+        coefficient = coefficient * _checked_token_weights(token_weights, mask)
     loss_sum = -torch.dot(coefficient, logprob)
     num_tokens = decisions.sum(dtype=torch.int32)
 

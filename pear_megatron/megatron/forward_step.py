@@ -18,6 +18,7 @@ from torch import Tensor
 from pear_megatron.config import PearConfig
 from pear_megatron.data.batches import PackedBatch
 from pear_megatron.loss import loss_of_logprobs, pear_loss
+from pear_megatron.megatron.model import wraps_precision
 from pear_megatron.megatron.output_chunks import (
     logprobs_in_chunks,
     require_output_processor,
@@ -27,15 +28,9 @@ from pear_megatron.megatron.output_chunks import (
 LossOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
-def _wraps_precision(model: Any) -> bool:
-    from megatron.core.transformer.module import Float16Module
-
-    while True:
-        if isinstance(model, Float16Module):
-            return True
-        if not hasattr(model, "module"):
-            return False
-        model = model.module
+def _flat(x: Tensor | None) -> Tensor | None:
+    """[B, S] -> [B * S]."""
+    return None if x is None else x.view(-1)
 
 
 class PearForwardStep:
@@ -90,7 +85,7 @@ class PearForwardStep:
         if self.output_chunk_tokens is not None:
             require_output_processor(model)
         inputs = self._inputs(batch)
-        if _wraps_precision(model):
+        if wraps_precision(model):
             inputs["fp32_output"] = False  # the loss reads bf16 logits; a float32 copy is not needed
         if not self.use_output_processor:
             return model(**inputs), lambda logits: self.loss(logits, batch)
@@ -127,6 +122,7 @@ class PearForwardStep:
             batch.cu_seqlens,
             self.config,
             reward=batch.reward,
+            token_weights=_flat(batch.token_weights),
             tp_group=self.tp_group,
             cp_group=self.cp_group,
             vocab_size=self.vocab_size,
@@ -142,6 +138,7 @@ class PearForwardStep:
             batch.cu_seqlens,
             self.config,
             reward=batch.reward,
+            token_weights=_flat(batch.token_weights),
             cp_group=self.cp_group,
         )
 

@@ -31,19 +31,15 @@ class MegatronScorer:
         max_tokens_per_batch: int,
     ) -> None:
         from pear_megatron.megatron.checkpoint.load_model import load_for_inference
+        from pear_megatron.megatron.model import wraps_precision
 
         self._model, config, self._layout = load_for_inference(
             model, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, precision=dtype
         )
-        from megatron.core.transformer.module import Float16Module
-        from megatron.core.utils import get_model_config
-
-        # Batches differ in shape: stages tell each other the shape before the tensor.
-        get_model_config(self._model).variable_seq_lengths = True
         self._vocab_size = config.vocab_size
         self._max_tokens = max_tokens_per_batch
         # The op reads bf16 logits; a float32 copy of them is not needed.
-        self._options = {"fp32_output": False} if isinstance(self._model, Float16Module) else {}
+        self._options = {"fp32_output": False} if wraps_precision(self._model) else {}
         self.replica, self.num_replicas = self._layout.dp_rank, self._layout.dp_size
         self.writes = self._layout.is_first_stage and self._layout.tp_group.rank() == 0
 
@@ -52,7 +48,7 @@ class MegatronScorer:
         self, trajectories: Sequence[Trajectory], *, on_tokens: Callable[[int], object] = int
     ) -> list[np.ndarray]:
         """See Scorer."""
-        from megatron.core.pipeline_parallel import get_forward_backward_func
+        from pear_megatron.megatron.schedule import run_schedule
 
         batches = length_batches([len(t.input_ids) for t in trajectories], self._max_tokens)
         if not batches:
@@ -60,13 +56,12 @@ class MegatronScorer:
         packed = [right_padded(trajectories, batch) for batch in batches]
         tokens = [sum(len(trajectories[i].input_ids) for i in batch) for batch in batches]
         rows, positions = packed[0].tokens.shape
-        logprobs = get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, on_tokens=on_tokens),
-            data_iterator=zip(packed, tokens, strict=True),
-            model=[self._model],
-            num_microbatches=len(packed),
-            seq_length=positions,
-            micro_batch_size=rows,
+        logprobs = run_schedule(
+            partial(self._forward_step, on_tokens=on_tokens),
+            zip(packed, tokens, strict=True),
+            [self._model],
+            count=len(packed),
+            shape=(rows, positions),
             forward_only=True,
             collect_non_loss_data=True,
         )

@@ -58,7 +58,7 @@ def exact(p: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def answers(p: dict[str, Tensor], four: bool, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from four_byte import four_byte_logprob
+    from experiments.four_byte import four_byte_logprob
 
     hidden, weight = (p[name].clone().requires_grad_() for name in ("hidden", "weight"))
     common = {"mask": p["mask"], "vocab_size": WORDS, **kwargs}
@@ -125,8 +125,8 @@ def test_a_rank_whose_maximum_is_far_below_the_others(dtype, below):
 KERNEL = """
 import sys; sys.path.insert(0, sys.argv[1])
 import torch
-from four_byte import exp_forward_
-from four_byte_kernel import exp_forward_kernel_
+from experiments.four_byte import exp_forward_
+from experiments.four_byte_kernel import exp_forward_kernel_
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
     for tokens, columns, start, size in ((3, 5000, 0, 4700), (4, 100, 50, 107), (2, 64, 128, 100), (2, 4096, 0, 4096)):

@@ -29,7 +29,7 @@ def make_case():
 
 
 def loss_and_gradients(name, hidden, weight, case):
-    from output_variants import variants
+    from experiments.output_variants import variants
 
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
     loss = variants([7])[name](torch.device("cpu"))(*leaves, case)
@@ -45,7 +45,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(name):
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 21, 59, 60, 100])
 def test_one_sweep_carries_the_suffix_over_chunks_of_any_size(chunk_tokens):
-    from output_variants import from_the_end, pear, pear_loss
+    from experiments.output_variants import from_the_end, pear, pear_loss
 
     hidden, weight, case = make_case()
     expected = pear_loss(hidden @ weight.t(), *pear(case))[0]
@@ -54,8 +54,8 @@ def test_one_sweep_carries_the_suffix_over_chunks_of_any_size(chunk_tokens):
 
 
 def test_one_sweep_refuses_weights_that_look_back():
-    from one_sweep import one_sweep_loss
-    from output_variants import pear
+    from experiments.one_sweep import one_sweep_loss
+    from experiments.output_variants import pear
 
     hidden, weight, case = make_case()
     args = (hidden, weight, *pear(case)[:-1])

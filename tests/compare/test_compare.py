@@ -50,6 +50,16 @@ def test_it_ends_with_numbers_a_page_and_pictures(finished: Path) -> None:
     assert not (out / "seed0" / "no-offline-phase" / "run").exists()
 
 
+def test_finished_cells_keep_their_models_and_tuning_keeps_numbers(finished: Path) -> None:
+    out = finished / "out"
+    for cell in (out / "seed0").iterdir():
+        for model in ("export", "rl/final"):
+            assert (cell / model / "model.safetensors").is_file()
+    assert not [path for path in out.glob("*/*/**/checkpoints") if "prepared" not in path.parts]
+    assert not list((out / "tune").rglob("*.safetensors"))
+    assert len(list((out / "tune").rglob("metrics.jsonl"))) == 8  # two arms, two values, two phases
+
+
 def test_layouts_of_two_ranks_and_one_process_see_the_same_trajectories(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -91,7 +101,7 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(finished: Path,
         os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()  # its stages find out by themselves
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=300)[0]
     assert process.returncode == -signal.SIGKILL, said
     compare(config)
     for arm, expected in tiny.results(finished)["arms"].items():

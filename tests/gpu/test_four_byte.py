@@ -1,4 +1,4 @@
-"""The experiment's kernel (benchmarks/four_byte_kernel.py) on the card against its definition on the host."""
+"""The experiment's kernel (benchmarks/experiments/) on the card against its definition on the host."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_kernel_does_what_the_definition_says(dtype, columns, start, size, masked):
     pytest.importorskip("triton")
-    from four_byte import exp_forward_
-    from four_byte_kernel import exp_forward_kernel_
+    from experiments.four_byte import exp_forward_
+    from experiments.four_byte_kernel import exp_forward_kernel_
 
     logits = (4 * torch.randn(40, columns)).to(dtype)
     target, mask = torch.randint(size, (40,)), torch.rand(40) < 0.7 if masked else None

@@ -107,6 +107,19 @@ def test_mistakes_are_one_line(inspect: Inspect, tmp_path: Path, arguments: list
     assert said in found.stderr
 
 
+def test_a_page_that_is_there_is_replaced_only_when_asked(inspect: Inspect, tmp_path: Path) -> None:
+    data, page = write_rows(tmp_path / "data.jsonl", make_rows(3)), tmp_path / "mine.html"
+    page.write_text("mine")
+    done = CliRunner().invoke(app, ["inspect", str(data), "--output", str(page)])
+    assert done.exit_code == 1
+    assert f"{page} is there; name another --output, or replace it with --overwrite" in done.stderr
+    assert page.read_text() == "mine"
+    assert inspect(data, "--overwrite").exit_code == 0
+    done = CliRunner().invoke(app, ["inspect", str(data), "--output", str(page), "--overwrite"])
+    assert done.exit_code == 0
+    assert page.read_text() != "mine"
+
+
 @pytest.mark.parametrize("change", ["other_words", "other_template"])
 def test_another_tokenizer_or_chat_template_is_refused(
     inspect: Inspect, tmp_path: Path, byte_folder: Path, change: str
@@ -122,7 +135,7 @@ def test_another_tokenizer_or_chat_template_is_refused(
     found = inspect(write_rows(data, rows), "--scored", "--tokenizer", byte_folder)
     assert found.exit_code == 1
     assert f"{data}:4: tokenizer_hash" in found.stderr
-    assert "a foreign tokenizer or chat template" in found.stderr
+    assert "score the data again" in found.stderr
 
 
 def test_a_draw_is_said_on_the_page_and_can_be_repeated(inspect: Inspect, tmp_path: Path) -> None:

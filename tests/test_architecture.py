@@ -1,0 +1,98 @@
+"""Imports of the package run one way, and Megatron-Core is met in one place."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "pear_megatron"
+# Files outside pear_megatron/megatron that import megatron, and why.
+MEETS_MEGATRON = {
+    "hf/bridge.py": "Megatron-Bridge, for architectures that this package does not know",
+}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, at its head or inside a function; not what only a type checker reads."""
+    tree = ast.parse(path.read_text())
+    unread = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in unread:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in FILES else node.module
+
+
+def graph(part: str) -> dict[str, set[str]]:
+    """The package's files (``part`` = file) or folders and their imports; the lazy public API is no part."""
+    edges: dict[str, set[str]] = defaultdict(set)
+    for name, path in FILES.items():
+        for imported in imports(path):
+            if imported not in FILES or "pear_megatron" in (name, imported):
+                continue
+            one, other = (name, imported) if part == "file" else (folder(name), folder(imported))
+            if one != other:
+                edges[one].add(other)
+    return edges
+
+
+def folder(name: str) -> str:
+    """``data`` for pear_megatron.data.files; a file at the package's top stands for itself."""
+    return name.split(".")[1]
+
+
+@pytest.mark.parametrize("part", ["file", "folder"])
+def test_imports_run_one_way(part: str) -> None:
+    try:
+        TopologicalSorter(graph(part)).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(reversed(error.args[1]))}")
+
+
+def test_megatron_is_imported_in_its_folder_alone() -> None:
+    found = {
+        str(path.relative_to(PACKAGE))
+        for name, path in FILES.items()
+        if folder(name + ".") != "megatron"
+        for imported in imports(path)
+        if imported.split(".")[0] == "megatron"
+    }
+    assert found == set(MEETS_MEGATRON)
+
+
+def test_nothing_but_the_method_and_the_ground_floor_stands_at_the_top() -> None:
+    method = {"config", "weights", "loss", "alignment"}
+    ground_floor = {
+        "__init__",
+        "cli",
+        "errors",
+        "interrupt",
+        "lazy",
+        "progress",
+        "ranks",
+        "schema",
+        "storage",
+    }
+    assert {path.stem for path in PACKAGE.glob("*.py")} == method | ground_floor
