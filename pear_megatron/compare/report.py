@@ -56,7 +56,7 @@ def print_table(outcome: Outcome) -> None:
     """Means, and below each the difference from the baseline."""
     found = make_table(outcome.as_json())
     table = Table(
-        title=f"{found.num_seeds} seed(s); 95 % intervals; second lines: difference from {found.baseline}, paired"
+        title=f"{found.num_seeds} seed(s); 95 % intervals; second lines: difference from {outcome.recipe.baseline}, paired"
     )
     table.add_column("arm")
     for title in found.titles:
