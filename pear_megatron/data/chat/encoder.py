@@ -70,8 +70,8 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._multi_turn = multi_turn
         self._special = special_texts(tokenizer)
-        first = tokenizer.convert_ids_to_tokens(self._ids("a"))[0]
-        self._space_first = first.startswith("\u2581")
+        first = tokenizer.convert_ids_to_tokens(self._ids("a"))[:1]  # of a tiny vocabulary, none
+        self._space_first = any(token.startswith("\u2581") for token in first)
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = set(tokenizer.all_special_ids) | {i for i, token in added if token.special}
         self.notes: Counter[str] = Counter()
