@@ -35,6 +35,29 @@ def _reward_per_token(
     return reward.repeat_interleave(cu_seqlens.diff() // cp_size, output_size=tokens)
 
 
+def _checked_token_weights(token_weights: Tensor, mask: Tensor) -> Tensor:
+    """[T] or [B, S] floating -> [T] float32, 0 off the mask."""
+    if token_weights.shape not in (mask.shape, (mask.numel(),)):
+        raise ValueError(
+            f"token_weights has shape {tuple(token_weights.shape)} and mask {tuple(mask.shape)}; give one number "
+            "per token of this rank, aligned with target"
+        )
+    if not token_weights.is_floating_point():
+        raise ValueError(f"token_weights are {token_weights.dtype}; give floating-point numbers (.float())")
+    factor = token_weights.detach().to(mask.device, torch.float32).reshape(-1)
+    factor = factor.where(mask.reshape(-1), 0.0)
+    finite = factor.isfinite()
+    if factor.is_cuda:  # without waiting for the device
+        torch._assert_async(finite.all(), "token_weights are not finite on a decision")
+    elif not finite.all():
+        bad = (~finite).nonzero().flatten()
+        raise ValueError(
+            f"token_weights are not finite on {len(bad)} of {int(mask.sum())} decisions, first at flat position "
+            f"{bad[0]}: {factor[bad[0]]}; give a finite number to every decision (0 takes it out of the gradient)"
+        )
+    return factor
+
+
 def pear_loss(
     logits: Tensor,
     target: Tensor,
@@ -44,6 +67,7 @@ def pear_loss(
     config: PearConfig,
     *,
     reward: Tensor | None = None,
+    token_weights: Tensor | None = None,
     tp_group: torch.distributed.ProcessGroup | None = None,
     cp_group: torch.distributed.ProcessGroup | None = None,
     vocab_size: int | None = None,
@@ -62,6 +86,9 @@ def pear_loss(
         cu_seqlens: [segments + 1] integer over the flat tokens of the whole pack.
         config: how the loss is reweighted.
         reward: [segments] (one per trajectory) or [T]; default 1. Below zero = negative example.
+        token_weights: [T] or [B, S] floating, this rank's tokens as ``target`` has them; default 1. A factor of
+            each decision's coefficient, of either sign; it changes neither ``num_tokens`` nor the importance
+            weights, and ``negative_scale`` does not look at it. Anything off the mask.
         tp_group: ranks that share the vocabulary; None = whole.
         cp_group: ranks that share each trajectory in zigzag chunks; None = whole.
         vocab_size: number of real tokens, where the vocabulary is padded.
@@ -75,7 +102,9 @@ def pear_loss(
             ``nll`` (unweighted), and ``pear/...`` (see importance_weights).
 
     Raises:
-        ValueError, IndexError: see vocab_parallel_logprob and importance_weights.
+        ValueError, TypeError, IndexError: see vocab_parallel_logprob and importance_weights; a reward or
+            token_weights that do not fit the tokens, token_weights that are not finite on a decision (on CUDA
+            a device-side assertion).
     """
     logprob = vocab_parallel_logprob(
         logits,
@@ -86,7 +115,14 @@ def pear_loss(
         inplace_backward=inplace_backward,
     )
     return loss_of_logprobs(
-        logprob, behavior_logprobs, mask, cu_seqlens, config, reward=reward, cp_group=cp_group
+        logprob,
+        behavior_logprobs,
+        mask,
+        cu_seqlens,
+        config,
+        reward=reward,
+        token_weights=token_weights,
+        cp_group=cp_group,
     )
 
 
@@ -101,6 +137,7 @@ def pear_linear_loss(
     *,
     chunk_tokens: int,
     reward: Tensor | None = None,
+    token_weights: Tensor | None = None,
     tp_group: torch.distributed.ProcessGroup | None = None,
     cp_group: torch.distributed.ProcessGroup | None = None,
     vocab_size: int | None = None,
@@ -112,7 +149,7 @@ def pear_linear_loss(
         hidden: [T, H] floating, the output layer's input, alike on the ranks of tp_group.
         weight: [V_local, H] of the same dtype, this rank's rows of the output layer.
         target, behavior_logprobs, mask: [T], as in pear_loss.
-        cu_seqlens, config, reward, tp_group, cp_group, vocab_size: as in pear_loss.
+        cu_seqlens, config, reward, token_weights, tp_group, cp_group, vocab_size: as in pear_loss.
         chunk_tokens: rows of logits that exist at a time.
         reduce_hidden_gradient: see linear_logprob.
 
@@ -120,7 +157,7 @@ def pear_linear_loss(
         loss_sum, num_tokens, report: as pear_loss.
 
     Raises:
-        ValueError, IndexError: see linear_logprob and importance_weights.
+        ValueError, TypeError, IndexError: see linear_logprob and pear_loss.
     """
     logprob = linear_logprob(
         hidden,
@@ -133,7 +170,14 @@ def pear_linear_loss(
         reduce_hidden_gradient=reduce_hidden_gradient,
     )
     return loss_of_logprobs(
-        logprob, behavior_logprobs, mask, cu_seqlens, config, reward=reward, cp_group=cp_group
+        logprob,
+        behavior_logprobs,
+        mask,
+        cu_seqlens,
+        config,
+        reward=reward,
+        token_weights=token_weights,
+        cp_group=cp_group,
     )
 
 
@@ -145,6 +189,7 @@ def loss_of_logprobs(
     config: PearConfig,
     *,
     reward: Tensor | None = None,
+    token_weights: Tensor | None = None,
     cp_group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What pear_loss does once it has the log-probabilities, [T] or [B, S] float32 and 0 off the mask."""
@@ -163,6 +208,8 @@ def loss_of_logprobs(
         cp_size = 1 if cp_group is None else cp_group.size()
         cu = as_cu_seqlens(cu_seqlens, weights.device)
         coefficient = weights * _reward_per_token(reward, cu, config, weights.numel(), cp_size)
+    if token_weights is not None:
+        coefficient = coefficient * _checked_token_weights(token_weights, mask)
     loss_sum = -torch.dot(coefficient, logprob)
     num_tokens = decisions.sum(dtype=torch.int32)
 

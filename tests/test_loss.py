@@ -15,6 +15,7 @@ from tests.distributed import run_ranks, zigzag
 from tests.packs import CONFIGS, VARIANTS, config_id
 
 WORDS = 60
+NAN = float("nan")
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Batch:
     mask: Tensor
     cu_seqlens: Tensor
     reward: Tensor  # [S]
+    token_weights: Tensor  # [T]
 
     def inputs(self) -> tuple[Tensor, ...]:
         return self.logits, self.target, self.behavior_logprobs, self.mask, self.cu_seqlens
@@ -44,6 +46,7 @@ def make_batch(lengths: list[int], dtype: torch.dtype = torch.float32) -> Batch:
         mask=mask,
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
         reward=torch.tensor([1.0, -0.5, 2.0, 0.0, -1.0])[: len(lengths)],
+        token_weights=torch.randn(tokens).where(mask, NAN),
     )
 
 
@@ -54,22 +57,24 @@ def loss_and_gradient(batch: Batch, config: PearConfig, **kwargs: Any) -> tuple[
     return loss.detach(), leaf.grad, num_tokens, report
 
 
-def float64_answer(batch: Batch, config: PearConfig, reward: Tensor | None) -> tuple[Tensor, Tensor]:
+def float64_answer(
+    batch: Batch, config: PearConfig, reward: Tensor | None, token_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     exact = batch.logits.double().requires_grad_()
-    loss = reference.loss_sum(exact, *batch.inputs()[1:], config, reward)
+    loss = reference.loss_sum(exact, *batch.inputs()[1:], config, reward, token_weights=token_weights)
     loss.backward()
     return loss.detach(), exact.grad
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)
-@pytest.mark.parametrize("with_reward", [False, True])
-def test_value_and_gradient_equal_float64_autograd(config, with_reward):
+@pytest.mark.parametrize("factors", [(), ("reward",), ("token_weights",), ("reward", "token_weights")])
+def test_value_and_gradient_equal_float64_autograd(config, factors):
     config = PearConfig(**{**config.model_dump(), "negative_scale": 0.3})
     batch = make_batch([12, 1, 20, 0, 9])
-    reward = batch.reward if with_reward else None
-    expected, exact = float64_answer(batch, config, reward)
+    given = {"reward": None, "token_weights": None} | {name: getattr(batch, name) for name in factors}
+    expected, exact = float64_answer(batch, config, **given)
     for inplace in (False, True):
-        loss, grad, _, _ = loss_and_gradient(batch, config, reward=reward, inplace_backward=inplace)
+        loss, grad, _, _ = loss_and_gradient(batch, config, **given, inplace_backward=inplace)
         assert loss.dtype == torch.float32
         assert loss.shape == ()
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
@@ -122,6 +127,44 @@ def test_a_negative_example_is_pushed_away():
         torch.testing.assert_close(scaled, expected * grad)
 
 
+def test_token_weights_change_the_gradient_and_neither_the_count_nor_the_weights():
+    batch = make_batch([12, 9])
+    config = PearConfig(negative_scale=0.0)
+    plain = loss_and_gradient(batch, config)
+    for factor in (1.0, -2.0):  # negative_scale looks at rewards alone
+        batch.token_weights.fill_(factor).requires_grad_()
+        loss, grad, num_tokens, report = loss_and_gradient(batch, config, token_weights=batch.token_weights)
+        assert torch.equal(loss, factor * plain[0])
+        assert torch.equal(grad, factor * plain[1])
+        assert torch.equal(num_tokens, plain[2])
+        assert batch.token_weights.grad is None
+        batch.token_weights.requires_grad_(False)
+        assert torch.equal(report["loss"], torch.tensor([loss, float(num_tokens)]))
+        assert all(torch.equal(report[name], plain[3][name]) for name in report if name != "loss")
+
+
+def test_a_token_weight_of_zero_takes_a_decision_out_of_the_gradient_alone():
+    batch = make_batch([12])
+    batch.mask[:] = True
+    batch.target = batch.target.clamp_min(0)
+    batch.token_weights = torch.tensor([1.0] * 5 + [0.0] + [1.0] * 6).bfloat16()
+    _, plain, _, _ = loss_and_gradient(batch, PearConfig())
+    _, grad, _, _ = loss_and_gradient(batch, PearConfig(), token_weights=batch.token_weights)
+    assert not grad[5].any()
+    others = [t for t in range(12) if t != 5]
+    assert torch.equal(grad[others], plain[others])
+
+
+def test_token_weights_that_are_not_finite_on_a_decision_are_refused():
+    batch = make_batch([12, 9])
+    batch.mask[:5] = torch.tensor([True, False, True, False, True])
+    batch.target = batch.target.clamp_min(0)
+    batch.token_weights[[0, 1, 2, 4]] = torch.tensor([1.0, NAN, float("inf"), NAN])
+    message = f"not finite on 2 of {batch.mask.sum()} decisions, first at flat position 2: inf; give a finite number"
+    with pytest.raises(ValueError, match=message):
+        loss_and_gradient(batch, PearConfig(), token_weights=batch.token_weights)
+
+
 @pytest.mark.parametrize("with_behavior", [True, False])
 def test_variant_none_is_torchs_cross_entropy(with_behavior):
     batch = make_batch([12, 9])
@@ -157,7 +200,10 @@ def test_packed_equals_unpacked(config):
     for i, (start, length) in enumerate(zip(batch.cu_seqlens.tolist(), lengths, strict=False)):
         one = slice(start, start + length)
         part = Batch(
-            *(x[one] for x in batch.inputs()[:4]), torch.tensor([0, length]), batch.reward[i : i + 1]
+            *(x[one] for x in batch.inputs()[:4]),
+            torch.tensor([0, length]),
+            batch.reward[i : i + 1],
+            batch.token_weights[one],
         )
         alone.append(loss_and_gradient(part, config, reward=part.reward))
     torch.testing.assert_close(sum(part[0] for part in alone), loss, rtol=1e-5, atol=1e-5)
@@ -170,13 +216,15 @@ def test_packed_equals_unpacked(config):
 @pytest.mark.parametrize("transposed", [False, True], ids=["b_s_v", "s_b_v"])
 def test_a_batch_of_rows_is_a_pack_of_equal_lengths(transposed):
     batch = make_batch([10, 10, 10])
-    flat = loss_and_gradient(batch, PearConfig(), reward=batch.reward)
+    flat = loss_and_gradient(batch, PearConfig(), reward=batch.reward, token_weights=batch.token_weights)
     logits = batch.logits.view(3, 10, WORDS)
     if transposed:  # as Megatron's model gives them: [s, b, v], seen as [b, s, v]
         logits = logits.transpose(0, 1).contiguous().transpose(0, 1)
     leaf = logits.requires_grad_()
-    tensors = (x.view(3, 10) for x in batch.inputs()[1:4])
-    loss, num_tokens, report = pear_loss(leaf, *tensors, batch.cu_seqlens, PearConfig(), reward=batch.reward)
+    *tensors, factors = (x.view(3, 10) for x in (*batch.inputs()[1:4], batch.token_weights))
+    loss, num_tokens, report = pear_loss(
+        leaf, *tensors, batch.cu_seqlens, PearConfig(), reward=batch.reward, token_weights=factors
+    )
     loss.backward()
     assert torch.equal(loss, flat[0])
     assert torch.equal(leaf.grad.reshape(30, WORDS), flat[1])
@@ -221,6 +269,11 @@ def test_a_micro_batch_without_decisions_is_zero_and_not_nan(variant):
     [
         ({"behavior_logprobs": None}, "variant 'token' needs behavior_logprobs; only 'none' does without"),
         (
+            {"token_weights": torch.ones(20)},
+            r"token_weights has shape \(20,\) and mask \(21,\); give one number per token of this rank",
+        ),
+        ({"token_weights": torch.ones(21).long()}, r"token_weights are torch.int64; give floating-point"),
+        (
             {"reward": torch.ones(3)},
             r"reward has 3 entries; give one per trajectory \(2\) or per token \(21\)",
         ),
@@ -246,13 +299,12 @@ def loss_of_a_shard(rank: int, batch: Batch, tp: int) -> list[tuple[Tensor, Tens
     tp_groups = [torch.distributed.new_group(list(range(i * tp, (i + 1) * tp))) for i in range(cp)]
     cp_groups = [torch.distributed.new_group(list(range(i, ranks, tp))) for i in range(tp)]
     cp_rank, tp_rank = divmod(rank, tp)
-    whole = (*batch.inputs()[:4],)
-    logits, target, behavior, mask = (zigzag(x, batch.cu_seqlens, cp_rank, cp) for x in whole)
-    shard = Batch(logits.chunk(tp, -1)[tp_rank], target, behavior, mask, batch.cu_seqlens, batch.reward)
+    whole = (*batch.inputs()[:4], batch.token_weights)
+    logits, *of_tokens, factors = (zigzag(x, batch.cu_seqlens, cp_rank, cp) for x in whole)
+    shard = Batch(logits.chunk(tp, -1)[tp_rank], *of_tokens, batch.cu_seqlens, batch.reward, factors)
+    groups = {"tp_group": tp_groups[cp_rank], "cp_group": cp_groups[tp_rank]}
     return [
-        loss_and_gradient(
-            shard, config, reward=batch.reward, tp_group=tp_groups[cp_rank], cp_group=cp_groups[tp_rank]
-        )
+        loss_and_gradient(shard, config, reward=batch.reward, token_weights=factors, **groups)
         for config in EVERY_CONFIG
     ]
 
@@ -262,7 +314,9 @@ def test_tensor_and_context_parallel_ranks_together_equal_one(tp, cp):
     batch = make_batch([12, 8, 0, 24])
     by_rank = run_ranks(tp * cp, loss_of_a_shard, batch, tp)
     for i, config in enumerate(EVERY_CONFIG):
-        loss, grad, num_tokens, report = loss_and_gradient(batch, config, reward=batch.reward)
+        loss, grad, num_tokens, report = loss_and_gradient(
+            batch, config, reward=batch.reward, token_weights=batch.token_weights
+        )
         one_per_cp_rank = [by_rank[cp_rank * tp][i] for cp_rank in range(cp)]
         torch.testing.assert_close(sum(r[0] for r in one_per_cp_rank), loss, rtol=1e-5, atol=1e-5)
         assert sum(r[2] for r in one_per_cp_rank) == num_tokens

@@ -61,7 +61,7 @@ def score(
     backend: Annotated[
         Backend | None,
         typer.Option(
-            help="import: log-probs that vLLM, an OpenAI-compatible server or NeMo-RL recorded. "
+            help="import: log-probs that vLLM, SGLang, an OpenAI-compatible server, slime, verl or NeMo-RL recorded. "
             "Default: megatron where it has the architecture, else hf"
         ),
     ] = None,
@@ -84,6 +84,14 @@ def score(
     max_tokens_per_batch: Annotated[
         int | None, typer.Option(min=1, help="rows x longest row; default: 16384 on a GPU, 2048 without")
     ] = None,
+    raw_logprobs: Annotated[
+        bool,
+        typer.Option(
+            "--raw-logprobs",
+            help="import: the engine logged the model's own log-probs, at temperature 1 and over all tokens, "
+            "whatever it sampled with",
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="start over")] = False,
 ) -> None:
     """Write each token's log-prob under the policy that wrote it (temperature 1), aligned with input_ids.
@@ -96,9 +104,14 @@ def score(
 
     _speak(is_main())
     try:
+        from pear_megatron.errors import ScoreError
         from pear_megatron.score.source import ScoreSettings
 
         chosen, why = _backend(model, backend, write_as)
+        if raw_logprobs and backend is not Backend.recorded:
+            raise ScoreError(
+                "--raw-logprobs is about recorded log-probs; give it with --backend import, or leave it out"
+            )
         _run(
             ScoreSettings(
                 data=[*data, *(files or [])],
@@ -109,6 +122,7 @@ def score(
                 tokenizer=tokenizer,
                 max_length=max_length,
                 overlong=overlong.value,
+                raw_logprobs=raw_logprobs,
                 overwrite=overwrite,
                 tensor_parallel=tensor_parallel,
                 pipeline_parallel=pipeline_parallel,

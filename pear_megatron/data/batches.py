@@ -13,6 +13,7 @@ from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.ops.context_parallel import check_shards, shard_positions
 
 _NO_LABEL = -100  # what Megatron and torch ignore
+_PER_POSITION = ("tokens", "labels", "loss_mask", "behavior_logprobs", "position_ids", "token_weights")
 
 
 class Trajectories(Protocol):
@@ -40,6 +41,7 @@ class PackedBatch:
         reward: float32 [n], one per segment, 1 on padding.
         trajectory_index: int64 [n], the dataset's index, -1 on padding.
         max_seqlen: length of the longest segment.
+        token_weights: float32 [B, S], aligned with ``labels``, 0 off the decisions; None = 1 on all of them.
     """
 
     tokens: torch.Tensor
@@ -51,6 +53,7 @@ class PackedBatch:
     reward: torch.Tensor
     trajectory_index: torch.Tensor
     max_seqlen: int
+    token_weights: torch.Tensor | None = None
 
     def attention_mask(self) -> torch.Tensor:
         """Block-diagonal causal mask, bool [B, 1, S, S], True = masked out (Megatron's convention).
@@ -77,15 +80,16 @@ class PackedBatch:
         local = rows * length // ranks
         check_shards(self.cu_seqlens, ranks, "zigzag", local)
         mine = shard_positions(self.cu_seqlens, ranks, "zigzag", local)[rank]  # [local]
-        names = ("tokens", "labels", "loss_mask", "behavior_logprobs", "position_ids")
-        return replace(self, **{name: getattr(self, name).flatten()[mine].view(rows, -1) for name in names})
+        whole = {name: getattr(self, name) for name in _PER_POSITION}
+        return replace(
+            self, **{name: x.flatten()[mine].view(rows, -1) for name, x in whole.items() if x is not None}
+        )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch on another device."""
-        names = [field.name for field in fields(self) if field.name != "max_seqlen"]
-        return replace(
-            self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: x.to(device, non_blocking=non_blocking) for name, x in tensors.items()})
 
 
 def collate(
@@ -111,6 +115,7 @@ def collate(
     loss_mask = np.zeros(shape, dtype=bool)
     behavior = np.zeros(shape, dtype=np.float32)
     position_ids = np.zeros(shape, dtype=np.int64)
+    token_weights: np.ndarray | None = None
     lengths, rewards, indices = [], [], []
     for r, row in enumerate(rows):
         start = 0
@@ -126,6 +131,12 @@ def collate(
             labels[here] = np.where(decisions, trajectory.input_ids[1:], _NO_LABEL)
             loss_mask[here] = decisions
             behavior[here] = np.where(decisions, trajectory.behavior_logprobs[1:], 0.0)
+            if trajectory.token_weights is not None:
+                if token_weights is None:
+                    token_weights = loss_mask.astype(np.float32)  # 1 on the decisions so far
+                token_weights[here] = np.where(decisions, trajectory.token_weights[1:], 0.0)
+            elif token_weights is not None:
+                token_weights[here] = decisions
             position_ids[r, start : start + padded] = np.arange(padded)
             lengths.append(padded)
             rewards.append(trajectory.reward)
@@ -146,4 +157,5 @@ def collate(
         reward=torch.tensor(rewards, dtype=torch.float32),
         trajectory_index=torch.tensor(indices, dtype=torch.int64),
         max_seqlen=max(lengths, default=0),
+        token_weights=None if token_weights is None else torch.from_numpy(token_weights),
     )

@@ -18,6 +18,12 @@ class DataConfig(StrictModel):
         packing: put several trajectories into a row; False gives each trajectory a row of its own.
         tokenizer: Hugging Face name or local folder (one with a single ``.gguf`` file will do); needed
             by rows of text, and to refuse token ids that another tokenizer made.
+        chat_template: file with a Jinja chat template, used instead of the tokenizer's own.
+        chat_template_kwargs: arguments of the template for all rows (``enable_thinking``, ...); a row's own go
+            over them.
+        multi_turn: how a conversation of several assistant turns becomes tokens. ``whole``: one trajectory.
+            ``split``: every assistant turn one of its own, in the context that it was generated in. ``auto``:
+            whole where that has the same contexts, else split.
         overlong: what to do with a trajectory that does not fit into ``seq_length``.
         truncated: what to do with a row marked ``truncated``: its response lost its suffix, so that its
             weights would be those of another trajectory (METHOD: Where it goes wrong).
@@ -32,6 +38,9 @@ class DataConfig(StrictModel):
     seq_length: int = Field(ge=1)
     packing: bool = True
     tokenizer: str | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    multi_turn: Literal["auto", "whole", "split"] = "auto"
     overlong: Literal["error", "drop"] = "error"
     truncated: Literal["drop", "error", "keep"] = "drop"
     cache_dir: str | None = None

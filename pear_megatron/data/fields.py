@@ -10,11 +10,14 @@ import numpy as np
 
 from pear_megatron.data.errors import RowProblem
 
-# The three ways to give the tokens of a trajectory; a row uses one.
-FORMS = (("input_ids", "loss_mask"), ("messages",), ("prompt", "response"))
+# The ways to give the tokens of a trajectory; a row uses one.
+FORMS = (("input_ids", "loss_mask"), ("messages",), ("conversations",), ("prompt", "response"))
+OF_TEXT = ("tools", "documents", "chat_template_kwargs")  # what a chat template is given beside the text
 _MAX_FLOAT32 = 3.4e38
 KNOWN_FIELDS = (
     *(name for form in FORMS for name in form),
+    *OF_TEXT,
+    "token_weights",
     "behavior_logprobs",
     "policy_logprobs",
     "reward",
@@ -41,13 +44,30 @@ def form_of(fields: Mapping[str, Any]) -> tuple[str, ...]:
     if len(used) != 1:
         found = " and ".join("+".join(form) for form in used) or "none of them"
         raise RowProblem(
-            f"a row has one of input_ids+loss_mask, messages, or prompt+response; this one has {found}"
+            "a row has one of input_ids+loss_mask, messages (or conversations), or prompt+response; this one has "
+            f"{found}"
         )
     for name in used[0]:
         if name not in fields:
             other = next(other for other in used[0] if other in fields)
             raise RowProblem(f"missing field {name!r}: {other!r} does not come without it; add it")
+    _check_company(fields, used[0][0])
     return used[0]
+
+
+def _check_company(fields: Mapping[str, Any], form: str) -> None:
+    if form != "input_ids":
+        if "token_weights" in fields:
+            raise RowProblem(
+                f"token_weights belongs to tokens, and {form} is text; give input_ids+loss_mask (`pear-megatron score` "
+                "writes them), or 'weight' 0 in a message to keep its turn out of training"
+            )
+        return
+    for name in OF_TEXT:
+        if name in fields:
+            raise RowProblem(
+                f"{name} beside input_ids changes nothing: the tokens are there already; put it under 'metadata'"
+            )
 
 
 def get_number(fields: Mapping[str, Any], name: str, default: float) -> float:
@@ -91,7 +111,8 @@ def get_mask(fields: Mapping[str, Any], name: str) -> np.ndarray:
     if len(wrong):
         value = array[wrong[0]].item()
         raise RowProblem(
-            f"{name}[{wrong[0]}] = {value!r}; it must be {wanted} (a weight goes into 'reward', one a row)"
+            f"{name}[{wrong[0]}] = {value!r}; it must be {wanted} (weights go into 'reward', one per row, or "
+            "'token_weights')"
         )
     return array.astype(bool)
 
@@ -104,6 +125,24 @@ def get_nullable_floats(fields: Mapping[str, Any], name: str) -> tuple[np.ndarra
             raise RowProblem(f"{name} is float16, {HALF_WAY_OUT}")
         return values.astype(np.float64), np.zeros(len(values), dtype=bool)
     return np.array(values, dtype=np.float64), np.array([value is None for value in values], dtype=bool)
+
+
+def get_token_weights(fields: Mapping[str, Any], mask: np.ndarray) -> np.ndarray | None:
+    """``token_weights`` as float32 [n], 0 off the decisions ``mask``; None where the row has none."""
+    name = "token_weights"
+    if name not in fields:
+        return None
+    values, nulls = get_nullable_floats(fields, name)
+    if len(values) != len(mask):
+        raise RowProblem(f"{name} has {len(values)} entries and input_ids {len(mask)}; write one per token")
+    bad = np.flatnonzero(mask & ~(np.abs(values) < _MAX_FLOAT32))
+    if len(bad):
+        shown = "null" if nulls[bad[0]] else f"{values[bad[0]]:g}"
+        raise RowProblem(
+            f"{name}[{bad[0]}] = {shown} on a decision; give a finite number, of either sign (0 takes the decision "
+            "out of the gradient)"
+        )
+    return np.where(mask, values, 0.0).astype(np.float32)
 
 
 HALF_WAY_OUT = (

@@ -128,6 +128,10 @@ def _read_parquet(path: Path, problems: Problems, strict: bool) -> Iterator[Row]
                     values = {name: _value(column[i]) for name, column in columns.items()}
                     fields = {name: value for name, value in values.items() if value is not None}
                     yield Row(f"{path}:{number}", fields, size)
+    except pa.ArrowNotImplementedError as error:
+        problems.add(
+            str(path), f"has a column that pyarrow cannot read ({short(str(error))}); write it as JSONL"
+        )
     except (pa.ArrowException, OSError) as error:
         place = f"{path}:{number + 1}" if number else str(path)
         problems.add(place, f"is not a whole Parquet file ({short(str(error))}); write or copy it again")
@@ -139,7 +143,10 @@ def _refuse_half(schema: Any) -> None:
     if "behavior_logprobs" not in schema.names:
         return
     kind = schema.field("behavior_logprobs").type
-    if types.is_float16(getattr(kind, "value_type", kind)):
+    item = kind
+    while hasattr(item, "value_type"):  # lists of any kind, and dictionaries
+        item = item.value_type
+    if types.is_float16(item):
         raise RowProblem(f"column behavior_logprobs is {kind}: float16, {HALF_WAY_OUT}")
 
 
@@ -152,4 +159,17 @@ def _value(scalar: Any) -> Any:
         kind = values.type
         if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
             return values.to_numpy(zero_copy_only=False)
-    return scalar.as_py()
+    if not pa.types.is_nested(scalar.type):
+        return scalar.as_py()
+    value = scalar.as_py(maps_as_pydicts="strict")
+    of_numbers = isinstance(values, pa.Array) and not pa.types.is_nested(values.type)
+    return value if of_numbers else _without_null_keys(value)
+
+
+def _without_null_keys(value: Any) -> Any:
+    """A Parquet struct has every key of every row, null where a row had none."""
+    if isinstance(value, dict):
+        return {key: _without_null_keys(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_null_keys(inner) for inner in value]
+    return value

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import DataError, Problems, RowProblem
 from pear_megatron.data.files import expand_files, read_rows
 from pear_megatron.data.store import FORMAT_VERSION, TrajectoryDataset, TrajectoryWriter
-from pear_megatron.data.tokenizer import load_tokenizer, tokenizer_hash
+from pear_megatron.data.tokenizer import load_tokenizer
 from pear_megatron.data.validate import Validator
 from pear_megatron.progress import reading_progress
 
@@ -39,31 +39,31 @@ def prepare(
         progress: show a progress bar on standard error.
 
     Raises:
-        DataError: listing what is wrong with the data, by file and line, up to 20 problems.
+        DataError: listing what is wrong with the data, by file and line, up to 20 kinds of problems.
         ImportError: ``config.tokenizer`` is set and transformers is missing.
     """
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
+    validator = Validator(
+        config,
+        require_behavior_logprobs=require_behavior_logprobs,
+        vocab_size=vocab_size,
+        tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer is not None else None,
+    )
     place = partial(
         cache_path,
         config,
         require_behavior_logprobs=require_behavior_logprobs,
         vocab_size=vocab_size,
-        tokenizer_hash=tokenizer_hash(tokenizer) if tokenizer is not None else None,
+        tokenizer_hash=validator.tokenizer_hash,
     )
     folder = place()
     if folder.exists():
         try:
-            _announce(TrajectoryDataset.open(folder).meta["counts"])
+            meta = TrajectoryDataset.open(folder).meta
+            _announce(meta["counts"], meta["notes"])
             return folder
         except DataError as error:
             logger.warning("%s; preparing it again", error.problems[0])
             shutil.rmtree(folder)
-    validator = Validator(
-        config,
-        require_behavior_logprobs=require_behavior_logprobs,
-        vocab_size=vocab_size,
-        tokenizer=tokenizer,
-    )
     files = _files(config)
     try:
         writer = TrajectoryWriter(folder)
@@ -79,11 +79,12 @@ def prepare(
         writer.commit(
             {
                 "counts": dict(validator.counts),
+                "notes": validator.notes,
                 "tokenizer_hash": validator.tokenizer_hash,
                 "files": [str(file) for file in files],
             }
         )
-    _announce(validator.counts)
+    _announce(validator.counts, validator.notes)
     return folder
 
 
@@ -110,6 +111,7 @@ def cache_path(
         "require_behavior_logprobs": require_behavior_logprobs,
         "vocab_size": vocab_size,
         "tokenizer_hash": tokenizer_hash,
+        "multi_turn": config.multi_turn,
     }
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(config.cache_dir).expanduser() if config.cache_dir else files[0].parent / ".pear_cache"
@@ -129,11 +131,11 @@ def _fill(writer: TrajectoryWriter, validator: Validator, files: list[Path], pro
         for file in files:
             for row in read_rows(file, problems):
                 try:
-                    trajectory = validator(row)
+                    trajectories = validator(row)
                 except RowProblem as problem:
                     problems.add(row.where, problem)
                 else:
-                    if trajectory is not None and not problems.total:
+                    for trajectory in trajectories if not problems.total else ():
                         writer.append(trajectory)
                 advance(row.size)
     if not problems.total and not validator.counts["trajectories"]:
@@ -141,7 +143,22 @@ def _fill(writer: TrajectoryWriter, validator: Validator, files: list[Path], pro
     problems.raise_if_any()
 
 
-def _announce(counts: Counter[str] | dict[str, int]) -> None:
+def describe_split(counts: Mapping[str, int]) -> str:
+    """How many rows were split into their turns, and what that costs; empty where none was."""
+    if not counts.get("split_rows"):
+        return ""
+    tokens, whole = counts["split_tokens"], counts["split_whole_tokens"]
+    return (
+        f"{counts['split_rows']:,} rows were split into {counts['split_trajectories']:,} trajectories, one per "
+        f"assistant turn: {tokens:,} tokens instead of {whole:,} ({tokens / whole:.2f} x)"
+    )
+
+
+def _announce(counts: Mapping[str, int], notes: Mapping[str, int]) -> None:
+    if split := describe_split(counts):
+        logger.warning("data: %s; data.multi_turn says which rows", split)
+    for note, count in notes.items():
+        logger.warning("data: %s: %s", note, f"{count:,}")
     if counts["dropped_truncated"] or counts["dropped_overlong"]:
         logger.warning("data: kept %d trajectories; %s", counts["trajectories"], _dropped(counts))
     if counts["half_precision"]:
@@ -153,7 +170,7 @@ def _announce(counts: Counter[str] | dict[str, int]) -> None:
         )
 
 
-def _dropped(counts: Counter[str] | dict[str, int]) -> str:
+def _dropped(counts: Mapping[str, int]) -> str:
     return (
         f"dropped {counts['dropped_truncated']} marked truncated (data.truncated=drop) and "
         f"{counts['dropped_overlong']} longer than data.seq_length (data.overlong=drop)"

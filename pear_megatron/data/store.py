@@ -18,7 +18,7 @@ from pear_megatron.data.errors import DataError
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.storage import sync
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _META = "meta.json"
 # Per token, per trajectory, and per byte of an id; offsets have one more entry than there are trajectories.
 _DTYPES: dict[str, Any] = {
@@ -31,10 +31,11 @@ _DTYPES: dict[str, Any] = {
     "id_bytes": np.uint8,
     "id_offsets": np.int64,
 }
+# Per token; only where a trajectory has any.
+_OPTIONAL: dict[str, Any] = {"token_weights": np.float32}
 
-
-# What a fingerprint reads in part: the arrays with an entry a token.
-_SAMPLED = ("input_ids", "loss_mask", "behavior_logprobs")
+# What a fingerprint reads in part: the arrays with an entry per token.
+_SAMPLED = ("input_ids", "loss_mask", "behavior_logprobs", "token_weights")
 _SAMPLES = 1 << 20
 
 
@@ -63,7 +64,8 @@ class TrajectoryDataset:
             meta = json.loads((folder / _META).read_text(encoding="utf-8"))
             if meta["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"format {meta['format_version']}, this version reads {FORMAT_VERSION}")
-            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _DTYPES}
+            names = [*_DTYPES, *(name for name in _OPTIONAL if name in meta["shapes"])]
+            arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
             shapes = {name: list(array.shape) for name, array in arrays.items()}
             if shapes != meta["shapes"]:
                 raise ValueError("the arrays do not have the sizes that meta.json says")
@@ -94,6 +96,7 @@ class TrajectoryDataset:
             arrays["loss_mask"][tokens],
             arrays["behavior_logprobs"][tokens],
             float(arrays["rewards"][i]),
+            arrays["token_weights"][tokens] if "token_weights" in arrays else None,
         )
 
     def fingerprint(self) -> str:
@@ -148,8 +151,22 @@ class TrajectoryWriter:
         streams["offsets"].append([streams["input_ids"].length])
         streams["rewards"].append([trajectory.reward])
         streams["num_decisions"].append([trajectory.loss_mask.sum()])
+        self._append_token_weights(trajectory)
         streams["id_bytes"].append(name)
         streams["id_offsets"].append([streams["id_bytes"].length])
+
+    def _append_token_weights(self, trajectory: Trajectory) -> None:
+        n = len(trajectory.input_ids)
+        if trajectory.token_weights is None and "token_weights" not in self._streams:
+            return
+        if "token_weights" not in self._streams:
+            path = self._temporary / "token_weights.npy"
+            stream = self._streams["token_weights"] = _NpyStream(path, _OPTIONAL["token_weights"])
+            before = self._streams["input_ids"].length - n
+            for start in range(0, before, _SAMPLES):
+                stream.append(np.ones(min(_SAMPLES, before - start)))
+        weights = trajectory.token_weights
+        self._streams["token_weights"].append(np.ones(n) if weights is None else weights)
 
     def commit(self, meta: dict[str, Any]) -> None:
         """Make the cache readable under its name, with ``meta`` in its meta.json."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,38 @@ def load_tokenizer(name_or_path: str) -> Any:
     return tokenizer
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Sixteen hex characters that differ when a tokenizer would give other token ids.
+def read_chat_template(path: str | None) -> str | None:
+    """The text of ``data.chat_template``, None where it is not given; DataError if the file cannot be read."""
+    if path is None:
+        return None
+    try:
+        template = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            [
+                f"data.chat_template = {path!r} cannot be read ({error}); name a text file with a Jinja template"
+            ]
+        ) from error
+    if not template.strip():
+        raise DataError([f"data.chat_template = {path!r} is empty; name a text file with a Jinja template"])
+    return template
 
-    SHA-256 over the fast tokenizer's serialised form, without its padding and truncation state, and over
-    the chat template; the same in every process and after ``save_pretrained`` and loading again (METHOD:
-    Where it goes wrong, the first item).
+
+def tokenizer_hash(
+    tokenizer: Any,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """Sixteen hex characters that differ when text would become other token ids.
+
+    SHA-256 over the fast tokenizer's serialised form, without its padding and truncation state, over the chat
+    template, the tokenizer's own unless ``chat_template`` is given, and over ``chat_template_kwargs``, if there are
+    any; the same in every process and after ``save_pretrained`` and loading again.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["padding"] = state["truncation"] = None
-    content = json.dumps([state, tokenizer.chat_template], sort_keys=True, ensure_ascii=True)
+    parts = [state, tokenizer.chat_template if chat_template is None else chat_template]
+    if chat_template_kwargs:
+        parts.append(dict(chat_template_kwargs))
+    content = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -12,12 +12,14 @@ class Trajectory:
     """One offline trajectory of n tokens (METHOD: Words), not shifted.
 
     Attributes:
-        id: the row's ``id``, or ``FILE:LINE``.
+        id: the row's ``id``, or ``FILE:LINE``; with ``#0``, ``#1``, ... where each assistant turn of the row is a
+            trajectory.
         input_ids: int32 [n].
         loss_mask: bool [n], True on decisions; never at 0, which has no context to be predicted from.
         behavior_logprobs: float32 [n], entry i is log pi_beta(input_ids[i] | input_ids[:i]); 0 off the
             decisions.
         reward: finite; below 0 for a negative example.
+        token_weights: float32 [n], a factor of each decision's weight, 0 off the decisions; None = 1 on all.
     """
 
     id: str
@@ -25,3 +27,4 @@ class Trajectory:
     loss_mask: np.ndarray
     behavior_logprobs: np.ndarray
     reward: float = 1.0
+    token_weights: np.ndarray | None = None

@@ -1,4 +1,4 @@
-"""From a row as it stands in the file to a Trajectory, or to a sentence that says what is wrong with it."""
+"""From a row as it stands in the file to its trajectories, or to a sentence that says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pear_megatron.data.behavior import looks_half, read_behavior_logprobs
-from pear_megatron.data.chat import ChatEncoder
+from pear_megatron.data.chat import Conversation
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import (
@@ -20,14 +20,15 @@ from pear_megatron.data.fields import (
     get_nullable_floats,
     get_number,
     get_text,
+    get_token_weights,
 )
 from pear_megatron.data.files import Row
-from pear_megatron.data.tokenizer import tokenizer_hash
+from pear_megatron.data.text import TextReader, Tokenized, conversation_of
 from pear_megatron.data.trajectory import Trajectory
 
 
 class Validator:
-    """Checks rows and makes trajectories of them (METHOD: Where it goes wrong).
+    """Checks rows and makes trajectories of them.
 
     Args:
         config: the recipe's ``data:`` section.
@@ -36,8 +37,14 @@ class Validator:
         tokenizer: a fast Hugging Face tokenizer; text rows need it.
 
     Attributes:
-        counts: ``trajectories``, ``dropped_truncated``, ``dropped_overlong``, ``half_precision``.
-        tokenizer_hash: of the tokenizer, or else the one that the rows carry, or None.
+        counts: ``trajectories``, ``dropped_truncated``, ``dropped_overlong``, ``half_precision``, ``token_weights``
+            (trajectories that have any), and of rows that are split into their turns ``split_rows``,
+            ``split_trajectories``, ``split_tokens`` and ``split_whole_tokens``, what one rendering of each would be.
+        tokenizer_hash: of the tokenizer and chat template, or else the one that the rows carry, or None.
+        encoder: what tokenises text rows; None without a tokenizer.
+
+    Raises:
+        DataError: the chat template cannot be read.
     """
 
     def __init__(
@@ -50,48 +57,69 @@ class Validator:
     ) -> None:
         self._config = config
         self._required = require_behavior_logprobs
-        self._encoder = ChatEncoder(tokenizer) if tokenizer is not None else None
+        self._text = TextReader(config, tokenizer)
         self._vocab_size = len(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size
         self._first_use: dict[str, str] = {}
-        self.tokenizer_hash = tokenizer_hash(tokenizer) if tokenizer is not None else None
+        self.tokenizer_hash = self._text.tokenizer_hash
+        self.encoder = self._text.encoder
         self.counts: Counter[str] = Counter(
             trajectories=0, dropped_truncated=0, dropped_overlong=0, half_precision=0
         )
 
-    def __call__(self, row: Row) -> Trajectory | None:
-        """The row's trajectory, None if a policy drops it; RowProblem if it is wrong."""
+    @property
+    def notes(self) -> dict[str, int]:
+        """What became of text rows that the user should know, and how many times it happened."""
+        return self._text.notes
+
+    def __call__(self, row: Row) -> list[Trajectory]:
+        """The row's trajectories, none if a policy drops them; RowProblem if the row is wrong."""
         fields = row.fields
         identity = self._identity(row)
         self._check_origin(fields)
         form = form_of(fields)
-        if get_flag(fields, "truncated") and self._drops_truncated(form):
+        if get_flag(fields, "truncated") and self._drops_truncated():
             self.counts["dropped_truncated"] += 1
-            return None
+            return []
         reward = get_number(fields, "reward", 1.0)
-        input_ids, loss_mask = self._tokens(fields, form)
-        self._check_tokens(input_ids, loss_mask)
-        if len(input_ids) - 1 > self._config.seq_length:
-            if self._config.overlong == "error":
-                raise RowProblem(
-                    f"{form[0]} has {len(input_ids)} tokens, over-long for data.seq_length = "
-                    f"{self._config.seq_length}, which holds {self._config.seq_length + 1}; raise it, or set "
-                    "data.overlong=drop (a cut response would lose the suffix its weights come from)"
-                )
-            self.counts["dropped_overlong"] += 1
-            return None
-        behavior = self._behavior(fields, form, loss_mask)
-        self.counts["trajectories"] += 1
-        return Trajectory(identity, input_ids.astype(np.int32), loss_mask, behavior, reward)
+        conversation = None if form[0] == "input_ids" else conversation_of(fields, form)
+        if conversation is None:
+            parts = [Tokenized(get_integers(fields, "input_ids"), get_mask(fields, "loss_mask"))]
+        else:
+            parts = self._text.encode(conversation, form[0])
+        for part in parts:
+            self._check_tokens(part.input_ids, part.loss_mask)
+        self._count_split(parts)
+        kept = [part for part in parts if not self._is_overlong(part, form)]
+        if not kept:
+            return []
+        behavior = self._behavior(fields, form, conversation, kept)
+        weights = get_token_weights(fields, kept[0].loss_mask)
+        if weights is not None and (weights[kept[0].loss_mask] == 1).all():
+            weights = None
+        self.counts["trajectories"] += len(kept)
+        self.counts["token_weights"] += weights is not None
+        found = []
+        for part, logprobs in zip(kept, behavior, strict=True):
+            name = identity if part.turn is None else f"{identity}#{part.turn}"
+            if "id" in fields and part.turn is not None:
+                self._check_unique(name, row.where)
+            self.counts["half_precision"] += looks_half(logprobs[part.loss_mask])
+            ids = part.input_ids.astype(np.int32)
+            found.append(Trajectory(name, ids, part.loss_mask, logprobs, reward, weights))
+        return found
 
     def _identity(self, row: Row) -> str:
         value = row.fields.get("id", row.where)
         if isinstance(value, bool) or not isinstance(value, (str, int)):
             raise RowProblem(f"id = {value!r} is a {type(value).__name__}; it must be a string")
         if "id" in row.fields:
-            first = self._first_use.setdefault(str(value), row.where)
-            if first != row.where:
-                raise RowProblem(f"id = {value!r} is duplicated: {first} has it too; make ids unique")
+            self._check_unique(str(value), row.where)
         return str(value)
+
+    def _check_unique(self, identity: str, where: str) -> None:
+        first = self._first_use.setdefault(identity, where)
+        if first != where:
+            raise RowProblem(f"id = {identity!r} is duplicated: {first} has it too; make ids unique")
 
     def _check_origin(self, fields: Mapping[str, Any]) -> None:
         temperature = get_number(fields, "temperature", 1.0)
@@ -106,40 +134,41 @@ class Validator:
         if self.tokenizer_hash is None:
             self.tokenizer_hash = found
         if found != self.tokenizer_hash:
-            ours = f"data.tokenizer = {self._config.tokenizer!r}" if self._encoder else "an earlier row"
             raise RowProblem(
-                f"tokenizer_hash = {found!r}, but {ours} has {self.tokenizer_hash!r}: a foreign tokenizer or "
-                "chat template made these token ids; use that one, or tokenise and score the data again"
+                f"tokenizer_hash = {found!r}, but {self._text.origin} has {self.tokenizer_hash!r}: another tokenizer, "
+                "chat_template or chat_template_kwargs made these token ids; use those (data.tokenizer, "
+                "data.chat_template, data.chat_template_kwargs), or tokenise and score the data again"
             )
 
-    def _drops_truncated(self, form: tuple[str, ...]) -> bool:
+    def _drops_truncated(self) -> bool:
         policy = self._config.truncated
         if policy == "error":
             raise RowProblem(
                 "truncated = True: the response lost its suffix, and with it its weights; drop the row, or "
                 "set data.truncated=drop"
             )
-        if policy == "keep" and form[0] != "input_ids":
-            raise RowProblem(
-                f"truncated = True: with data.truncated=keep a row of {form[0]} would get an end of turn "
-                "that the policy never produced; give input_ids+loss_mask, or set data.truncated=drop"
-            )
         return policy == "drop"
 
-    def _tokens(self, fields: Mapping[str, Any], form: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-        if form[0] == "input_ids":
-            return get_integers(fields, "input_ids"), get_mask(fields, "loss_mask")
-        if self._encoder is None:
+    def _is_overlong(self, part: Tokenized, form: tuple[str, ...]) -> bool:
+        n = len(part.input_ids)
+        if n - 1 <= self._config.seq_length:
+            return False
+        if self._config.overlong == "error":
+            turn = "" if part.turn is None else f", assistant turn {part.turn},"
             raise RowProblem(
-                f"{form[0]} is text and data.tokenizer is not set; set it to the model's Hugging Face name "
-                "or folder, or give input_ids+loss_mask"
+                f"{form[0]}{turn} has {n} tokens, over-long for data.seq_length = {self._config.seq_length}, which "
+                f"holds {self._config.seq_length + 1}; raise it, or set data.overlong=drop (a cut response would "
+                "lose the suffix its weights come from)"
             )
-        if form[0] == "messages":
-            input_ids, loss_mask = self._encoder.encode_messages(fields["messages"])
-        else:
-            prompt, response = get_text(fields, "prompt"), get_text(fields, "response")
-            input_ids, loss_mask = self._encoder.encode_prompt_response(prompt, response)
-        return np.array(input_ids, dtype=np.int64), np.array(loss_mask, dtype=bool)
+        self.counts["dropped_overlong"] += 1
+        return True
+
+    def _count_split(self, parts: list[Tokenized]) -> None:
+        if len(parts) > 1:
+            self.counts["split_rows"] += 1
+            self.counts["split_trajectories"] += len(parts)
+            self.counts["split_tokens"] += sum(len(part.input_ids) for part in parts)
+            self.counts["split_whole_tokens"] += len(parts[-1].input_ids)
 
     def _check_tokens(self, input_ids: np.ndarray, loss_mask: np.ndarray) -> None:
         if len(input_ids) != len(loss_mask):
@@ -165,15 +194,29 @@ class Validator:
                 "before the response and mark it 0"
             )
 
-    def _behavior(self, fields: Mapping[str, Any], form: tuple[str, ...], mask: np.ndarray) -> np.ndarray:
-        source = "input_ids" if form[0] == "input_ids" else f"{form[0]}, as data.tokenizer encodes it,"
-        behavior = read_behavior_logprobs(fields, mask, source, required=self._required)
-        if "policy_logprobs" in fields:  # for `inspect`: training computes them itself
+    def _behavior(
+        self,
+        fields: Mapping[str, Any],
+        form: tuple[str, ...],
+        conversation: Conversation | None,
+        parts: list[Tokenized],
+    ) -> list[np.ndarray]:
+        """The behaviour log-probs of each part, float32 [n]."""
+        given = [name for name in ("behavior_logprobs", "policy_logprobs") if name in fields]
+        whole = parts[0]
+        if given and conversation is not None and parts[0].turn is not None:
+            whole = self._text.whole(conversation, parts, given[0])
+        source = "input_ids" if conversation is None else f"{form[0]}, as data.tokenizer encodes it,"
+        behavior = read_behavior_logprobs(fields, whole.loss_mask, source, required=self._required)
+        if "policy_logprobs" in given:  # for `inspect`: training computes them itself
             count = len(get_nullable_floats(fields, "policy_logprobs")[0])
-            if count != len(mask):
+            if count != len(whole.loss_mask):
                 raise RowProblem(
-                    f"policy_logprobs has {count} entries and {source} {len(mask)}; drop the field, or write "
-                    "it again with `pear-megatron score --as policy`"
+                    f"policy_logprobs has {count} entries and {source} {len(whole.loss_mask)}; drop the field, or "
+                    "write it again with `pear-megatron score --as policy`"
                 )
-        self.counts["half_precision"] += looks_half(behavior[mask])
-        return behavior
+        if parts[0].turn is None:
+            return [behavior]
+        if not given:
+            return [np.zeros(len(part.loss_mask), dtype=np.float32) for part in parts]
+        return [np.where(part.loss_mask, behavior[: len(part.loss_mask)], np.float32(0)) for part in parts]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from pear_megatron.data.fields import get_nullable_floats
 from pear_megatron.data.files import read_rows
 
 _FIELD = "policy_logprobs"
+_ARRAYS = ("input_ids", "loss_mask", "behavior_logprobs", "token_weights")
 _SCORED_AT_A_TIME = 32  # trajectories between two moves of the progress bar
 
 
@@ -81,13 +82,8 @@ def draw(
 
 def _in_memory(trajectory: Trajectory) -> Trajectory:
     """Free of the files that are mapped behind it."""
-    return Trajectory(
-        trajectory.id,
-        np.array(trajectory.input_ids),
-        np.array(trajectory.loss_mask),
-        np.array(trajectory.behavior_logprobs),
-        trajectory.reward,
-    )
+    arrays = {name: getattr(trajectory, name) for name in _ARRAYS}
+    return replace(trajectory, **{name: np.array(x) for name, x in arrays.items() if x is not None})
 
 
 def read_policy_logprobs(sample: Sample) -> list[np.ndarray]:

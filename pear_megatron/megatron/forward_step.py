@@ -38,6 +38,10 @@ def _wraps_precision(model: Any) -> bool:
         model = model.module
 
 
+def _flat(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.view(-1)
+
+
 class PearForwardStep:
     """``forward_step_func`` for Megatron-Core's schedules, under ``calculate_per_token_loss=True``.
 
@@ -127,6 +131,7 @@ class PearForwardStep:
             batch.cu_seqlens,
             self.config,
             reward=batch.reward,
+            token_weights=_flat(batch.token_weights),
             tp_group=self.tp_group,
             cp_group=self.cp_group,
             vocab_size=self.vocab_size,
@@ -142,6 +147,7 @@ class PearForwardStep:
             batch.cu_seqlens,
             self.config,
             reward=batch.reward,
+            token_weights=_flat(batch.token_weights),
             cp_group=self.cp_group,
         )
 

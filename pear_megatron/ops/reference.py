@@ -107,10 +107,13 @@ def loss_sum(
     config: PearConfig,
     reward: Tensor | None = None,
     vocab_size: int | None = None,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     """The summed loss of a pack, float64, differentiable in the logits (METHOD: Loss)."""
     lp = logprob(logits, target, mask, vocab_size)
     w, _ = weights(lp.detach(), behavior_logprobs, mask, cu_seqlens, config)
     r = torch.ones(cu_seqlens.numel() - 1, dtype=torch.float64) if reward is None else reward.double()
     r = torch.where(r < 0, r * config.negative_scale, r).repeat_interleave(cu_seqlens.diff())
+    if token_weights is not None:
+        r = r * token_weights.double().where(mask, 0.0)
     return -(r * w * lp).sum()

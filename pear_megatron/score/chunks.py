@@ -193,6 +193,7 @@ def _unscored_table(rows: Sequence[ScoreRow]) -> pa.Table:
         "id": pa.array([t.id for t in trajectories], type=pa.string()),
         "input_ids": pa.array([t.input_ids for t in trajectories], type=pa.list_(pa.int32())),
         "loss_mask": pa.array([t.loss_mask for t in trajectories], type=pa.list_(pa.bool_())),
+        "token_weights": pa.array([t.token_weights for t in trajectories], type=_FLOATS),
         "reward": pa.array([t.reward for t in trajectories], type=pa.float64()),
         "temperature": pa.array([1.0] * len(rows), type=pa.float64()),
         "tokenizer_hash": pa.array([row.tokenizer_hash for row in rows], type=pa.string()),

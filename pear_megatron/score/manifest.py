@@ -10,7 +10,7 @@ from typing import Any
 
 from pear_megatron.errors import ScoreError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # What a user calls the parts of an identity; those without an option are named as they are.
 _OPTIONS = {
     "model": "--model",
@@ -19,7 +19,9 @@ _OPTIONS = {
     "dtype": "--dtype",
     "max_length": "--max-length",
     "overlong": "--overlong",
-    "tokenizer_hash": "--tokenizer",
+    "tokenizer_hash": "tokenizer, chat template or its arguments",
+    "multi_turn": "--multi-turn",
+    "raw_logprobs": "--raw-logprobs",
     "inputs": "--data",
 }
 

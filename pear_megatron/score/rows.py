@@ -1,28 +1,24 @@
-"""From a row of the input to the row that is written, but for the log-probs that a model still has to give."""
+"""From a row of the input to the rows that are written, but for the log-probs that a model still has to give."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-
-from pear_megatron.data.chat import ChatEncoder
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.data.fields import check_names, form_of, get_flag, get_number
+from pear_megatron.data.fields import OF_TEXT, check_names, get_flag, get_number
 from pear_megatron.data.files import Row
-from pear_megatron.data.tokenizer import tokenizer_hash
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.data.validate import Validator
 from pear_megatron.score.recorded import ordinary_fields
 from pear_megatron.score.recorded.tokens import Tokens
 
 Purpose = Literal["behavior", "policy", "import"]
-_TEXT_FIELDS = ("messages", "prompt", "response")
+_TEXT_FIELDS = ("messages", "conversations", "prompt", "response", *OF_TEXT)
 _NO_LIMIT = 2**31 - 1
 
 
@@ -48,12 +44,18 @@ class RowReader:
     Args:
         purpose: ``behavior`` takes a row's log-probs and temperature away, a model gives new ones;
             ``policy`` keeps and checks them; ``import`` takes what the generator recorded.
-        counts: gets ``rows``, ``overlong`` (dropped), ``truncated``, ``replaced`` (had log-probs of their own).
+        counts: gets ``rows`` (of the output), ``overlong`` (dropped), ``truncated``, ``replaced`` (had log-probs of
+            their own).
         tokenizer: a fast Hugging Face tokenizer; text rows need it.
+        text: of ``DataConfig``: chat_template, chat_template_kwargs, multi_turn.
         vocab_size: of the model; None = the tokenizer's.
         max_length: positions; a trajectory of n tokens takes n - 1. None = no limit.
         overlong: what to do with a longer one.
-        notes: goes into every row's metadata.
+        origin: goes into every row's metadata.
+        raw_logprobs: see ``ordinary_fields``.
+
+    Attributes:
+        tokenizer_hash: of tokenizer, chat template and its arguments; None without a tokenizer.
     """
 
     def __init__(
@@ -62,16 +64,19 @@ class RowReader:
         counts: Counter[str],
         *,
         tokenizer: Any = None,
+        text: Mapping[str, Any] | None = None,
         vocab_size: int | None = None,
         max_length: int | None = None,
         overlong: Literal["error", "drop"] = "error",
-        notes: Mapping[str, Any] | None = None,
+        origin: Mapping[str, Any] | None = None,
+        raw_logprobs: bool = False,
     ) -> None:
         config = DataConfig(
             train=["-"],
             seq_length=_NO_LIMIT,
             truncated="keep",
             tokenizer=getattr(tokenizer, "name_or_path", None),
+            **(text or {}),
         )
         self._purpose = purpose
         self._validator = Validator(
@@ -80,46 +85,61 @@ class RowReader:
             vocab_size=vocab_size,
             tokenizer=tokenizer,
         )
-        self._tokens = Tokens(tokenizer)
-        self._encoder: ChatEncoder | None = self._tokens.encoder
-        self._hash = tokenizer_hash(tokenizer) if tokenizer is not None else None
+        self._tokens = Tokens(tokenizer, self._validator.encoder)
+        self.tokenizer_hash = self._validator.tokenizer_hash
         self._limit = _NO_LIMIT if max_length is None else max_length
         self._overlong = overlong
-        self._notes = dict(notes or {})
+        self._origin = dict(origin or {})
         self._counts = counts
+        self._raw_logprobs = raw_logprobs
 
-    def __call__(self, row: Row) -> ScoreRow | None:
-        """The row's ScoreRow, None if it is dropped; RowProblem if it is wrong."""
+    @property
+    def split(self) -> Mapping[str, int]:
+        """What was split into turns, as the validator counts it."""
+        return {name: count for name, count in self._validator.counts.items() if name.startswith("split_")}
+
+    @property
+    def notes(self) -> Mapping[str, int]:
+        """What became of text rows that the user should know, and how many times it happened."""
+        return self._validator.notes
+
+    def __call__(self, row: Row) -> list[ScoreRow]:
+        """The row's ScoreRows, one per trajectory, none if they are dropped; RowProblem if the row is wrong."""
+        if self._purpose != "import":
+            check_names(row.fields)
+            return list(
+                self._rows(row, {name: row.fields[name] for name in _TEXT_FIELDS if name in row.fields})
+            )
+        found = ordinary_fields(row.fields, self._tokens, raw_logprobs=self._raw_logprobs)
+        own = {"metadata": row.fields["metadata"]} if "metadata" in row.fields else {}
+        written: list[ScoreRow] = []
+        for k, (fields, notes) in enumerate(found):
+            where = f"{row.where}#{k}" if len(found) > 1 else row.where
+            written += self._rows(replace(row, where=where, fields=fields | own), notes)
+        return written
+
+    def _rows(self, row: Row, texts: Mapping[str, Any]) -> Iterator[ScoreRow]:
         fields = dict(row.fields)
-        texts = {name: fields[name] for name in _TEXT_FIELDS if name in fields}
-        own = fields.get("metadata")
-        if self._purpose == "import":
-            fields, texts = ordinary_fields(fields, self._tokens)
-        else:
-            check_names(fields)
-        fields.pop("metadata", None)
+        own = fields.pop("metadata", None)
         fields.pop("policy_logprobs", None)
         kept: dict[str, Any] = {}
         if self._purpose == "behavior":
             kept = self._take_origin_away(fields)
         truncated = get_flag(fields, "truncated") if "truncated" in fields else None
-        if truncated:
-            fields = self._without_end_of_turn(fields)
-        trajectory = self._validator(replace(row, fields=fields))
-        assert trajectory is not None  # nothing is dropped for its length or its truncation here
-        if self._is_overlong(trajectory):
-            return None
-        self._counts["rows"] += 1
-        self._counts["truncated"] += bool(truncated)
-        notes = {"source": row.where, **self._notes, **texts, **kept}
+        notes = {"source": row.where, **self._origin, **texts, **kept}
         if own is not None:
             notes["metadata"] = _parsed(own)
-        return ScoreRow(
-            trajectory,
-            self._hash or fields.get("tokenizer_hash"),
-            truncated,
-            json.dumps(notes, ensure_ascii=False, default=str),
-        )
+        for trajectory in self._validator(replace(row, fields=fields)):
+            if self._is_overlong(trajectory):
+                continue
+            self._counts["rows"] += 1
+            self._counts["truncated"] += bool(truncated)
+            yield ScoreRow(
+                trajectory,
+                self.tokenizer_hash or fields.get("tokenizer_hash"),
+                truncated,
+                json.dumps(notes, ensure_ascii=False, default=str),
+            )
 
     def _take_origin_away(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Removes what describes the log-probs that are replaced; returns what to remember of it."""
@@ -127,24 +147,6 @@ class RowReader:
         temperature = get_number(fields, "temperature", 1.0)
         fields.pop("temperature", None)
         return {} if temperature == 1 else {"temperature": temperature}
-
-    def _without_end_of_turn(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """A truncated row as ids that stop where the policy did, not at an end of turn it never produced."""
-        fields = {name: value for name, value in fields.items() if name != "truncated"}
-        form = form_of(fields)
-        if form[0] == "input_ids":
-            return fields
-        if self._purpose == "policy" or self._encoder is None:
-            raise RowProblem(
-                f"truncated = True: a row of {form[0]} would get an end of turn that the policy never produced; "
-                "give input_ids+loss_mask, or drop the row"
-            )
-        ids, mask = self._tokens.of_trajectory(*(fields.get(name) for name in _TEXT_FIELDS))
-        end = int(np.flatnonzero([False, *mask])[-1]) if any(mask) else len(mask)
-        if ids[end - 1] in self._encoder.special_ids:
-            end -= 1
-        others = {name: value for name, value in fields.items() if name not in form}
-        return others | {"input_ids": ids[:end], "loss_mask": mask[:end]}
 
     def _is_overlong(self, trajectory: Trajectory) -> bool:
         n = len(trajectory.input_ids)

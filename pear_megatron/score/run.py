@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pear_megatron.data.errors import DataError
+from pear_megatron.data.prepare import describe_split
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.errors import ScoreError
 from pear_megatron.progress import token_progress
@@ -19,7 +20,7 @@ from pear_megatron.score.backends import Scorer, load_scorer
 from pear_megatron.score.chunks import WorkFolder, read_finished, trajectories_of
 from pear_megatron.score.manifest import refuse_other, same_identity
 from pear_megatron.score.ranks import Ranks
-from pear_megatron.score.source import ScoreSettings, Source
+from pear_megatron.score.source import NOTE, ScoreSettings, Source
 
 log = logging.getLogger("pear_megatron")
 
@@ -158,6 +159,7 @@ def _say_for_rank_0(error: ScoreError, scorer: Scorer) -> None:
 
 
 def _said(counts: Mapping[str, int]) -> str:
+    """The counts in words."""
     texts = [f"{counts['rows']:,} rows, {counts.get('decisions', 0):,} decisions"]
     for name, text in (
         ("replaced", "had log-probs of their own, replaced"),
@@ -166,4 +168,9 @@ def _said(counts: Mapping[str, int]) -> str:
     ):
         if counts.get(name):
             texts.append(f"{counts[name]:,} {text}")
+    if split := describe_split(counts):
+        texts.append(split)
+    texts += [
+        f"{name.removeprefix(NOTE)}: {count:,}" for name, count in counts.items() if name.startswith(NOTE)
+    ]
     return "; ".join(texts)

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pear_megatron.data.errors import DataError, Problems, RowProblem
 from pear_megatron.data.files import expand_files, read_rows
-from pear_megatron.data.tokenizer import load_tokenizer, tokenizer_hash
+from pear_megatron.data.tokenizer import load_tokenizer
 from pear_megatron.megatron.checkpoint.model_folder import read_model_facts
 from pear_megatron.progress import reading_progress
 from pear_megatron.score.manifest import FORMAT_VERSION, digest_inputs
 from pear_megatron.score.rows import Purpose, RowReader, ScoreRow
 
 # Words of the loader's messages, which speak of a recipe's keys, as options of this command.
-_AS_OPTIONS = {"data.train": "--data", "data.tokenizer": "--tokenizer"}
+_AS_OPTIONS = {
+    "data.multi_turn=split (--multi-turn split)": "--multi-turn split",
+    "data.multi_turn": "--multi-turn",
+    "data.chat_template_kwargs": "--chat-template-kwargs",
+    "data.chat_template": "--chat-template",
+    "data.train": "--data",
+    "data.tokenizer": "--tokenizer",
+}
+NOTE = "note: "  # before what a count says in words
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,10 @@ class ScoreSettings:
         model: folder of the model; may be None with ``import``.
         write_as: which column the model's log-probs become.
         tokenizer: name or folder; None = the model's.
+        chat_template, chat_template_kwargs, multi_turn: of text rows, see ``DataConfig``.
         max_length: positions, at most; None = the model's.
         tensor_parallel, pipeline_parallel, dtype, max_tokens_per_batch: see ``load_scorer``.
+        raw_logprobs: with ``import``: the engine logged the model's own log-probs, whatever it sampled with.
         chunk_rows, chunk_tokens: what is scored between two saves; the scores may depend on it by rounding.
     """
 
@@ -43,6 +53,9 @@ class ScoreSettings:
     model: str | None = None
     write_as: Literal["behavior", "policy"] = "behavior"
     tokenizer: str | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    multi_turn: Literal["auto", "whole", "split"] = "auto"
     max_length: int | None = None
     overlong: Literal["error", "drop"] = "error"
     overwrite: bool = False
@@ -50,8 +63,18 @@ class ScoreSettings:
     pipeline_parallel: int = 1
     dtype: str = "fp32"
     max_tokens_per_batch: int | None = None
+    raw_logprobs: bool = False
     chunk_rows: int = 128
     chunk_tokens: int = 131072
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """What a data section says about text rows."""
+        return {
+            "chat_template": self.chat_template,
+            "chat_template_kwargs": dict(self.chat_template_kwargs),
+            "multi_turn": self.multi_turn,
+        }
 
     @property
     def purpose(self) -> Purpose:
@@ -85,25 +108,19 @@ class Source:
             "as": settings.write_as,
             "model": {"name": self._model_name, "digest": facts.digest} if facts else None,
             "dtype": None if settings.backend == "import" else settings.dtype,
-            "tokenizer_hash": tokenizer_hash(self._tokenizer) if self._tokenizer is not None else None,
+            "tokenizer_hash": self._reader(Counter()).tokenizer_hash,
+            "multi_turn": settings.multi_turn,
             "max_length": self._max_length,
             "overlong": settings.overlong,
             "chunks": [settings.chunk_rows, settings.chunk_tokens],
+            "raw_logprobs": settings.raw_logprobs,
             "inputs": digest_inputs(self._files),
         }
 
     def rows(self, counts: Counter[str]) -> Iterator[ScoreRow]:
         """The rows to write; counts them; raises one DataError at the end if any is wrong."""
-        settings, problems = self._settings, Problems()
-        reader = RowReader(
-            settings.purpose,
-            counts,
-            tokenizer=self._tokenizer,
-            vocab_size=self._vocab_size,
-            max_length=self._max_length,
-            overlong=settings.overlong,
-            notes={"model": self._model_name, "backend": settings.backend},
-        )
+        problems = Problems()
+        reader = self._reader(counts)
         with reading_progress(self._files, sys.stderr.isatty()) as advance:
             for file in self._files:
                 for row in read_rows(file, problems, strict=False):
@@ -112,12 +129,30 @@ class Source:
                     except RowProblem as problem:
                         problems.add(row.where, problem)
                     else:
-                        if found is not None and not problems.total:
-                            yield found
+                        yield from found if not problems.total else ()
                     advance(row.size)
         if not problems.total and not counts["rows"]:
             problems.add("--data", "no row is left: all are over-long and were dropped (--overlong drop)")
         _raise_if_any(problems)
+        counts.update(reader.split)
+        counts.update({NOTE + note: count for note, count in reader.notes.items()})
+
+    def _reader(self, counts: Counter[str]) -> RowReader:
+        settings = self._settings
+        try:
+            return RowReader(
+                settings.purpose,
+                counts,
+                tokenizer=self._tokenizer,
+                text=settings.text,
+                vocab_size=self._vocab_size,
+                max_length=self._max_length,
+                overlong=settings.overlong,
+                origin={"model": self._model_name, "backend": settings.backend},
+                raw_logprobs=settings.raw_logprobs,
+            )
+        except DataError as error:
+            raise _in_options(error) from error
 
 
 def _tokenizer(name: str | None) -> Any:
@@ -143,4 +178,4 @@ def _in_options(error: DataError) -> DataError:
         for key, option in _AS_OPTIONS.items():
             problem = problem.replace(key, option)
         said.append(problem)
-    return DataError(said, error.total)
+    return DataError(said, error.total, error.listed)

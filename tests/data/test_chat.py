@@ -24,7 +24,7 @@ from pear_megatron.data import (
     prepare,
     tokenizer_hash,
 )
-from pear_megatron.data.chat import ChatEncoder
+from pear_megatron.data.chat import ChatEncoder, Conversation, Encoded
 from pear_megatron.data.errors import RowProblem
 from tests.byte_tokenizer import CHATML
 
@@ -40,29 +40,36 @@ TWO_TURNS = [
 ]
 
 
-def decisions(tokenizer: Any, encoded: tuple[list[int], list[bool]]) -> str:
-    input_ids, mask = encoded
-    return tokenizer.decode([token for token, flag in zip(input_ids, mask, strict=True) if flag])
+def decisions(tokenizer: Any, encoded: Encoded) -> str:
+    pairs = zip(encoded.input_ids, encoded.loss_mask, strict=True)
+    return tokenizer.decode([token for token, flag in pairs if flag])
+
+
+def encode(tokenizer: Any, multi_turn: Any = "auto", **fields: Any) -> Encoded:
+    (encoded,) = ChatEncoder(tokenizer, multi_turn=multi_turn).encode(Conversation(**fields))
+    return encoded
 
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_WITH_MARKS])
 def test_decisions_are_the_assistant_turns_and_their_ends(template: str, byte_tokenizer: Tokenizers) -> None:
     tokenizer = byte_tokenizer(template)
-    encoded = ChatEncoder(tokenizer).encode_messages(TWO_TURNS)
+    encoded = encode(tokenizer, messages=TWO_TURNS)
     assert decisions(tokenizer, encoded) == "Hello\n<|im_end|>4<|im_end|>"
-    assert tokenizer.decode(encoded[0]) == tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
+    assert tokenizer.decode(encoded.input_ids) == tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
 
 
 def test_prompt_and_response_are_one_exchange(byte_tokenizer: Tokenizers) -> None:
-    encoder = ChatEncoder(byte_tokenizer())
+    tokenizer = byte_tokenizer()
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert encoder.encode_prompt_response("a", "b") == encoder.encode_messages(messages)
+    raw, written = encode(tokenizer, prompt="a", response="b"), encode(tokenizer, messages=messages)
+    assert tokenizer.decode(raw.input_ids) + "\n" == tokenizer.decode(written.input_ids)
+    assert decisions(tokenizer, raw) == decisions(tokenizer, written) == "b<|im_end|>"
 
 
 def test_without_a_template_prompt_and_response_are_joined_and_ended(byte_tokenizer: Tokenizers) -> None:
     tokenizer = byte_tokenizer(None)
-    encoded = ChatEncoder(tokenizer).encode_prompt_response("2+2=", "4")
-    assert tokenizer.decode(encoded[0]) == "2+2=4<|im_end|>"
+    encoded = encode(tokenizer, prompt="2+2=", response="4")
+    assert tokenizer.decode(encoded.input_ids) == "2+2=4<|im_end|>"
     assert decisions(tokenizer, encoded) == "4<|im_end|>"
 
 
@@ -72,7 +79,7 @@ BAD_MESSAGES = {
     "no assistant": (TWO_TURNS[:2], "no assistant turn \\(roles: system, user\\)"),
     "no prompt": (TWO_TURNS[2:], r"messages\[0\] is an assistant turn without a prompt"),
     "empty response": ([TWO_TURNS[1], {"role": "assistant", "content": ""}], "is an empty response; drop"),
-    "no content": ([{"role": "user"}, TWO_TURNS[4]], "the chat template refuses them"),
+    "no content": ([{"role": "user"}, TWO_TURNS[4]], r"messages\[0\]\.content is missing"),
 }
 
 
@@ -80,18 +87,18 @@ BAD_MESSAGES = {
 def test_bad_messages_are_named(kind: str, byte_tokenizer: Tokenizers) -> None:
     messages, expected = BAD_MESSAGES[kind]
     with pytest.raises(RowProblem, match=expected):
-        ChatEncoder(byte_tokenizer()).encode_messages(messages)
+        encode(byte_tokenizer(), messages=messages)
 
 
-def test_template_that_rewrites_history_is_refused(byte_tokenizer: Tokenizers) -> None:
+def test_template_that_rewrites_history_has_no_whole_rendering(byte_tokenizer: Tokenizers) -> None:
     thinking = [*TWO_TURNS[:2], {"role": "assistant", "content": "hm</think>Hello"}, *TWO_TURNS[3:]]
-    with pytest.raises(RowProblem, match=r"messages\[2\]: .* use a template with \{% generation %\} marks"):
-        ChatEncoder(byte_tokenizer(CHATML_THAT_FORGETS)).encode_messages(thinking)
+    with pytest.raises(RowProblem, match=r"messages\[4\]: .* use data\.multi_turn=split"):
+        encode(byte_tokenizer(CHATML_THAT_FORGETS), "whole", messages=thinking)
 
 
 def test_messages_without_a_template_are_refused(byte_tokenizer: Tokenizers) -> None:
     with pytest.raises(RowProblem, match=r"has no chat template; .* input_ids\+loss_mask"):
-        ChatEncoder(byte_tokenizer(None)).encode_messages(TWO_TURNS)
+        encode(byte_tokenizer(None), messages=TWO_TURNS)
 
 
 @pytest.fixture
@@ -102,7 +109,8 @@ def saved(tmp_path: Path, byte_tokenizer: Tokenizers) -> str:
 
 def test_text_rows_are_tokenised_once_into_the_cache(tmp_path: Path, config: Config, saved: str) -> None:
     tokenizer = load_tokenizer(saved)
-    input_ids, mask = ChatEncoder(tokenizer).encode_messages(TWO_TURNS)
+    encoded = encode(tokenizer, messages=TWO_TURNS)
+    input_ids, mask = encoded.input_ids, encoded.loss_mask
     logprobs = [-0.5 if flag else None for flag in mask]
     rows = [
         {"messages": TWO_TURNS, "behavior_logprobs": logprobs, "id": "text"},
@@ -186,16 +194,17 @@ def test_smollm2_conversation_from_its_gguf_folder(smollm2_dir: Path, tmp_path: 
     pytest.importorskip("transformers", reason="needs the extra hf")
     tokenizer = load_tokenizer(str(smollm2_dir))
     assert len(tokenizer) == 49152
-    encoder = ChatEncoder(tokenizer)
-    encoded = encoder.encode_messages(TWO_TURNS)
+    encoded = encode(tokenizer, messages=TWO_TURNS)
     assert decisions(tokenizer, encoded) == "Hello\n<|im_end|>4<|im_end|>"
-    assert tokenizer.decode(encoded[0]) == tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
+    assert tokenizer.decode(encoded.input_ids) == tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
 
     tokenizer.save_pretrained(tmp_path / "saved")
     assert tokenizer_hash(load_tokenizer(str(tmp_path / "saved"))) == tokenizer_hash(tokenizer)
 
-    rows = [{"messages": TWO_TURNS, "behavior_logprobs": [-0.5 if flag else None for flag in encoded[1]]}]
+    rows = [
+        {"messages": TWO_TURNS, "behavior_logprobs": [-0.5 if flag else None for flag in encoded.loss_mask]}
+    ]
     made = config(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer=str(tmp_path / "saved"), seq_length=64)
     (trajectory,) = TrajectoryDataset.open(prepare(made, vocab_size=49152))
-    assert trajectory.input_ids.tolist() == encoded[0]
-    assert trajectory.loss_mask.tolist() == encoded[1]
+    assert trajectory.input_ids.tolist() == encoded.input_ids
+    assert trajectory.loss_mask.tolist() == encoded.loss_mask

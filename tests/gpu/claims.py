@@ -48,6 +48,7 @@ HOST_ONLY = {
     "weights: inputs_that_do_not_fit_are_named": "tensors made on the host, when the module is read",
     "weights: lengths_that_ranks_cannot_share_are_refused_on_every_rank": "checked where it costs no sync",
     "loss: inputs_that_do_not_fit_are_named": "tensors made on the host, when the module is read",
+    "loss: token_weights_that_are_not_finite_on_a_decision_are_refused": "a device-side assertion",
 }
 
 

@@ -108,11 +108,11 @@ def loss_inputs(p: dict[str, Tensor]) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)
 def test_pear_linear_loss_is_pear_loss_of_the_logits(config):
     p = make_problem()
-    inputs, reward = loss_inputs(p), torch.tensor([1.0, 1.0, -0.5])
+    inputs, reward, token_weights = loss_inputs(p), torch.tensor([1.0, 1.0, -0.5]), torch.randn(TOKENS)
     answers = []
     for chunk_tokens in (None, 4):
         hidden, weight = (p[name].clone().requires_grad_() for name in ("hidden", "weight"))
-        common = {"reward": reward, "vocab_size": WORDS}
+        common = {"reward": reward, "token_weights": token_weights, "vocab_size": WORDS}
         if chunk_tokens is None:
             loss, num_tokens, report = pear_loss(hidden @ weight.t(), *inputs, config, **common)
         else:

@@ -236,10 +236,7 @@ REFUSED = {
         changed(chat(), "messages", to=[{"role": "user", "content": "1+11?"}]),
         "usage.prompt_tokens = ",
     ),
-    "no prompt": (changed(chat(), "messages"), "prompt and response must be strings"),
-    "several choices": (
-        changed(chat(), "response", "choices", by=lambda c: c * 2), "choices has 2 entries; write one row a choice",
-    ),
+    "no prompt": (changed(chat(), "messages"), "no prompt: give the request's messages"),
     "empty response": (
         changed(chat(), *CHOICE, "logprobs", "content", to=[]), "logprobs.content is empty: an empty response",
     ),
@@ -285,7 +282,7 @@ REFUSED = {
     "another temperature": (chat(temperature=0.7), "temperature = 0.7"),
     "positive": (changed(chat(), *CHOICE, "logprobs", "content", 0, "logprob", to=0.3), "is positive"),
     "no known form": ({"prompt": "q", "logprobs": [1, 2]}, "no recorded log-probs among the fields prompt, logprobs"),
-    "damaged": (changed(chat(), *CHOICE, "logprobs", "content", 0, to="two"), "not in the form they should have"),
+    "damaged": (changed(chat(), *CHOICE, "logprobs", "content", 0, to="two"), "must be a list of {token, logprob}"),
 }  # fmt: skip
 
 

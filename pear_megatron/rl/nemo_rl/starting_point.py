@@ -209,17 +209,13 @@ def stop_token_ids(tokenizer_folder: str) -> list[int] | None:
         ImportError: transformers is missing. DataError: the tokenizer cannot be loaded.
         RowProblem: the chat template refuses a plain question and answer.
     """
-    from pear_megatron.data.chat import ChatEncoder
+    from pear_megatron.data.chat import ChatEncoder, Conversation
     from pear_megatron.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)
     if not tokenizer.chat_template:
         return None
-    input_ids, decisions = ChatEncoder(tokenizer).encode_prompt_response("1 + 1?", "2")
-    last = max(position for position, decision in enumerate(decisions) if decision)
-    end, eos = input_ids[last], tokenizer.eos_token_id
-    return (
-        None
-        if end == eos or end not in ChatEncoder(tokenizer).special_ids
-        else [*([] if eos is None else [eos]), end]
-    )
+    encoder = ChatEncoder(tokenizer)
+    (encoded,) = encoder.encode(Conversation(prompt="1 + 1?", response="2"))
+    end, eos = encoded.input_ids[-1], tokenizer.eos_token_id
+    return None if end == eos or end not in encoder.special_ids else [*([] if eos is None else [eos]), end]

@@ -1,62 +1,122 @@
-"""Log-probs that the generator recorded: rows of vLLM, OpenAI-compatible servers and NeMo-RL as ordinary rows."""
+"""Log-probs that the generator recorded: answers of engines and samples of RL frameworks as ordinary rows."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.data.fields import check_names
-from pear_megatron.score.recorded import nemo_rl, openai
+from pear_megatron.data.fields import check_names, short
+from pear_megatron.score.recorded import nemo_rl, openai, responses, sglang, slime, verl, vllm
+from pear_megatron.score.recorded.answers import Recorded
+from pear_megatron.score.recorded.sampling import check_sampling
 from pear_megatron.score.recorded.tokens import Tokens
 
-_OWN_FIELDS = ("tokenizer_hash", "temperature", "metadata")
+_ENGINES = (sglang, vllm, responses, openai)
+_CHECKED = (
+    "policy_logprobs",
+    "temperature",
+    "logprobs_mode",
+)  # of a row in this package's form; not needed further
 
 
-def ordinary_fields(fields: Mapping[str, Any], tokens: Tokens) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(fields as the loader knows them, what else is worth keeping) of a row with recorded log-probs.
+def ordinary_fields(
+    fields: Mapping[str, Any], tokens: Tokens, *, raw_logprobs: bool = False
+) -> list[Recorded]:
+    """(fields as the loader knows them, what else is worth keeping) of each trajectory in a row.
 
-    The first has input_ids, loss_mask and behavior_logprobs, aligned; the second goes into the metadata.
+    The first has input_ids, loss_mask and behavior_logprobs, aligned; the second goes into the metadata. A row
+    has several trajectories where the generator gave several answers; their ids then are ``id#0``, ``id#1``, ...
 
     Args:
         fields: the row as it stands in the file.
         tokens: the tokenizer, for rows without token ids.
+        raw_logprobs: the user says that the engine logged the model's own log-probs, whatever it sampled with.
 
     Raises:
-        RowProblem: no known form, or log-probs that cannot be aligned with the tokens for certain.
+        RowProblem: no known form, log-probs that cannot be aligned with the tokens for certain, or that may be
+            those of another distribution than the policy's at temperature 1.
     """
-    _check_temperature(fields)
+    hashed = {"tokenizer_hash": fields["tokenizer_hash"]} if "tokenizer_hash" in fields else {}
     try:
-        found, notes = _read(fields, tokens)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        return [(hashed | found, notes) for found, notes in _read(fields, tokens, raw_logprobs)]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, RowProblem):
+            raise
         raise RowProblem(
             f"the recorded log-probs are not in the form they should have ({type(error).__name__}: {error}); "
-            "write the server's answer as it came"
+            "write the generator's answer as it came"
         ) from error
-    return {name: fields[name] for name in _OWN_FIELDS if name in fields} | found, notes
 
 
-def _read(fields: Mapping[str, Any], tokens: Tokens) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read(fields: Mapping[str, Any], tokens: Tokens, raw: bool) -> list[Recorded]:
+    if "samples" in fields:
+        return _read_samples(fields, raw)
+    body = _body(fields)
+    by_sglang = slime.is_sample(fields) or sglang.is_answer(body)
+    if not _written_by_score(fields):
+        check_sampling(fields, raw=raw, engine="sglang" if by_sglang else None)
     if "message_log" in fields:
-        return nemo_rl.from_message_log(fields)
+        return [nemo_rl.from_message_log(fields)]
     if "generation_logprobs" in fields:
-        return nemo_rl.from_train_data(fields)
-    if openai.is_response(fields):
-        return openai.from_response(fields, tokens)
+        return [nemo_rl.from_train_data(fields)]
+    if slime.is_sample(fields):
+        return [slime.from_sample(fields)]
+    if verl.is_rollout(fields):
+        return [verl.from_rollout(fields)]
+    for engine in _ENGINES:
+        if engine.is_answer(body):
+            return engine.read(fields, body, tokens)
     if "behavior_logprobs" in fields:
-        check_names(fields)
-        return {name: value for name, value in fields.items() if name != "policy_logprobs"}, {}
+        own = {name: value for name, value in fields.items() if name not in _CHECKED}
+        check_names(own)
+        return [(own, {})]
     raise RowProblem(
-        f"no recorded log-probs among the fields {', '.join(fields)}; known are a response with choices "
-        "and logprobs (vLLM, OpenAI-compatible servers), prompt_logprobs (vLLM), message_log or token_ids "
-        "with generation_logprobs (NeMo-RL), and behavior_logprobs. Without any, score with --model"
+        f"no recorded log-probs among the fields {', '.join(fields)}; known are answers with logprobs (vLLM, SGLang, "
+        "OpenAI-compatible chat, completions and Responses), prompt_logprobs (vLLM), samples of slime, verl and "
+        "NeMo-RL, and behavior_logprobs. Without any, score with --model"
     )
 
 
-def _check_temperature(fields: Mapping[str, Any]) -> None:
-    if fields.get("temperature", 1) != 1:
-        raise RowProblem(
-            f"temperature = {fields['temperature']!r}: log-probs must be those at temperature 1. Recorded ones "
-            "are that only if the server logs raw ones (vLLM's logprobs_mode raw_logprobs, its default): if it "
-            "does, write 1 here; if it logs processed ones, score with --model instead of importing"
-        )
+def _body(fields: Mapping[str, Any]) -> Any:
+    """The answer: in ``response``, as it is or as a batch job writes it, or the row itself."""
+    body = fields.get("response")
+    if isinstance(body, list):
+        return body
+    if not isinstance(body, Mapping):
+        return fields
+    if fields.get("error") or body.get("error") or body.get("status_code", 200) not in (200, None):
+        raise RowProblem(f"the request failed ({short(fields.get('error') or body)}); drop the row")
+    return body["body"] if isinstance(body.get("body"), Mapping) else body
+
+
+def _read_samples(fields: Mapping[str, Any], raw: bool) -> list[Recorded]:
+    """A dump of slime as one JSON object."""
+    samples = fields["samples"]
+    if not isinstance(samples, list) or not samples:
+        raise RowProblem(f"samples = {short(samples)}; it must be the list of slime's samples, not empty")
+    found = []
+    for k, sample in enumerate(samples):
+        try:
+            if not isinstance(sample, Mapping) or not slime.is_sample(sample):
+                raise RowProblem(
+                    f"{short(sample)} is no sample of slime: tokens, response_length, rollout_log_probs"
+                )
+            check_sampling({**fields, **sample}, raw=raw, engine="sglang")
+            found.append(slime.from_sample(sample))
+        except RowProblem as problem:
+            raise RowProblem(f"samples[{k}]: {problem}") from problem
+    return found
+
+
+def _written_by_score(fields: Mapping[str, Any]) -> bool:
+    """Whether `score` made the row: its metadata then remembers what became of the log-probs' origin."""
+    metadata = fields.get("metadata")
+    if isinstance(metadata, str):
+        try:
+            metadata = json.loads(metadata)
+        except ValueError:
+            return False
+    own = "behavior_logprobs" in fields and fields.get("temperature", 1) == 1
+    return own and isinstance(metadata, Mapping) and {"source", "backend"} <= set(metadata)

@@ -9,9 +9,10 @@ import numpy as np
 
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import get_integers, get_mask, get_nullable_floats, short
+from pear_megatron.score.recorded.answers import Recorded
 
 
-def from_message_log(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def from_message_log(fields: Mapping[str, Any]) -> Recorded:
     """``message_log``: messages with role, token_ids and, where generated, generation_logprobs.
 
     As in NeMo-RL, decisions are the tokens of assistant messages that have generation_logprobs; a
@@ -51,7 +52,7 @@ def from_message_log(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     return found, {"messages": texts} if texts else {}
 
 
-def from_train_data(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def from_train_data(fields: Mapping[str, Any]) -> Recorded:
     """A line of train_data_stepN.jsonl: token_ids, token_loss_mask and generation_logprobs, padded on the right.
 
     NeMo-RL writes a batch of one: every value is a list of one entry.

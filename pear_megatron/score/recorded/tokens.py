@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
 
 from pear_megatron.data.chat import ChatEncoder
 from pear_megatron.data.errors import RowProblem
+from pear_megatron.data.fields import short
+from pear_megatron.score.recorded.request import NO_PROMPT, Request, joined_text
 
 RECORD_IDS = (
     "have the server record token ids: return_token_ids=true (vLLM), or return_tokens_as_token_ids=true "
     "beside logprobs"
 )
+_PARSED = ("content", "reasoning_content", "reasoning", "tool_calls")  # of a message, all that was generated
 _ID_PREFIX = "token_id:"  # vLLM's and SGLang's way to write an id where a token's text is expected
 
 
@@ -26,63 +30,87 @@ class Tokens:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer, or None.
+        encoder: that of the loader, with its chat template; None without a tokenizer.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, encoder: ChatEncoder | None) -> None:
         self._tokenizer = tokenizer
-        self.encoder = ChatEncoder(tokenizer) if tokenizer is not None else None
+        self.encoder = encoder
 
-    def _needed(self, why: str) -> Any:
-        if self._tokenizer is None:
-            raise RowProblem(
-                f"{why} without token ids: name the tokenizer (--tokenizer or --model), or {RECORD_IDS}"
-            )
-        return self._tokenizer
+    def of_context(self, request: Request, *, chat: bool) -> list[int]:
+        """Ids of the context that the response was generated from.
 
-    def of_prompt(self, messages: Any, prompt: Any) -> list[int]:
-        """Ids of the context that the response was generated from."""
-        if isinstance(prompt, list) and prompt and all(isinstance(i, int) for i in prompt):
-            return prompt
-        tokenizer = self._needed("the prompt is text")
-        if messages is not None:
-            from jinja2 import TemplateError
+        Args:
+            chat: the answer is a chat's, so that a prompt is the user's message; otherwise it stands as it is.
+        """
+        tokenizer, encoder = self._needed("the prompt is text")
+        if chat or request.messages is not None:
+            return encoder.generation_prompt(request.conversation)
+        if request.prompt is None:
+            raise RowProblem(NO_PROMPT)
+        return list(tokenizer(request.prompt)["input_ids"])
 
-            try:
-                encoded = tokenizer.apply_chat_template(
-                    messages, tokenize=True, add_generation_prompt=True, return_dict=True
-                )
-            except (TemplateError, TypeError, ValueError) as error:
-                raise RowProblem(f"messages: the chat template refuses them: {error}") from error
-            return list(encoded["input_ids"])
-        if not isinstance(prompt, str):
-            raise RowProblem(
-                f"no prompt: give messages, prompt or prompt_token_ids beside the response, or {RECORD_IDS}"
-            )
-        return list(tokenizer(prompt)["input_ids"])
-
-    def of_trajectory(self, messages: Any, prompt: Any, response: Any) -> tuple[list[int], list[bool]]:
+    def of_trajectory(self, request: Request, response: Any) -> tuple[list[int], list[bool]]:
         """(input_ids, loss_mask) of a whole conversation, as the loader would encode it."""
-        self._needed("the trajectory is text")
-        assert self.encoder is not None
-        if messages is not None:
-            return self.encoder.encode_messages(messages)
-        if not isinstance(prompt, str) or not isinstance(response, str):
-            raise RowProblem("prompt and response must be strings, unless the server recorded token ids")
-        return self.encoder.encode_prompt_response(prompt, response)
+        _, encoder = self._needed("the trajectory is text")
+        encoded = encoder.encode(replace(request.conversation, response=response))
+        if len(encoded) > 1:
+            raise RowProblem(
+                f"the chat template gives the {len(encoded)} turns contexts that are not one row of tokens, and "
+                "log-probs were recorded for one; give input_ids+loss_mask as they were scored, a row a turn"
+            )
+        return encoded[0].input_ids, encoded[0].loss_mask
 
-    def of_response(
-        self, messages: Any, prompt: Any, response: str, *, truncated: bool
-    ) -> tuple[list[int], list[int]]:
-        """(ids of the context, ids of the response with its end of turn unless truncated) of a text."""
-        whole = [*messages, {"role": "assistant", "content": response}] if messages is not None else None
-        ids, mask = self.of_trajectory(whole, prompt, response)
-        end = start = len(mask) - mask[::-1].index(True)
-        while start > 0 and mask[start - 1]:
-            start -= 1
-        assert self.encoder is not None
-        if truncated and ids[end - 1] in self.encoder.special_ids:
-            end -= 1
-        return ids[:start], ids[start:end]
+    def of_text(self, text: Any, recorded: Sequence[str], *, truncated: bool) -> list[int]:
+        """Ids of a completion's response as it stands, and of the token that ended it."""
+        tokenizer, _ = self._needed("the response is text")
+        if not isinstance(text, str):
+            raise RowProblem(
+                f"the response is {short(text)}; it must be text where no token ids are recorded"
+            )
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if truncated:
+            return ids
+        if tokenizer.eos_token_id is None:
+            raise RowProblem(f"the tokenizer has no EOS token, by which the response ended; {RECORD_IDS}")
+        return self._as_it_ended([*ids, tokenizer.eos_token_id], recorded)
+
+    def of_message(
+        self, request: Request, message: Mapping[str, Any], recorded: Sequence[str], *, truncated: bool
+    ) -> list[int]:
+        """Ids of an assistant's message and of the token that ended it.
+
+        What a server has parsed (reasoning, tool calls) no longer stands as it was sampled: then the recorded
+        texts are joined, or, where they are pieces of characters, the chat template has to write it again.
+        """
+        tokenizer, encoder = self._needed("the response is text")
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        calls, content = message.get("tool_calls") or [], message.get("content")
+        if not reasoning and not calls:
+            text = joined_text(content, "message")
+            ids = encoder.response_ids(request.conversation, text, truncated=truncated)
+            return ids if truncated else self._as_it_ended(ids, recorded)
+        joined = "".join(recorded)
+        if "\ufffd" in joined or any(token.startswith("bytes:") for token in recorded):
+            parsed = {name: message[name] for name in _PARSED if message.get(name)}
+            answer = {"role": "assistant", **parsed}
+            ids = encoder.response_ids(request.conversation, answer, truncated=truncated)
+            joined = tokenizer.decode(ids)
+        else:
+            ids = encoder.response_ids(request.conversation, joined, truncated=True)
+            if not truncated and (not ids or ids[-1] not in encoder.special_ids):
+                raise RowProblem(
+                    f"the last recorded token is {recorded[-1]!r}: the end of turn, which the policy chose as well, is "
+                    f"not recorded; {RECORD_IDS}, or score with --model"
+                )
+        names = [("tool call", call["function"]["name"]) for call in calls]
+        for what, text in [("reasoning", reasoning), ("text", content), *names]:
+            if text and joined_text(text, "message").strip() not in joined:
+                raise RowProblem(
+                    f"the answer's {what} {short(text)} is not among its tokens (its log-probs do not cover it, or the "
+                    f"chat template leaves it out); {RECORD_IDS}, or score with --model"
+                )
+        return ids
 
     def check(self, ids: Sequence[int], recorded: Sequence[str], name: str) -> None:
         """RowProblem where a recorded token is not the one whose id stands there.
@@ -99,12 +127,34 @@ class Tokens:
             else:
                 same = found is None or found == token_id
             if not same:
-                raise RowProblem(
-                    f"{name}[{i}] is {token!r}, but the token there is {self._shown(token_id)}: the log-probs are "
-                    f"shifted or belong to other tokens; {RECORD_IDS}, or score with --model"
-                )
+                self._refuse(name, i, repr(token), token_id)
+
+    def check_ids(self, ids: Sequence[int], recorded: Sequence[int | None], name: str) -> None:
+        """RowProblem where a recorded id, if there is one, is not the one that stands there."""
+        for i, (token_id, found) in enumerate(zip(ids, recorded, strict=True)):
+            if found is not None and found != token_id:
+                self._refuse(name, i, f"of token {found}", token_id)
+
+    def _refuse(self, name: str, i: int, found: str, token_id: int) -> NoReturn:
+        raise RowProblem(
+            f"{name}[{i}] is {found}, but the token there is {self._shown(token_id)}: the log-probs are shifted or "
+            f"belong to other tokens; {RECORD_IDS}, or score with --model"
+        )
 
     def _shown(self, token_id: int) -> str:
         if self._tokenizer is None:
             return f"id {token_id}"
         return f"id {token_id} ({self._tokenizer.decode([token_id])!r})"
+
+    def _as_it_ended(self, ids: list[int], recorded: Sequence[str]) -> list[int]:
+        """A policy may stop at another special token than the chat template's; the recorded one is right."""
+        tokenizer, encoder = self._needed("the response is text")
+        last = tokenizer.convert_tokens_to_ids(recorded[-1]) if recorded else None
+        return [*ids[:-1], last] if last in encoder.special_ids and ids[-1] in encoder.special_ids else ids
+
+    def _needed(self, why: str) -> tuple[Any, ChatEncoder]:
+        if self._tokenizer is None or self.encoder is None:
+            raise RowProblem(
+                f"{why} without token ids: name the tokenizer (--tokenizer or --model), or {RECORD_IDS}"
+            )
+        return self._tokenizer, self.encoder

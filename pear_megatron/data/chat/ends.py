@@ -1,0 +1,96 @@
+"""The tokens with which a policy ends a turn, found out from the chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pear_megatron.data.chat.fit import Fitter
+from pear_megatron.data.chat.messages import Message
+from pear_megatron.data.chat.template import Setting
+from pear_megatron.data.chat.text import common_prefix
+from pear_megatron.data.errors import RowProblem
+
+_USER: Message = {"role": "user", "content": "Zquserx"}
+_LATER: Message = {"role": "user", "content": "Zqlaterx"}
+_ANSWER: Message = {"role": "assistant", "content": "Zqlastx"}
+_CALL = {
+    "type": "function",
+    "id": "call00001",
+    "function": {"name": "Zqnamex", "arguments": {"key": "Zqlastx"}},
+}
+_CALLING: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+_RESULT: Message = {"role": "tool", "name": "Zqnamex", "tool_call_id": "call00001", "content": "Zqlaterx"}
+
+
+@dataclass(frozen=True)
+class End:
+    """What ends a turn.
+
+    Attributes:
+        text: as it is appended, such as ``<|im_end|>`` or ``<|END_RESPONSE|><|END_OF_TURN_TOKEN|>``.
+        stop: the last token of it, at which sampling stops.
+    """
+
+    text: str
+    stop: str
+
+
+def find_end(fitter: Fitter, special: Iterable[str], eos: str | None, *, calls: bool) -> End:
+    """The end of a turn of text, or of one with tool calls.
+
+    The special tokens behind the last turn of a conversation, where the template puts the same there before the
+    next message; else those behind the last turn (gpt-oss); else those at the head of the next message (GLM); else
+    the tokenizer's EOS.
+
+    Raises:
+        RowProblem: there are none, and the tokenizer has no EOS.
+    """
+    turn, later = (_CALLING, _RESULT) if calls else (_ANSWER, _LATER)
+    special = [
+        token for token in special if token == eos or not re.fullmatch(r"</\w+>", token)
+    ]  # not </tool_call>
+    for text, which in _candidates(fitter, turn, later):
+        runs = _runs(text, special)
+        if runs:
+            return End("".join(runs[which]), runs[which][-1])
+    if eos is None:
+        raise RowProblem(
+            "the chat template ends no turn with a special token, and the tokenizer has no EOS; set one"
+        )
+    return End(eos, eos)
+
+
+def _candidates(fitter: Fitter, turn: Message, later: Message) -> list[tuple[str, int]]:
+    last = _tail(fitter, [_USER, turn])
+    following = _tail(fitter, [_USER, turn, later]).partition("Zqlaterx")[0]
+    return [(common_prefix(last, following), -1), (last, 0), (following, 0)]
+
+
+def _tail(fitter: Fitter, messages: list[Message]) -> str:
+    try:
+        return fitter.render(messages, Setting()).rpartition("Zqlastx")[2]
+    except RowProblem:
+        return ""
+
+
+def _runs(text: str, special: list[str]) -> list[list[str]]:
+    """The special tokens in the text, those without anything between them together."""
+    runs: list[list[str]] = []
+    end = -1
+    for match in re.finditer(
+        "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)", text
+    ):
+        if match.start() != end:
+            runs.append([])
+        runs[-1].append(match.group())
+        end = match.end()
+    return runs
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """The special tokens as they are written."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))

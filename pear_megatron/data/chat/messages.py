@@ -1,0 +1,225 @@
+"""The messages of a row, whatever dialect they are written in, as one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pear_megatron.data.errors import RowProblem
+from pear_megatron.data.fields import short
+
+Message = dict[str, Any]
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Text that must not vanish: where it stands in the row, the text, and whether it is an assistant's thinking."""
+
+    name: str
+    text: str
+    thinking: bool = False
+
+
+def read_messages(value: Any, field: str = "messages") -> list[Message]:
+    """Messages with ``content`` a string, reasoning as ``reasoning_content``, arguments as dicts where they are JSON.
+
+    Raises:
+        RowProblem: no list of messages, or one with something in it that cannot become tokens.
+    """
+    if not isinstance(value, list) or not value:
+        raise RowProblem(f"{field} = {short(value)}; it must be a list of {{role, content}}, not empty")
+    return [_read_message(message, f"{field}[{k}]") for k, message in enumerate(value)]
+
+
+def is_assistant(message: Message) -> bool:
+    """Whether the policy wrote the message."""
+    return bool(message["role"] == "assistant")
+
+
+def is_empty(message: Message) -> bool:
+    """Whether it has neither text nor thinking nor calls."""
+    texts = (message["content"], message.get("reasoning_content", ""))
+    return not any(text.strip() for text in texts) and not message.get("tool_calls")
+
+
+def check_order(messages: list[Message], field: str = "messages") -> None:
+    """RowProblem unless there is an assistant turn with something in it, after a prompt."""
+    answers = [message for message in messages if is_assistant(message)]
+    if not answers:
+        roles = ", ".join(message["role"] for message in messages)
+        raise RowProblem(f"{field} has no assistant turn (roles: {roles}): no decision; drop the row")
+    if is_assistant(messages[0]):
+        raise RowProblem(f"{field}[0] is an assistant turn without a prompt; begin with system or user")
+    if all(is_empty(answer) for answer in answers):
+        raise RowProblem(f"{field}: every assistant turn is an empty response; drop the row")
+    if not any(answer["weight"] for answer in answers if not is_empty(answer)):
+        raise RowProblem(f"{field}: weight is 0 on every assistant turn with text: no decision; drop the row")
+
+
+def parts_of(message: Message, where: str) -> Iterator[Part]:
+    """Every text of the message, thinking inside the content apart; texts of nothing but white space left out."""
+    inline, content = _split_thinking(message)
+    for text, name, thinking in (
+        (message.get("reasoning_content", ""), "reasoning_content", True),
+        (inline, "content", True),
+        (content, "content", False),
+    ):
+        if text.strip():
+            yield Part(f"{where}.{name}", text, thinking)
+    for i, call in enumerate(message.get("tool_calls", ())):
+        function, place = call["function"], f"{where}.tool_calls[{i}].function"
+        yield Part(f"{place}.name", function["name"])
+        for leaf in leaves(function["arguments"]):
+            yield Part(f"{place}.arguments", leaf)
+
+
+def leaves(value: Any) -> Iterator[str]:
+    """The texts in arguments, a dict or the text that they are; numbers, booleans and nulls as JSON."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key)
+            yield from leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from leaves(inner)
+    elif not isinstance(value, str):
+        yield json.dumps(value)
+    elif value.strip():
+        yield value
+
+
+def without_nulls(value: Any) -> Any:
+    """Without the keys whose value is null: a Parquet struct has every key of every row."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [without_nulls(inner) for inner in value]
+    return value
+
+
+def thinks_inline(content: str) -> bool:
+    """Whether thinking stands inside the content, with the tag that ends it."""
+    return "</think>" in content
+
+
+def _split_thinking(message: Message) -> tuple[str, str]:
+    content: str = message["content"]
+    if not is_assistant(message):
+        return "", content
+    thinking, tag, answer = content.rpartition("</think>")
+    if tag:
+        return thinking.strip().removeprefix("<think>"), answer
+    return (content, "") if content.lstrip().startswith("<think>") else ("", content)
+
+
+def _read_message(value: Any, where: str) -> Message:
+    if isinstance(value, dict) and "from" in value and "role" not in value:
+        value = _from_sharegpt(value, where)
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        raise RowProblem(f"{where} = {short(value)}; it must be an object with a role")
+    calls = value.get("tool_calls")
+    message = without_nulls({key: inner for key, inner in value.items() if key != "tool_calls"})
+    message["content"] = _text(
+        message.get("content"), f"{where}.content", needed=value["role"] != "assistant"
+    )
+    if thinking := _thinking(message, where):
+        message["reasoning_content"] = thinking
+    if calls:
+        if not isinstance(calls, list):
+            raise RowProblem(f"{where}.tool_calls = {short(calls)}; it must be a list of calls")
+        message["tool_calls"] = [_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
+    weight = message.pop("weight", 1)
+    if weight not in (0, 1):
+        raise RowProblem(
+            f"{where}.weight = {short(weight)}; it is 0 or 1, other weights go into token_weights"
+        )
+    return {**message, "weight": int(weight)}
+
+
+def _thinking(message: Message, where: str) -> str:
+    found = {key: text for key in _REASONING if (text := message.pop(key, None))}
+    for key, text in found.items():
+        if not isinstance(text, str):
+            raise RowProblem(
+                f"{where}.{key} = {short(text)} is a {type(text).__name__}; give the thinking as a text"
+            )
+    if len(set(found.values())) > 1:
+        raise RowProblem(f"{where} has {' and '.join(found)} with different texts; keep one")
+    return next(iter(found.values()), "")
+
+
+def _from_sharegpt(value: Message, where: str) -> Message:
+    sender = value["from"]
+    if sender not in _SHAREGPT_ROLES:
+        raise RowProblem(f"{where}.from = {short(sender)}; it is one of {', '.join(_SHAREGPT_ROLES)}")
+    others = {key: inner for key, inner in value.items() if key not in ("from", "value")}
+    message = {**others, "role": _SHAREGPT_ROLES[sender], "content": value.get("value")}
+    if sender == "function_call":
+        called = _json(value.get("value"))
+        calls = called if isinstance(called, list) else [called]
+        if not all(isinstance(call, dict) for call in calls):
+            raise RowProblem(
+                f"{where}.value = {short(value.get('value'))}; a function_call is JSON: name, arguments"
+            )
+        message |= {"content": None, "tool_calls": calls}
+    return message
+
+
+def _text(value: Any, where: str, *, needed: bool) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None and not needed:
+        return ""
+    if value is None:
+        raise RowProblem(f"{where} is missing; give a text, an empty one if the message has none")
+    if not isinstance(value, list):
+        raise RowProblem(
+            f"{where} = {short(value)} is a {type(value).__name__}; give a text or a list of text parts"
+        )
+    texts = []
+    for i, part in enumerate(value):
+        text = part.get("text") if isinstance(part, dict) else part
+        others = set(part) - {"type", "text"} if isinstance(part, dict) else set()
+        if (
+            not isinstance(text, str)
+            or others
+            or (isinstance(part, dict) and part.get("type", "text") != "text")
+        ):
+            raise RowProblem(f"{where}[{i}] = {short(part)} is no text part, and only text can be trained on")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _call(value: Any, where: str) -> Message:
+    call = value
+    if isinstance(call, dict) and "function" not in call:  # {name, arguments} without the envelope
+        call = {"function": call}
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowProblem(f"{where} = {short(value)}; it must be {{type, function: {{name, arguments}}}}")
+    arguments = function.get("arguments")
+    parsed = _json(arguments) if isinstance(arguments, str) else without_nulls(arguments or {})
+    function = {**without_nulls(function), "arguments": parsed if isinstance(parsed, dict) else arguments}
+    if not isinstance(function["arguments"], (dict, str)):
+        raise RowProblem(f"{where}.function.arguments = {short(arguments)}; give an object, or its JSON")
+    return {"type": "function", **without_nulls(call), "function": function}
+
+
+def _json(text: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,94 @@
+"""A chat template: messages become text, as an inference engine renders them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pear_megatron.data.chat.messages import Message
+from pear_megatron.data.errors import RowProblem
+
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
+_GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+_GLOBALS = {"raise_exception", "strftime_now", "namespace", "range", "dict"}
+_GIVEN_BY_RENDERER = {"messages", "tools", "documents", "add_generation_prompt"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a template is given beside the messages."""
+
+    tools: list[Any] | None = None
+    documents: list[Any] | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Template:
+    """A chat template with the special tokens of a tokenizer.
+
+    Attributes:
+        text: the template.
+        has_marks: whether it has {% generation %} marks.
+        thinks_in_fields: whether it has a place for thinking that is not written as <think>.
+    """
+
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        self.text = text
+        self.has_marks = bool(_GENERATION_MARK.search(text))
+        self.thinks_in_fields = "<think>" not in text and bool(re.search(r"\b(thinking|reasoning)", text))
+        self._special: dict[str, Any] = dict(tokenizer.special_tokens_map)
+
+    def render(
+        self, messages: list[Message], setting: Setting, *, prompt: bool = False, marks: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """(text, the spans in it that the template marks as generated), with the generation prompt if ``prompt``.
+
+        Raises:
+            RowProblem: the template refuses the messages.
+        """
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[[_as_template_reads(message) for message in messages]],
+                tools=setting.tools,
+                documents=setting.documents,
+                chat_template=self.text,
+                return_assistant_tokens_mask=marks and self.has_marks,
+                add_generation_prompt=prompt,
+                **{**self._special, **setting.kwargs},
+            )
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+            raise RowProblem(f"messages: the chat template refuses them: {error}; change the row") from error
+        return texts[0], spans[0] if spans else []
+
+    def check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
+        """RowProblem on an argument that the template never reads."""
+        if not kwargs:
+            return
+        read, undeclared = _variables(self.text)
+        for name in kwargs:
+            if name not in read or name in _GIVEN_BY_RENDERER:
+                own = sorted(undeclared - _GIVEN_BY_RENDERER - _GLOBALS - set(self._special))
+                known = f"it reads {', '.join(own)}" if own else "it reads none"
+                raise RowProblem(f"chat_template_kwargs: the chat template does not read {name!r}; {known}")
+
+
+def _variables(template: str) -> tuple[set[str], set[str]]:
+    """(names that it reads, those of them that it never sets)."""
+    from jinja2 import Environment, meta, nodes
+
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    tree = environment.parse(_GENERATION_TAGS.sub("", template))
+    read = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
+    return read, meta.find_undeclared_variables(tree)
+
+
+def _as_template_reads(message: Message) -> Message:
+    others = {key: value for key, value in message.items() if key != "weight"}
+    if "reasoning_content" in others:  # gpt-oss and LFM read `thinking`
+        others["thinking"] = others["reasoning_content"]
+    return others

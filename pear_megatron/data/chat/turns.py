@@ -1,0 +1,178 @@
+"""What a policy wrote in one assistant turn, as text: everything behind the generation prompt, with its end of turn."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from pear_megatron.data.chat.ends import End
+from pear_megatron.data.chat.fit import MOST_KNOWN, Fitter, stands_in
+from pear_megatron.data.chat.messages import Message, parts_of, thinks_inline
+from pear_megatron.data.chat.template import Setting
+from pear_megatron.data.chat.text import common_prefix, overlap
+from pear_megatron.data.errors import RowProblem
+
+_USER: Message = {"role": "user", "content": "Zquserx"}
+_THINKING, _CONTENT = "Zqthinkingx", "Zqcontentx"
+_OPENED = re.compile(r"\s*<think>\s*(</think>\s*)?")
+_EMPTY_BLOCK = re.compile(r"^(\s*)<think>\s*</think>\s*")
+_CLOSED_BLOCK = re.compile(r"^\s*</think>\s*")
+
+
+class TurnWriter:
+    """Writes assistant turns with a chat template.
+
+    The template is given words instead of the turn's texts, and the texts are put in their places: whatever it does
+    to white space, tags or thinking, the texts stay as the policy wrote them.
+
+    Args:
+        fitter: renders with the template.
+        ends: of a turn of text, and of one with tool calls.
+        stops: every token at which sampling may have stopped.
+        notes: counts what the user should be told.
+    """
+
+    def __init__(
+        self, fitter: Fitter, ends: tuple[End, End], stops: Iterable[str], notes: Counter[str]
+    ) -> None:
+        self._fitter = fitter
+        self._ends = ends
+        self._stops = tuple(stops)
+        self._notes = notes
+        self._known: dict[str, str] = {}
+
+    def write(self, message: Message, where: str, setting: Setting, context: str, *, truncated: bool) -> str:
+        """What the policy wrote after ``context``, a text that ends with the generation prompt.
+
+        Raises:
+            RowProblem: the template has no place for a part of the turn, or the turn holds its end in its middle.
+        """
+        for part in parts_of(message, where):
+            self._check_stops(part.text, part.name)
+        thinking, content = message.get("reasoning_content", ""), message["content"]
+        written = self._rendered(message, where, setting)
+        if thinking and written.count(_THINKING) != 1:
+            if self._fitter.template.thinks_in_fields:
+                raise RowProblem(
+                    f"{where}.reasoning_content: the chat template leaves it out in this turn; write the thinking into "
+                    "the content, as the policy did, or give prompt+response"
+                )
+            self._notes[
+                "thinking written as <think>...</think>, for which the chat template has no place"
+            ] += 1
+            thinking, content = "", f"<think>\n{thinking}\n</think>\n\n{content}"
+            written = self._rendered({**message, "content": content, "reasoning_content": ""}, where, setting)
+        if content.strip() and written.count(_CONTENT) != 1:
+            raise RowProblem(f"{where}.content: the chat template leaves it out in this turn; change the row")
+        if not thinking:
+            written = self._without_invented_thinking(written, content)
+        written = self._ended(written, bool(message.get("tool_calls")), truncated)
+        written = _put(_put(written, _THINKING, thinking), _CONTENT, content)
+        for part in parts_of(message, where):
+            if not stands_in(part.text, written):
+                raise RowProblem(f"{part.name}: the chat template leaves it out in this turn; change the row")
+        return not_doubled(context, written)
+
+    def end_raw(self, response: str, field: str, *, truncated: bool) -> str:
+        """A response with the token that ends a turn, unless it has it already or ``truncated``."""
+        end = self._ends[0].text
+        stop = next((stop for stop in self._stops if response.endswith(stop)), "")
+        self._check_stops(response.removesuffix(stop), field)
+        return response if stop or truncated else response + end
+
+    def length_of_end(self, written: str) -> int:
+        """How many characters of a turn are its end."""
+        return max((len(end.text) for end in self._ends if written.endswith(end.text)), default=0)
+
+    def _check_stops(self, text: str, name: str) -> None:
+        for stop in self._stops:
+            if stop in text:
+                raise RowProblem(
+                    f"{name} contains {stop!r}, the token that ends a turn: the policy would have stopped there; "
+                    "take it out of the text, or give input_ids+loss_mask as they were sampled"
+                )
+
+    def _rendered(self, message: Message, where: str, setting: Setting) -> str:
+        """The turn after a user's, with words for its texts, from the generation prompt on."""
+        message = dict(message)
+        if message["content"].strip():
+            message["content"] = _CONTENT
+        if message.pop("reasoning_content", ""):
+            message["reasoning_content"] = _THINKING
+        key = repr((message, setting))
+        if key not in self._known:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            form = self._fitter.form(
+                [_USER, message], setting, prompt=False, field=f"{where}, after messages"
+            )
+            through, _ = self._fitter.template.render(form([_USER, message]), setting)
+            context = self._fitter.render([_USER], setting, prompt=True)
+            self._known[key] = _behind(context, through, where)
+        return self._known[key]
+
+    def _without_invented_thinking(self, written: str, content: str) -> str:
+        inline = thinks_inline(content)
+        found = _EMPTY_BLOCK.match(written)
+        if found and not inline:
+            self._notes["empty think blocks of the chat template left out of turns without thinking"] += 1
+        written = _EMPTY_BLOCK.sub(r"\1", written)
+        if inline:
+            return _CLOSED_BLOCK.sub("", written)
+        if _CLOSED_BLOCK.match(written):
+            self._notes[
+                "turns without thinking that close the thinking which the generation prompt opens"
+            ] += 1
+        return written
+
+    def _ended(self, written: str, calls: bool, truncated: bool) -> str:
+        end = self._ends[calls]
+        if truncated and not calls:
+            last = max(
+                (written.find(word) + len(word) for word in (_THINKING, _CONTENT) if word in written),
+                default=0,
+            )
+            return written[:last]
+        at = written.find(end.stop)
+        written = written[: at + len(end.stop)] if at >= 0 else written.rstrip() + end.text
+        return written.removesuffix(end.text) if truncated else written
+
+
+def not_doubled(context: str, written: str) -> str:
+    """``written`` without the tag at its start which the generation prompt has opened already."""
+    start = written.lstrip()
+    tail = context.rstrip()[-40:]
+    for at in (match.start() for match in re.finditer("<", tail)):
+        opened = tail[at:]
+        if start.startswith(opened):
+            rest = start.removeprefix(opened)
+            space = context[len(context.rstrip()) :]
+            return rest[overlap(space, rest) :]
+    return written
+
+
+def _behind(context: str, through: str, where: str) -> str:
+    """What ``through`` has behind ``context``, the generation prompt of which it may render without its think tag."""
+    if through.startswith(context):
+        return through[len(context) :]
+    same = len(common_prefix(context, through))
+    if context.rfind("<", 0, same) > context.rfind(">", 0, same):  # within a tag
+        same = context.rfind("<", 0, same)
+    if context[same:].strip() and not _OPENED.fullmatch(context[same:]):
+        raise RowProblem(
+            f"{where}: the chat template renders the turn in another way than its generation prompt "
+            f"({context[same:]!r}) begins it; check chat_template_kwargs, or give prompt+response"
+        )
+    return through[same:]
+
+
+def _put(text: str, word: str, value: str) -> str:
+    """The value in the word's place; white space that template and value both have there is not doubled."""
+    before, found, after = text.partition(word)
+    if not found:
+        return text
+    value = value[overlap(before[len(before.rstrip()) :], value) :]
+    if word == _THINKING:
+        value = value[: len(value) - overlap(value[len(value.rstrip()) :], after)]
+    return before + value + after

@@ -1,0 +1,174 @@
+"""Rows of text as tokens: what a recipe says about tokenizer, chat template and turns, applied to one row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from pear_megatron.data.chat import ChatEncoder, Conversation
+from pear_megatron.data.config import DataConfig
+from pear_megatron.data.errors import DataError, RowProblem
+from pear_megatron.data.fields import get_flag, get_text, short
+from pear_megatron.data.tokenizer import read_chat_template, tokenizer_hash
+
+# Said by this package's own counts, in more detail.
+_COUNTED = ("rows split into their turns", "tokens added by splitting")
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenized:
+    """A trajectory's tokens.
+
+    Attributes:
+        input_ids: int64 [n].
+        loss_mask: bool [n], True on decisions.
+        turn: number of its assistant turn, from 0, where every turn is a trajectory of its own.
+    """
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    turn: int | None = None
+
+
+class TextReader:
+    """Turns rows of text into tokens.
+
+    Args:
+        config: the recipe's ``data:`` section.
+        tokenizer: a fast Hugging Face tokenizer, or None.
+
+    Attributes:
+        tokenizer_hash: of tokenizer, chat template and its arguments; None without a tokenizer.
+        encoder: with the template, arguments and ``multi_turn`` of ``config``; None without a tokenizer.
+
+    Raises:
+        DataError: the chat template cannot be read, or there is no tokenizer that it could belong to.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Any) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._template = read_chat_template(config.chat_template)
+        self._whole: ChatEncoder | None = None
+        self.encoder: ChatEncoder | None = None
+        self.tokenizer_hash: str | None = None
+        if tokenizer is not None:
+            self.encoder = self._make_encoder(config.multi_turn)
+            self.tokenizer_hash = tokenizer_hash(tokenizer, self._template, config.chat_template_kwargs)
+            return
+        for name in ("chat_template", "chat_template_kwargs"):
+            if getattr(config, name):
+                raise DataError(
+                    [
+                        f"data.{name} is set and data.tokenizer is not: nothing would read it; name the tokenizer"
+                    ]
+                )
+
+    @property
+    def origin(self) -> str:
+        """What the tokenizer's hash was made of, for messages."""
+        if self._tokenizer is None:
+            return "an earlier row"
+        config = self._config
+        parts = [f"data.tokenizer = {config.tokenizer!r}"]
+        if config.chat_template is not None:
+            parts.append(f"data.chat_template = {config.chat_template!r}")
+        if config.chat_template_kwargs:
+            parts.append(f"data.chat_template_kwargs = {short(config.chat_template_kwargs)}")
+        return " with ".join(parts)
+
+    @property
+    def notes(self) -> dict[str, int]:
+        """What became of the rows that the user should know, and how many times it happened."""
+        found = self.encoder.notes.items() if self.encoder is not None else ()
+        return {note: count for note, count in found if note not in _COUNTED}
+
+    def encode(self, conversation: Conversation, field: str) -> list[Tokenized]:
+        """The row's trajectories, one unless its turns are split.
+
+        Raises:
+            RowProblem: no tokenizer, or a conversation that cannot become the tokens that were sampled.
+        """
+        if self.encoder is None:
+            raise RowProblem(
+                f"{field} is text and data.tokenizer is not set; set it to the model's Hugging Face name "
+                "or folder, or give input_ids+loss_mask"
+            )
+        try:
+            return _tokenized(self.encoder, conversation)
+        except RowProblem as problem:
+            if field != "conversations":
+                raise
+            raise RowProblem(str(problem).replace("messages", field)) from problem
+
+    def whole(self, conversation: Conversation, parts: list[Tokenized], name: str) -> Tokenized:
+        """The one row of tokens that begins with each of the ``parts``: what a list of numbers is aligned with.
+
+        Raises:
+            RowProblem: there is no such row, so that nobody knows which of the numbers in ``name`` are whose.
+        """
+        way_out = (
+            f"{name} is one list, and the conversation becomes {len(parts)} trajectories (data.multi_turn), whose "
+            "contexts no single row of tokens holds: which number belongs to which token is unknown. Take the field "
+            "out and score the text again (`pear-megatron score`), or give each turn as a row with input_ids"
+        )
+        self._whole = self._whole or self._make_encoder("whole")
+        try:
+            (whole,) = _tokenized(self._whole, conversation)
+        except RowProblem as problem:
+            raise RowProblem(way_out) from problem
+        for part in parts:
+            if not np.array_equal(whole.input_ids[: len(part.input_ids)], part.input_ids):
+                raise RowProblem(way_out)
+        return whole
+
+    def _make_encoder(self, multi_turn: Literal["auto", "whole", "split"]) -> ChatEncoder:
+        return ChatEncoder(
+            self._tokenizer,
+            chat_template=self._template,
+            chat_template_kwargs=self._config.chat_template_kwargs,
+            multi_turn=multi_turn,
+        )
+
+
+def _tokenized(encoder: ChatEncoder, conversation: Conversation) -> list[Tokenized]:
+    return [
+        Tokenized(np.array(one.input_ids, dtype=np.int64), np.array(one.loss_mask, dtype=bool), one.turn)
+        for one in encoder.encode(conversation)
+    ]
+
+
+def conversation_of(fields: Mapping[str, Any], form: tuple[str, ...]) -> Conversation:
+    """A text row's fields, as the encoder takes them."""
+    prompt = fields.get("prompt")
+    if form[0] == "prompt":
+        if not isinstance(prompt, list):
+            prompt = get_text(fields, "prompt")
+        get_text(fields, "response")
+    return Conversation(
+        messages=fields.get("messages", fields.get("conversations")),
+        prompt=prompt,
+        response=fields.get("response"),
+        tools=fields.get("tools"),
+        documents=fields.get("documents"),
+        chat_template_kwargs=_object(fields, "chat_template_kwargs"),
+        truncated=get_flag(fields, "truncated"),
+    )
+
+
+def _object(fields: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    value = fields.get(name)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise RowProblem(f"{name} = {short(value)} is no JSON; it must be an object, {{...}}") from None
+    if value is not None and not isinstance(value, Mapping):
+        raise RowProblem(
+            f"{name} = {short(value)} is a {type(value).__name__}; it must be an object, {{...}}"
+        )
+    return value

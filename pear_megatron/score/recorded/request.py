@@ -1,0 +1,118 @@
+"""What the generator was asked: the request as it stands in a row, or in the row's ``body`` or ``request``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pear_megatron.data.chat import Conversation
+from pear_megatron.data.errors import RowProblem
+from pear_megatron.data.fields import get_integers, short
+
+CONTEXT_FIELDS = ("tools", "documents", "chat_template_kwargs")
+NO_PROMPT = "no prompt: give the request's messages, prompt or prompt_token_ids beside the answer"
+_ID_FIELDS = ("prompt_token_ids", "prompt_ids")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The context of an answer, in one or several of the ways to give it.
+
+    Attributes:
+        messages: of a chat.
+        prompt: text; the user's message of a chat, or as it stands for a completion.
+        ids: the prompt's token ids.
+        context: ``tools``, ``documents``, ``chat_template_kwargs``, those that the row has.
+    """
+
+    messages: list[Any] | None
+    prompt: str | None
+    ids: list[int] | None
+    context: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Request:
+        """The row's request; RowProblem where it has the wrong types."""
+        places = [fields]
+        for name in ("body", "request"):
+            place = fields.get(name)
+            if isinstance(place, Mapping):
+                places.append(place["body"] if isinstance(place.get("body"), Mapping) else place)
+        ids = _first(places, _ID_FIELDS)
+        prompt = _first(places, ("prompt",))
+        messages = _first(places, ("messages",))
+        if prompt is None and len(places) > 1:  # SGLang's /generate calls it text, as it does the answer
+            prompt = _first(places[1:], ("text",))
+        if messages is None and prompt is None:
+            messages = _input_messages(places)
+        if hasattr(prompt, "tolist"):  # a list of a Parquet column
+            prompt = prompt.tolist()
+        if isinstance(prompt, list):
+            if prompt and all(isinstance(message, Mapping) for message in prompt):
+                messages, prompt = messages or prompt, None
+            else:
+                ids, prompt = ids if ids is not None else get_integers({"prompt": prompt}, "prompt"), None
+        if ids is None:  # SGLang's name; in the row itself it is a whole trajectory
+            ids = _first(places[1:], ("input_ids",))
+        if messages is not None and not isinstance(messages, list):
+            raise RowProblem(f"messages = {short(messages)}; it must be a list of {{role, content}}")
+        if prompt is not None and not isinstance(prompt, str):
+            raise RowProblem(f"prompt = {short(prompt)}; it must be text, messages or token ids")
+        return cls(
+            messages,
+            prompt,
+            None if ids is None else get_integers({"prompt_token_ids": ids}, "prompt_token_ids").tolist(),
+            {name: _first(places, (name,)) for name in CONTEXT_FIELDS if _first(places, (name,)) is not None},
+        )
+
+    @property
+    def conversation(self) -> Conversation:
+        """For the encoder; RowProblem where there are neither messages nor a prompt."""
+        if self.messages is None and self.prompt is None:
+            raise RowProblem(NO_PROMPT)
+        return Conversation(messages=self.messages, prompt=self.prompt, **self.context)
+
+    @property
+    def ends_with_assistant(self) -> bool:
+        """Whether the messages are a whole conversation, its answer included."""
+        last = self.messages[-1] if self.messages else None
+        return isinstance(last, Mapping) and last.get("role") == "assistant"
+
+
+def _first(places: list[Mapping[str, Any]], names: tuple[str, ...]) -> Any:
+    found = (place[name] for place in places for name in names if place.get(name) is not None)
+    return next(found, None)
+
+
+def _input_messages(places: list[Mapping[str, Any]]) -> list[Any] | None:
+    """``input`` and ``instructions`` of OpenAI's Responses as messages."""
+    given, instructions = _first(places, ("input",)), _first(places, ("instructions",))
+    if given is None:
+        return None
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    if not isinstance(items, list):
+        raise RowProblem(f"input = {short(given)}; it must be text or a list of messages")
+    messages = [] if instructions is None else [{"role": "system", "content": instructions}]
+    for k, item in enumerate(items):
+        if not isinstance(item, Mapping) or item.get("type", "message") != "message" or "role" not in item:
+            raise RowProblem(
+                f"input[{k}] = {short(item)} is no message; give the conversation as messages, as the chat template "
+                "takes it"
+            )
+        messages.append({"role": item["role"], "content": joined_text(item.get("content"), f"input[{k}]")})
+    return messages
+
+
+def joined_text(content: Any, place: str) -> str:
+    """The text of a content: text, or a list of text parts; RowProblem for any other part."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RowProblem(f"{place}.content = {short(content)}; it must be text or a list of text parts")
+    for k, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+            raise RowProblem(f"{place}.content[{k}] = {short(part)} is no text; drop the row")
+    return "".join(part["text"] for part in content)

@@ -1,0 +1,150 @@
+"""Whether recorded log-probs can be those of the policy at temperature 1, by the sampling parameters beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pear_megatron.data.errors import RowProblem
+from pear_megatron.data.fields import short
+
+# Where engines, batch files and rollout dumps keep the parameters of a request.
+_SAMPLING_PLACES = (
+    "sampling_params",
+    "sampling_parameters",
+    "generation_config",
+    "generation_kwargs",
+    "params",
+    "parameters",
+    "extra_body",
+)
+_PLACES = (*_SAMPLING_PLACES, "body", "request", "response", "metadata", "meta_info", "manifest")
+
+# Numbers, with the value at which they do nothing; top_k has several.
+_WHOLE_VOCABULARY = 1 << 20  # SGLang writes 2**30 for "no top-k"; no vocabulary is as large
+_SHAPING = {"temperature": 1, "top_p": 1, "min_p": 0, "typical_p": 1}
+_PENALTIES = {
+    "repetition_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "min_tokens": 0,  # forbids the end of turn until then
+    "min_new_tokens": 0,
+}
+_NEUTRAL = _SHAPING | _PENALTIES
+_FORBIDDING = (
+    "logit_bias",
+    "bad_words",
+    "bad_words_ids",
+    "allowed_token_ids",
+    "suppress_tokens",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "guided_decoding",
+    "structured_outputs",
+    "custom_logit_processor",
+    "logits_processors",
+)
+# Common words, which mean structured decoding only among sampling parameters.
+_GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag", "grammar")
+_TRACE_OF_TOP_P = "rollout_top_p_token_ids"  # slime keeps what top-p left
+_AFTER_LOGGING = (
+    *_SHAPING,
+    "top_k",
+    _TRACE_OF_TOP_P,
+    "do_sample",
+    "use_beam_search",
+)  # of raw log-probs, everywhere
+_MODES = ("raw_logprobs", "processed_logprobs")
+
+
+def check_sampling(fields: Mapping[str, Any], *, raw: bool, engine: str | None = None) -> None:
+    """Raise RowProblem if the log-probs may be those of a tempered, truncated or otherwise changed distribution.
+
+    Args:
+        fields: the row, with the request and the answer where the format keeps them.
+        raw: the user says that the engine logged the model's own log-probs; a row's ``logprobs_mode`` goes first.
+        engine: ``sglang`` if it wrote the log-probs: what it calls original has penalties and bias in.
+    """
+    places = dict(_places(fields, ""))
+    raw = _says_raw(places, raw)
+    changed = [
+        (key, f"{_joined(name, key)} = {short(value)}")
+        for name, place in places.items()
+        for key, value in place.items()
+        if value is not None and _changes(key, value, name)
+    ]
+    if raw and engine == "sglang":
+        changed = [(key, said) for key, said in changed if key not in _AFTER_LOGGING]
+        if changed:
+            raise RowProblem(
+                f"{_listed(changed)}: SGLang changes the logits by this before it logs them, its original log-probs "
+                "(SGLANG_RETURN_ORIGINAL_LOGPROB) too; sample without it, or score with --model"
+            )
+    if changed and not raw:
+        raise RowProblem(
+            f"{_listed(changed)}: log-probs must be those of the policy at temperature 1 over its whole vocabulary, "
+            "and recorded ones are that only if the engine logs raw ones (vLLM's logprobs_mode raw_logprobs, its "
+            "default; not SGLang's default). If it did, give --raw-logprobs, or logprobs_mode = 'raw_logprobs' in "
+            "the row; otherwise score with --model"
+        )
+
+
+def _places(fields: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield name, fields
+    for key in _PLACES:
+        value = fields.get(key)
+        if key == "metadata" and isinstance(value, str):  # as a Parquet column has it
+            try:
+                value = json.loads(value)
+            except ValueError:
+                continue
+        if isinstance(value, Mapping):
+            yield from _places(value, _joined(name, key))
+
+
+def _says_raw(places: Mapping[str, Mapping[str, Any]], raw: bool) -> bool:
+    said: dict[str, str] = {}
+    for name, place in places.items():
+        mode = place.get("logprobs_mode")
+        if mode is None:
+            continue
+        if mode not in _MODES:
+            raise RowProblem(
+                f"{_joined(name, 'logprobs_mode')} = {short(mode)}; it must be {' or '.join(_MODES)}: logits are no "
+                "log-probs, score with --model"
+            )
+        said[mode] = _joined(name, "logprobs_mode")
+    if len(said) > 1:
+        raise RowProblem(f"{' and '.join(said.values())} contradict each other; keep the one that is true")
+    return "raw_logprobs" in said if said else raw
+
+
+def _changes(key: str, value: Any, place: str) -> bool:
+    """Whether the parameter makes another distribution of the model's."""
+    if key in _NEUTRAL or key == "top_k":
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise RowProblem(
+                f"{_joined(place, key)} = {short(value)} is no number; write the one that was used"
+            )
+        return 0 < value < _WHOLE_VOCABULARY if key == "top_k" else value != _NEUTRAL[key]
+    if key in _FORBIDDING or key == _TRACE_OF_TOP_P:
+        return bool(value)
+    if key in _GRAMMARS:
+        return bool(value) and place.rpartition(".")[2] in _SAMPLING_PLACES
+    if key in ("response_format", "text"):  # chat completions' and Responses' ways to ask for JSON
+        wanted = value.get("format") if key == "text" and isinstance(value, Mapping) else value
+        return isinstance(wanted, Mapping) and wanted.get("type", "text") != "text"
+    if key == "tool_choice":
+        return isinstance(value, Mapping) or value == "required"
+    return (key == "do_sample" and value is False) or (key == "use_beam_search" and value is True)
+
+
+def _listed(changed: list[tuple[str, str]]) -> str:
+    return ", ".join(said for _, said in changed)
+
+
+def _joined(place: str, key: str) -> str:
+    return f"{place}.{key}" if place else key
