@@ -6,10 +6,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from pear_megatron.errors import CheckpointError, PearError
 
 _SECONDS_FOR_RANK_0 = 3.0
+_T = TypeVar("_T")
 
 
 def ensure_ranks(ranks: int, *, copies: int | None = None) -> None:
@@ -60,23 +62,38 @@ def report_error(error: BaseException) -> None:
         time.sleep(_SECONDS_FOR_RANK_0)
 
 
-def together(work: Callable[[], None] | None) -> None:
-    """Runs this rank's part of the work (None: it has none), then waits for the others.
+def from_main(work: Callable[[], _T], *, group: Any = None) -> _T:
+    """What ``work`` returns on rank 0, on every rank; it and its error are picklable.
+
+    Args:
+        work: called by rank 0 alone.
+        group: of all ranks, to wait in; None = the default one.
+
+    Raises:
+        PearError: on every rank, what rank 0 raised; an OSError becomes a CheckpointError.
+    """
+    import torch
+
+    if not torch.distributed.is_initialized():
+        result, failure = _attempt(work)
+    else:
+        outcome = list(_attempt(work)) if torch.distributed.get_rank() == 0 else [None, None]
+        torch.distributed.broadcast_object_list(outcome, src=0, group=group)
+        result, failure = outcome
+    if failure is not None:
+        raise failure
+    return result
+
+
+def together(work: Callable[[], Any]) -> None:
+    """Runs this rank's part of the work, then waits for the others.
 
     Raises:
         PearError: on every rank, what the first rank that failed raised; an OSError becomes a CheckpointError.
     """
     import torch
 
-    failure: PearError | None = None
-    try:
-        if work is not None:
-            work()
-    except PearError as error:
-        failure = error
-    except OSError as error:
-        failure = CheckpointError(f"cannot write: {error}")
-        failure.__cause__ = error
+    _, failure = _attempt(work)
     failures = [failure]
     if torch.distributed.is_initialized():
         failures = [None] * torch.distributed.get_world_size()
@@ -84,3 +101,14 @@ def together(work: Callable[[], None] | None) -> None:
     for found in failures:
         if found is not None:
             raise found
+
+
+def _attempt(work: Callable[[], Any]) -> tuple[Any, PearError | None]:
+    try:
+        return work(), None
+    except PearError as error:
+        return None, error
+    except OSError as error:
+        failure = CheckpointError(f"cannot write: {error}")
+        failure.__cause__ = error
+        return None, failure

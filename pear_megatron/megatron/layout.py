@@ -11,8 +11,6 @@ import torch
 from pear_megatron.megatron import cpu
 from pear_megatron.recipe import ModelConfig, ParallelConfig, RecipeError, TrainConfig, check_layout
 
-_VOCAB_MULTIPLE = 128
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -51,11 +49,6 @@ class Layout:
     def is_main(self) -> bool:
         """Whether this rank writes files and shows progress."""
         return self.rank == 0
-
-    def padded_vocab_size(self, vocab_size: int) -> int:
-        """Columns of the output layer over all ranks: a multiple of 128 x TP, as Megatron pads."""
-        multiple = _VOCAB_MULTIPLE * self.tp_size
-        return -(-vocab_size // multiple) * multiple
 
     @property
     def reports(self) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from pear_megatron.megatron.layout import Layout, packed_attention
 from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig
+from pear_megatron.recipe.sections import padded_vocab_size
 
 
 def transformer_config(model: ModelConfig, layout: Layout, train: TrainConfig) -> Any:
@@ -93,7 +94,7 @@ def build_model(
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=spec,
-        vocab_size=layout.padded_vocab_size(model.vocab_size),
+        vocab_size=padded_vocab_size(model.vocab_size, layout.tp_size),
         max_sequence_length=model.max_position_embeddings,
         pre_process=layout.is_first_stage and vp_stage in (None, 0),
         post_process=layout.is_last_stage and vp_stage in (None, layout.vpp_size - 1),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 
 from pear_megatron.megatron.model import as_chunks
-from pear_megatron.recipe import Recipe
+from pear_megatron.recipe import Recipe, RecipeError
+
+log = logging.getLogger("pear_megatron")
 
 
 def build_optimizer(recipe: Recipe, model: Any) -> Any:
@@ -34,23 +37,70 @@ def build_optimizer(recipe: Recipe, model: Any) -> Any:
 
 
 def build_scheduler(recipe: Recipe, optimizer: Any, total_steps: int) -> Any:
-    """Megatron's OptimizerParamScheduler, counted in optimizer steps."""
+    """Megatron's OptimizerParamScheduler, counted in optimizer steps; the recipe's schedule, also when resumed.
+
+    Raises:
+        RecipeError: the schedule ends at a learning rate of 0 while the run goes on.
+    """
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     settings = recipe.optimizer
+    decay_steps = settings.lr_decay_steps or total_steps
+    if decay_steps < total_steps and settings.min_lr == 0 and settings.lr_decay_style != "constant":
+        raise RecipeError(
+            f"optimizer.lr_decay_steps {decay_steps} is less than the run's {total_steps} steps and "
+            f"optimizer.min_lr is 0: from step {decay_steps + 1} on nothing would be trained; leave "
+            "lr_decay_steps out (the schedule then takes all steps), raise it, or set min_lr"
+        )
+    warmup_steps = min(settings.lr_warmup_steps, decay_steps - 1)
+    if warmup_steps < settings.lr_warmup_steps:
+        log.warning(
+            "optimizer.lr_warmup_steps %d is not less than the %d steps of the learning-rate schedule; warming up "
+            "over %d",
+            settings.lr_warmup_steps,
+            decay_steps,
+            warmup_steps,
+        )
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=min(settings.lr_warmup_steps, total_steps - 1),
-        lr_decay_steps=total_steps,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=decay_steps,
         lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
+
+
+def load_scheduler(scheduler: Any, state: dict[str, Any]) -> None:
+    """Advances the recipe's schedule to the step of a checkpoint; says so if the run had another one so far.
+
+    Args:
+        scheduler: of ``build_scheduler``.
+        state: what ``state_dict`` of the checkpoint's scheduler gave.
+    """
+    scheduler.load_state_dict(state)
+    now = scheduler.state_dict()
+    changed = [
+        f"{key} {now[key]} (was {state[key]})"
+        for key in ("lr_warmup_steps", "lr_decay_steps")
+        if now[key] != state[key]
+    ]
+    if changed and (
+        scheduler.lr_decay_style != "constant" or now["lr_warmup_steps"] != state["lr_warmup_steps"]
+    ):
+        log.warning(
+            "the learning rate is re-planned from step %d on: %s; the next step has lr %.3g",
+            now["num_steps"] + 1,
+            ", ".join(changed),
+            scheduler.optimizer.param_groups[0]["lr"],
+        )
 
 
 def _on_torch_adam(optimizer: Any) -> Any | None:

@@ -20,9 +20,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pear_megatron.plan.parameters import padded_vocab_size
 from pear_megatron.recipe import Recipe
-from pear_megatron.recipe.sections import head_size, query_groups
+from pear_megatron.recipe.sections import head_size, padded_vocab_size, query_groups
 
 _LSE_BYTES = 4
 _LOSS_BYTES = 72  # a token's targets, mask, log-probs and weights, all [T] vectors, and the batch itself

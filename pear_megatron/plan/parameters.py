@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 from pear_megatron.recipe import ModelConfig
-from pear_megatron.recipe.sections import head_size, query_groups
-
-_VOCAB_MULTIPLE = 128  # Megatron's make-vocab-size-divisible-by
-
-
-def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Columns of the output layer over all tensor-parallel ranks."""
-    multiple = _VOCAB_MULTIPLE * tp_size
-    return -(-vocab_size // multiple) * multiple
+from pear_megatron.recipe.sections import head_size, padded_vocab_size, query_groups
 
 
 def _norm(model: ModelConfig, width: int) -> int:

@@ -125,17 +125,38 @@ class TrainConfig(StrictModel):
 
 
 class OptimizerConfig(StrictModel):
-    """AdamW and its learning-rate schedule, in Megatron's words; steps are optimizer steps."""
+    """AdamW and its learning-rate schedule, in Megatron's words; steps are optimizer steps.
+
+    Attributes:
+        lr: the highest; the first step's, without a warm-up.
+        min_lr: where the decay ends.
+        lr_warmup_steps: lr rises in equal parts, from 0 at the first step, which changes nothing then, to ``lr``
+            at the step after these.
+        lr_decay_steps: step at which lr reaches ``min_lr``, the warm-up included; None = that after the last of
+            the run. A run that is to be extended later keeps its schedule if this is its final length.
+    """
 
     lr: float = Field(default=1e-5, gt=0)
     min_lr: float = Field(default=0.0, ge=0)
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
     lr_warmup_steps: int = Field(default=0, ge=0)
+    lr_decay_steps: int | None = Field(default=None, ge=1)
     weight_decay: float = Field(default=0.0, ge=0)
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     adam_eps: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} exceeds lr {self.lr}; lower it, or raise lr")
+        if self.lr_decay_steps is not None and self.lr_decay_steps <= self.lr_warmup_steps:
+            raise ValueError(
+                f"lr_decay_steps {self.lr_decay_steps} counts the warm-up and must exceed lr_warmup_steps "
+                f"{self.lr_warmup_steps}"
+            )
+        return self
 
 
 class CheckpointConfig(StrictModel):
@@ -144,14 +165,14 @@ class CheckpointConfig(StrictModel):
     Attributes:
         pretrained: a Megatron-Core checkpoint to start from: a run, or the output of ``convert``.
         save_interval: steps between checkpoints.
-        keep_last: how many checkpoints stay; None = all.
+        keep_last: how many checkpoints stay, the newest; null = all.
         async_save: write in the background while training goes on.
         resume: continue what output_dir holds; False refuses to.
     """
 
     pretrained: str | None = None
     save_interval: int | None = Field(default=None, ge=1)
-    keep_last: int | None = Field(default=None, ge=1)
+    keep_last: int | None = Field(default=2, ge=1)
     async_save: bool = False
     resume: bool = True
 
@@ -219,3 +240,9 @@ def head_size(model: ModelConfig) -> int:
 def query_groups(model: ModelConfig) -> int:
     """Number of key and value heads."""
     return model.num_query_groups or model.num_attention_heads
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Columns of the output layer over all tensor-parallel ranks: Megatron's make-vocab-size-divisible-by is 128."""
+    multiple = 128 * tp_size
+    return -(-vocab_size // multiple) * multiple

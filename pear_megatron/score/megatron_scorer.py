@@ -52,7 +52,7 @@ class MegatronScorer:
         self, trajectories: Sequence[Trajectory], *, on_tokens: Callable[[int], object] = int
     ) -> list[np.ndarray]:
         """See Scorer."""
-        from megatron.core.pipeline_parallel import get_forward_backward_func
+        from pear_megatron.megatron.schedule import run_schedule
 
         batches = length_batches([len(t.input_ids) for t in trajectories], self._max_tokens)
         if not batches:
@@ -60,13 +60,12 @@ class MegatronScorer:
         packed = [right_padded(trajectories, batch) for batch in batches]
         tokens = [sum(len(trajectories[i].input_ids) for i in batch) for batch in batches]
         rows, positions = packed[0].tokens.shape
-        logprobs = get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, on_tokens=on_tokens),
-            data_iterator=zip(packed, tokens, strict=True),
-            model=[self._model],
-            num_microbatches=len(packed),
-            seq_length=positions,
-            micro_batch_size=rows,
+        logprobs = run_schedule(
+            partial(self._forward_step, on_tokens=on_tokens),
+            zip(packed, tokens, strict=True),
+            [self._model],
+            count=len(packed),
+            shape=(rows, positions),
             forward_only=True,
             collect_non_loss_data=True,
         )

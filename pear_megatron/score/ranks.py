@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from pear_megatron.errors import PearError
+from pear_megatron.ranks import from_main
 
 _PATIENCE = timedelta(days=7)  # of a rank that waits for rank 0's tokenising, or for a slower replica
 _T = TypeVar("_T")
@@ -62,18 +62,7 @@ class Ranks:
 
     def from_main(self, work: Callable[[], _T]) -> _T:
         """What ``work`` returns on rank 0, on every rank; a PearError there is one everywhere."""
-        if self.size == 1:
-            return work()
-        outcome: list[Any] = [None, None]
-        if torch.distributed.get_rank() == 0:
-            try:
-                outcome[0] = work()
-            except PearError as error:
-                outcome[1] = error
-        torch.distributed.broadcast_object_list(outcome, src=0, group=self._waiting)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+        return from_main(work, group=self._waiting)
 
     def wait(self) -> None:
         """Returns when all ranks have come here."""

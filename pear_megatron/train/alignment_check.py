@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -14,6 +13,7 @@ from pear_megatron.alignment import Alignment, alignment_sums, no_sums, read_ali
 from pear_megatron.data import DataError, PackedBatch, TrajectoryDataset
 from pear_megatron.megatron.forward_step import LossOutput, PearForwardStep
 from pear_megatron.megatron.layout import Layout
+from pear_megatron.megatron.schedule import run_schedule
 from pear_megatron.ops.logprob import vocab_parallel_logprob
 from pear_megatron.recipe import Recipe
 
@@ -92,8 +92,6 @@ def _forward(
     chunks: list[Any], forward_step: PearForwardStep, batches: list[PackedBatch], layout: Layout
 ) -> list[dict[str, Tensor]]:
     """Reports of the micro-batches, on the ranks that count them; none elsewhere."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     step = _AlignmentStep(
         forward_step.config,
         vocab_size=forward_step.vocab_size,
@@ -102,20 +100,18 @@ def _forward(
         use_output_processor=forward_step.use_output_processor,
         output_chunk_tokens=forward_step.output_chunk_tokens,
     )
-    rows, length = batches[0].tokens.shape
-    flat = step.packed_attention == "thd"
-    on_device = (batch.to(layout.device, non_blocking=True) for batch in batches)
+    rows, positions = batches[0].tokens.shape
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()  # or activations would be recomputed
     with torch.no_grad():
-        reports = get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=list(itertools.tee(on_device, len(chunks))),
-            model=chunks,
-            num_microbatches=len(batches),
-            seq_length=rows * length if flat else length,
-            micro_batch_size=1 if flat else rows,
+        reports = run_schedule(
+            step,
+            (batch.to(layout.device, non_blocking=True) for batch in batches),
+            chunks,
+            count=len(batches),
+            shape=(rows, positions),
+            flat=step.packed_attention == "thd",
             forward_only=True,
         )
     for chunk, mode in zip(chunks, modes, strict=True):

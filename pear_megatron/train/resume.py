@@ -8,41 +8,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.checkpoint import state as checkpoint
 from pear_megatron.megatron.checkpoint.paths import checkpoint_path, whole_steps
 from pear_megatron.megatron.layout import Layout
-from pear_megatron.ranks import together
+from pear_megatron.ranks import from_main, together
 from pear_megatron.recipe import Recipe, RecipeError
 from pear_megatron.train.run_folder import check_same_run
 
 log = logging.getLogger("pear_megatron")
 
 
-def find(recipe: Recipe, layout: Layout, root: Path) -> list[int]:
+def find(recipe: Recipe, root: Path) -> list[int]:
     """Steps of the run's whole checkpoints, best first; none = a new run.
 
     Raises:
         RecipeError: the recipe does not continue the run, or was told not to.
         CheckpointError: there are checkpoints and all are damaged.
     """
-    found: list[list[int]] = [[]]
 
-    def look() -> None:
-        found[0] = whole_steps(root)
-        if found[0] and not recipe.checkpoint.resume:
+    def look() -> list[int]:
+        steps = whole_steps(root)
+        if steps and not recipe.checkpoint.resume:
             raise RecipeError(
-                f"output_dir {recipe.output_dir} holds a run at step {found[0][0]} and checkpoint.resume is "
+                f"output_dir {recipe.output_dir} holds a run at step {steps[0]} and checkpoint.resume is "
                 "false; choose another output_dir, or remove that folder to start anew"
             )
-        if found[0]:
+        if steps:
             check_same_run(Path(recipe.output_dir), recipe)
+        return steps
 
-    together(look if layout.is_main else None)
-    torch.distributed.broadcast_object_list(found, src=0)
-    return found[0]
+    return from_main(look)
 
 
 def read(recipe: Recipe, root: Path, steps: list[int]) -> tuple[list[int], dict[str, Any]]:
@@ -73,7 +69,9 @@ def load(root: Path, steps: list[int], layout: Layout, model: Any, optimizer: An
     Raises:
         CheckpointError: none can.
     """
-    return _first(root, steps, lambda path: checkpoint.load(path, model, optimizer, scheduler, layout))
+    step = _first(root, steps, lambda path: checkpoint.load(path, model, optimizer, scheduler, layout))
+    log.info("resuming from %s", checkpoint_path(root, step))
+    return step
 
 
 def _first(root: Path, steps: list[int], attempt: Callable[[Path], Any]) -> int:

@@ -32,6 +32,7 @@ _MAY_CHANGE = (
     "train.recompute_",
     "train.output_chunk_tokens",
     "train.check_alignment",
+    "optimizer.lr_decay_steps",
     "data.cache_dir",
 )
 
@@ -50,7 +51,8 @@ def check_same_run(folder: Path, recipe: Recipe) -> None:
     if keys:
         raise RecipeError(
             f"output_dir {folder} holds a run with other settings ({', '.join(keys)} differ); "
-            "choose another output_dir, or remove that folder to start anew"
+            "choose another output_dir (checkpoint.pretrained starts from this run's weights), or remove that "
+            "folder to start anew"
         )
 
 

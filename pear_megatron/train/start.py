@@ -14,7 +14,7 @@ from pear_megatron.megatron.checkpoint.paths import resolve
 from pear_megatron.megatron.hf_weights import load_weights
 from pear_megatron.megatron.initialize import initialize_weights
 from pear_megatron.megatron.layout import Layout
-from pear_megatron.ranks import together
+from pear_megatron.ranks import from_main, together
 from pear_megatron.recipe import Recipe, RecipeError
 
 log = logging.getLogger("pear_megatron")
@@ -54,7 +54,7 @@ def start_model(recipe: Recipe, layout: Layout, model: Any) -> None:
             Path(recipe.output_dir), recipe.model, recipe.train.precision, source=source, tokenizer=own
         )
 
-    together(write if layout.is_main else None)
+    from_main(write)
 
 
 def _root_of(folder: Path) -> Path | None:

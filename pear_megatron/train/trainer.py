@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
@@ -22,6 +21,7 @@ from pear_megatron.megatron.layout import Layout, packed_attention
 from pear_megatron.megatron.model import build_chunks, wrap_ddp
 from pear_megatron.megatron.optimizer import build_optimizer, build_scheduler
 from pear_megatron.megatron.output_chunks import require_output_processor
+from pear_megatron.megatron.schedule import run_schedule
 from pear_megatron.recipe import Recipe
 from pear_megatron.storage import digest
 from pear_megatron.train import resume
@@ -50,12 +50,10 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, layout: Layout, stop: StopRequest | None = None) -> None:
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
         self.recipe, self.layout, self.stop = recipe, layout, stop or StopRequest()
         root = Path(recipe.output_dir) / "checkpoints"
-        saved = resume.find(recipe, layout, root)
-        self.dataset = open_dataset(recipe, layout)
+        saved = resume.find(recipe, root)
+        self.dataset = open_dataset(recipe)
         self.saver = CheckpointSaver(
             root, layout, keep_last=recipe.checkpoint.keep_last, asynchronous=recipe.checkpoint.async_save
         )
@@ -94,7 +92,6 @@ class Trainer:
             packed_attention=packed_attention(recipe.train.precision),
             output_chunk_tokens=recipe.train.output_chunk_tokens,
         )
-        self.forward_backward = get_forward_backward_func()
         self.throughput = Throughput(
             recipe.model, recipe.cluster, world_size=layout.world_size, device=layout.device
         )
@@ -188,6 +185,28 @@ class Trainer:
             log.info("weights are fresh: neither model.hf nor checkpoint.pretrained is given")
         if self.step >= self.total_steps:
             log.info("nothing to do: %s is at step %d already", recipe.output_dir, self.step)
+        else:
+            self._announce_checkpoints()
+
+    def _announce_checkpoints(self) -> None:
+        settings, folder = self.recipe.checkpoint, self.saver.folder
+        if settings.keep_last is None:
+            return
+        if surplus := folder.surplus(self.step):
+            log.warning(
+                "checkpoint.keep_last is %d and %s holds %d checkpoints: the older ones (steps %s) are removed with "
+                "the next save; stop now and set checkpoint.keep_last=null to keep all",
+                settings.keep_last,
+                folder.root,
+                len(surplus) + settings.keep_last,
+                ", ".join(map(str, reversed(surplus))),
+            )
+        elif settings.save_interval is not None:
+            log.info(
+                "a checkpoint every %d steps, of which the last %d stay (checkpoint.keep_last; null keeps all)",
+                settings.save_interval,
+                settings.keep_last,
+            )
 
     def _micro_batches(self) -> Iterator[PackedBatch]:
         """This rank's part of the current step's global batch, on the CPU."""
@@ -244,17 +263,13 @@ class Trainer:
 
     def _forward_backward(self) -> list[dict[str, torch.Tensor]]:
         """Megatron's schedule over the step's micro-batches -> their reports, on the last pipeline stage."""
-        flat = self.forward_step.packed_attention == "thd"
-        rows, length = self.recipe.train.micro_batch_size, self.recipe.data.seq_length
-        batches = (batch.to(self.layout.device, non_blocking=True) for batch in self._micro_batches())
-        return self.forward_backward(
-            forward_step_func=self.forward_step,
-            data_iterator=list(itertools.tee(batches, len(self.model))),  # every chunk sees every batch
-            model=self.model,
-            num_microbatches=self.num_microbatches,
-            seq_length=rows * length if flat else length,
-            micro_batch_size=1 if flat else rows,
-            forward_only=False,
+        return run_schedule(
+            self.forward_step,
+            (batch.to(self.layout.device, non_blocking=True) for batch in self._micro_batches()),
+            self.model,
+            count=self.num_microbatches,
+            shape=(self.recipe.train.micro_batch_size, self.recipe.data.seq_length),
+            flat=self.forward_step.packed_attention == "thd",
         )
 
     def _reduce(self, reports: list[dict[str, torch.Tensor]]) -> tuple[dict[str, float], int, bool]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pear_megatron.plan.activations import activations
 from pear_megatron.plan.memory import stage_memory
 from pear_megatron.plan.remedies import fits, remedies
+from pear_megatron.recipe.sections import padded_vocab_size
 from tests.distributed import run_ranks
 from tests.plan import small
 
@@ -108,7 +109,7 @@ def _kept_for_backward(_rank: int, sections: dict[str, Any], layers: int) -> int
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=spec,
-        vocab_size=layout.padded_vocab_size(model.vocab_size),
+        vocab_size=padded_vocab_size(model.vocab_size, layout.tp_size),
         max_sequence_length=128,
         position_embedding_type=model.position_embedding_type,
     )

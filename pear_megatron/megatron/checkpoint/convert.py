@@ -8,7 +8,7 @@ from pathlib import Path
 from pear_megatron.hf.assets import write_model_files
 from pear_megatron.megatron.checkpoint.load_model import load_for_inference
 from pear_megatron.megatron.checkpoint.saver import save_model
-from pear_megatron.ranks import together
+from pear_megatron.ranks import from_main
 from pear_megatron.storage import partial_of, publish
 
 
@@ -48,9 +48,9 @@ def convert_checkpoint(
         publish(output)
 
     try:
-        together(begin if layout.is_main else None)
+        from_main(begin)
         save_model(partial, 0, layout, model)
-        together(finish if layout.is_main else None)
+        from_main(finish)
     finally:
         if layout.is_main:
             shutil.rmtree(partial, ignore_errors=True)

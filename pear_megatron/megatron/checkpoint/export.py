@@ -18,7 +18,7 @@ from pear_megatron.hf.safetensors_files import TensorSize, index_of, plan_files,
 from pear_megatron.hf.weights import INDEX
 from pear_megatron.megatron.checkpoint.paths import resolve
 from pear_megatron.megatron.checkpoint.stored import StoredParameters
-from pear_megatron.ranks import together
+from pear_megatron.ranks import from_main, together
 from pear_megatron.storage import partial_of, publish
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -72,9 +72,9 @@ def export_checkpoint(
         publish(output)
 
     try:
-        together(begin if rank == 0 else None)
+        from_main(begin)
         together(write_weights)
-        together(finish if rank == 0 else None)
+        from_main(finish)
     finally:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)

@@ -39,6 +39,15 @@ class CheckpointFolder:
             if path.name.startswith(".iter_") and any(word in path.name for word in _PASSING):
                 shutil.rmtree(path, ignore_errors=True)
 
+    def surplus(self, step: int) -> list[int]:
+        """Steps, up to this one, of whole checkpoints that are more than ``keep_last``, newest first."""
+        if self.keep_last is None:
+            return []
+        steps = [
+            s for s in steps_on_disk(self.root) if s <= step and not damage(checkpoint_path(self.root, s))
+        ]
+        return steps[self.keep_last :]
+
     def make_room(self, step: int, size: int) -> str:
         """A new folder of a passing name for a checkpoint of that many bytes.
 

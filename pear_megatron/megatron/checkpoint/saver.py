@@ -29,6 +29,7 @@ from pear_megatron.megatron.checkpoint.megatron_lm import megatron_lm_state
 from pear_megatron.megatron.checkpoint.paths import checkpoint_path
 from pear_megatron.megatron.checkpoint.state import SHARDING, model_state, rng
 from pear_megatron.megatron.layout import Layout
+from pear_megatron.ranks import from_main
 
 
 @dataclass
@@ -154,17 +155,15 @@ class CheckpointSaver:
             self._on_main(partial(self.folder.commit, pending.step, pending.folder, pending.errors), what)
 
     def _on_main(self, action: Callable[[], Any], what: str) -> Any:
-        """Runs something on rank 0 -> what it returned, on every rank; its error is everybody's."""
-        outcome: list[Any] = [None, None]
-        if self.layout.is_main:
+        """What something returns on rank 0, on every rank; its error begins with ``what``."""
+
+        def attempt() -> Any:
             try:
-                outcome[0] = action()
+                return action()
             except (OSError, CheckpointError) as error:
-                outcome[1] = str(error)
-        torch.distributed.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise CheckpointError(f"{what}: {outcome[1]}")
-        return outcome[0]
+                raise CheckpointError(f"{what}: {error}") from error
+
+        return from_main(attempt)
 
 
 def save_model(root: Path, step: int, layout: Layout, model: Any) -> Path:

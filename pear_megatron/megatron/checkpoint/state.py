@@ -10,7 +10,7 @@ from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.checkpoint import rng
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.model import as_chunks, unwrap
-from pear_megatron.megatron.optimizer import load_optimizer, prepare_to_load
+from pear_megatron.megatron.optimizer import load_optimizer, load_scheduler, prepare_to_load
 
 log = logging.getLogger("pear_megatron")
 
@@ -76,7 +76,7 @@ def load(
     if optimizer is not None:
         load_optimizer(optimizer, loaded["optimizer"])
     if scheduler is not None:
-        scheduler.load_state_dict(loaded["scheduler"])
+        load_scheduler(scheduler, loaded["scheduler"])
     if "rng" in state:
         rng.restore(loaded["rng"])
     return int(loaded.get("step", 0))  # another program's checkpoint has none
