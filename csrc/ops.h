@@ -4,9 +4,9 @@
 // dimension, any row stride); everything else is contiguous. Sums are taken in float32 or wider.
 // Violations of shape or dtype raise ValueError before anything runs. CUDA ops run on the current
 // stream and never synchronise with the host; what only the device can see (a target outside the
-// vocabulary, cu_seqlens that do not end at T) is an exception on CPU and a device-side assertion
-// on CUDA. Names: T tokens, V columns of this rank's logits, n tensor-parallel ranks, S
-// trajectories.
+// vocabulary, cu_seqlens that do not end at T, behaviour log-probs that are none) is an exception
+// on CPU and a device-side assertion on CUDA. Names: T tokens, V columns of this rank's logits, n
+// tensor-parallel ranks, S trajectories.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -64,7 +64,8 @@ enum WeightStatistic {
   Tensor segment_sum(const Tensor& x, const Tensor& cu_seqlens);                                   \
   /* Importance weights and their statistics in one pass (METHOD: Weights). logprobs,              \
      behavior_logprobs [T] f32; mask [T] bool; cu_seqlens [S + 1] int32 -> weights [T] f32, 0 off  \
-     the mask; stats [kWeightStatistics, 2] f32. */                                                \
+     the mask; stats [kWeightStatistics, 2] f32. Behaviour log-probs that are NaN, infinite or     \
+     above 1e-5 on a decision are errors; NaN in logprobs comes out as NaN. */                     \
   std::tuple<Tensor, Tensor> pear_weights(const Tensor& logprobs, const Tensor& behavior_logprobs, \
                                           const Tensor& mask, const Tensor& cu_seqlens,            \
                                           int64_t variant, double gamma, int64_t block_size,       \

@@ -1,6 +1,7 @@
 // METHOD.md's weights, one decision at a time: the arithmetic that the CPU and CUDA kernels share.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -29,6 +30,12 @@ inline WeightParams weight_params(int64_t variant, double gamma, int64_t block_s
           ratio_low,   ratio_high,      weight_low,
           weight_high, subtract_mean,   normalize};
 }
+
+// What rounding leaves of log 1 above 0.
+constexpr float kPositiveTolerance = 1e-5f;
+
+// Whether x can be the log-probability of a token that was sampled: not NaN, +-inf or positive.
+PEAR_HOST_DEVICE bool is_logprob(float x) { return -FLT_MAX <= x && x <= kPositiveTolerance; }
 
 // Comparisons with NaN are false, so NaN passes through and stays visible.
 PEAR_HOST_DEVICE double clip(double x, double low, double high) {

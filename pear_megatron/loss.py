@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron.config import PearConfig
+from pear_megatron.ops.arguments import require_behavior, require_config, require_mask, require_tensors
 from pear_megatron.ops.logprob import vocab_parallel_logprob
 from pear_megatron.ops.output_layer import linear_logprob
 from pear_megatron.ops.suffix_sum import as_cu_seqlens
@@ -23,6 +24,7 @@ def _reward_per_token(
     reward: Tensor, cu_seqlens: Tensor, config: PearConfig, tokens: int, cp_size: int
 ) -> Tensor:
     """[segments] or [T] -> [T] float32, negative examples scaled."""
+    require_tensors(reward=reward)
     reward = reward.detach().to(device=cu_seqlens.device, dtype=torch.float32).flatten()
     reward = torch.where(reward < 0, reward * config.negative_scale, reward)
     segments = cu_seqlens.numel() - 1
@@ -35,8 +37,21 @@ def _reward_per_token(
     return reward.repeat_interleave(cu_seqlens.diff() // cp_size, output_size=tokens)
 
 
+def _check_arguments(
+    config: PearConfig, behavior_logprobs: Tensor | None, mask: Tensor, **tensors: Tensor
+) -> None:
+    """What is wrong with the call, said before the output layer's work is done. The first tensor has the device."""
+    require_config(config)
+    require_tensors(**tensors)
+    device = next(iter(tensors.values())).device
+    require_tensors(device, **tensors)
+    require_mask(mask, device)
+    require_behavior(behavior_logprobs, device, config)
+
+
 def _checked_token_weights(token_weights: Tensor, mask: Tensor) -> Tensor:
     """[T] or [B, S] floating -> [T] float32, 0 off the mask."""
+    require_tensors(mask.device, token_weights=token_weights)
     if token_weights.shape not in (mask.shape, (mask.numel(),)):
         raise ValueError(
             f"token_weights has shape {tuple(token_weights.shape)} and mask {tuple(mask.shape)}; give one number "
@@ -44,7 +59,7 @@ def _checked_token_weights(token_weights: Tensor, mask: Tensor) -> Tensor:
         )
     if not token_weights.is_floating_point():
         raise ValueError(f"token_weights are {token_weights.dtype}; give floating-point numbers (.float())")
-    factor = token_weights.detach().to(mask.device, torch.float32).reshape(-1)
+    factor = token_weights.detach().float().reshape(-1)
     factor = factor.where(mask.reshape(-1), 0.0)
     finite = factor.isfinite()
     if factor.is_cuda:  # without waiting for the device
@@ -106,6 +121,7 @@ def pear_loss(
             token_weights that do not fit the tokens, token_weights that are not finite on a decision (on CUDA
             a device-side assertion).
     """
+    _check_arguments(config, behavior_logprobs, mask, logits=logits, target=target)
     logprob = vocab_parallel_logprob(
         logits,
         target,
@@ -159,6 +175,7 @@ def pear_linear_loss(
     Raises:
         ValueError, TypeError, IndexError: see linear_logprob and pear_loss.
     """
+    _check_arguments(config, behavior_logprobs, mask, hidden=hidden, weight=weight, target=target)
     logprob = linear_logprob(
         hidden,
         weight,
@@ -193,13 +210,9 @@ def loss_of_logprobs(
     cp_group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What pear_loss does once it has the log-probabilities, [T] or [B, S] float32 and 0 off the mask."""
+    _check_arguments(config, behavior_logprobs, mask, logprob=logprob)
     logprob = logprob.reshape(-1)  # [T]
-    if behavior_logprobs is None:
-        if config.variant != "none":
-            raise ValueError(f"variant {config.variant!r} needs behavior_logprobs; only 'none' does without")
-        behavior = logprob.detach()
-    else:
-        behavior = behavior_logprobs.reshape(-1)
+    behavior = None if behavior_logprobs is None else behavior_logprobs.reshape(-1)
     decisions = mask.reshape(-1)
     weights, stats = importance_weights(logprob, behavior, decisions, cu_seqlens, config, cp_group=cp_group)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron.config import PearConfig
+from pear_megatron.ops.arguments import require_behavior, require_config, require_mask, require_tensors
 from pear_megatron.ops.context_parallel import all_gather, check_shards, shard_positions
 from pear_megatron.ops.suffix_sum import as_cu_seqlens
 from pear_megatron.ops.weights import STATISTICS, pear_weights
@@ -13,7 +14,7 @@ from pear_megatron.ops.weights import STATISTICS, pear_weights
 
 def importance_weights(
     logprobs: Tensor,
-    behavior_logprobs: Tensor,
+    behavior_logprobs: Tensor | None,
     mask: Tensor,
     cu_seqlens: Tensor,
     config: PearConfig,
@@ -29,7 +30,9 @@ def importance_weights(
 
     Args:
         logprobs: [T] floating, log pi_theta of each token; any value off the mask.
-        behavior_logprobs: [T] float32 or float64 (16 bits are refused), log pi_beta of the same tokens.
+        behavior_logprobs: [T] float32 or float64 (16 bits are refused), log pi_beta of the same tokens: on
+            decisions finite and at most 0 (rounding up to 1e-5 is let pass), anything off the mask. May be None
+            with ``variant: none``.
         mask: [T] bool, True on decisions.
         cu_seqlens: [segments + 1] integer, boundaries of the trajectories of the whole pack.
         config: variant, clips, baseline, normaliser.
@@ -43,9 +46,20 @@ def importance_weights(
         ``ratio_clipped_low``, ``ratio_clipped_high``, ``weight_at_floor``, ``weight_at_ceiling``.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, 16-bit behaviour log-probs, lengths that the
-            context-parallel ranks cannot share.
+        TypeError: what should be a tensor, or the config, is something else.
+        ValueError: shapes, dtypes or devices that do not fit; behaviour log-probs of 16 bits, or that require a
+            gradient; behaviour log-probs that are NaN, infinite (-inf too: no policy samples a token that it
+            holds impossible) or positive on a decision; lengths that the context-parallel ranks cannot share.
+            What needs a look at the values is a device-side assertion on CUDA, where reading them back would
+            stall the stream. NaN in ``logprobs``, of a model that has diverged, is no error: it comes out as
+            NaN.
     """
+    require_config(config)
+    require_tensors(logprobs=logprobs)
+    require_mask(mask, logprobs.device)
+    require_behavior(behavior_logprobs, logprobs.device, config)
+    if behavior_logprobs is None:  # the weights are 1; NaN of a diverged model is no bad data
+        behavior_logprobs = logprobs.detach().float().nan_to_num(nan=0.0).clamp_max(0.0)
     tokens = logprobs.shape
     for name, x in (("behavior_logprobs", behavior_logprobs), ("mask", mask)):
         if logprobs.dim() != 1 or x.shape != tokens:
@@ -53,16 +67,9 @@ def importance_weights(
                 f"{name} has shape {tuple(x.shape)} and logprobs {tuple(tokens)}; both must be [T], "
                 "flat over the packed tokens"
             )
-    if behavior_logprobs.dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"behavior_logprobs are {str(behavior_logprobs.dtype).removeprefix('torch.')}, which is too "
-            "coarse for ratios clipped at -0.08 and 0.3; store them as float32"
-        )
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool (True on decisions), got {mask.dtype}")
     cu = as_cu_seqlens(cu_seqlens, logprobs.device)
     lp = logprobs.detach().float().contiguous()
-    lb = behavior_logprobs.detach().to(device=lp.device, dtype=torch.float32).contiguous()
+    lb = behavior_logprobs.float().contiguous()
     mask = mask.contiguous()
 
     if cp_group is None or cp_group.size() == 1:

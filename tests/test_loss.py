@@ -289,6 +289,55 @@ def test_inputs_that_do_not_fit_are_named(change, message):
         pear_loss(config=PearConfig(), **inputs)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"config": {"variant": "none"}}, TypeError, r"got dict; pass PearConfig\(\*\*config\)"),
+        ({"cu_seqlens": [0, 12, 21]}, TypeError, "cu_seqlens must be a tensor, got list"),
+        ({"logits": [[0.0]]}, TypeError, "logits must be a tensor, got list"),
+        ({"target": [1, 2]}, TypeError, "target must be a tensor, got list"),
+        (
+            {"reward": [1.0, 2.0]},
+            TypeError,
+            r"reward must be a tensor, got list; give torch.as_tensor\(reward\)",
+        ),
+        ({"token_weights": [1.0] * 21}, TypeError, "token_weights must be a tensor, got list"),
+        ({"mask": torch.ones(21)}, ValueError, "mask must be bool .True on decisions., got torch.float32"),
+        (
+            {"target": torch.zeros(21, device="meta").long()},
+            ValueError,
+            "target is on meta and the log-probs",
+        ),
+        ({"token_weights": torch.zeros(21, device="meta")}, ValueError, "token_weights is on meta"),
+    ],
+)
+def test_what_is_no_tensor_no_config_or_elsewhere_is_named(change, error, message):
+    inputs = {**vars(make_batch([12, 9])), "config": PearConfig(), **change}
+    with pytest.raises(error, match=message):
+        pear_loss(**inputs)
+
+
+def test_a_diverged_model_gives_a_loss_of_nan_and_no_error():
+    """The trainer finds it, names the trajectories and stops."""
+    batch = make_batch([12, 9])
+    batch.logits[:] = NAN
+    for config, behavior in ((PearConfig(), batch.behavior_logprobs), (PearConfig(variant="none"), None)):
+        batch.behavior_logprobs = behavior
+        loss, _, num_tokens, report = loss_and_gradient(batch, config)
+        assert loss.isnan()
+        assert report["loss"][0].isnan()
+        assert num_tokens == batch.mask.sum()
+
+
+def test_bad_behaviour_logprobs_are_no_nan_loss_but_an_error():
+    batch = make_batch([12, 9])
+    batch.mask[3], batch.target[3], batch.behavior_logprobs[3] = True, 0, NAN
+    with pytest.raises(
+        ValueError, match="first at token 3 of the pack .*: nan, as if it had never been filled in"
+    ):
+        loss_and_gradient(batch, PearConfig())
+
+
 EVERY_CONFIG = [*CONFIGS, PearConfig(control="shuffled")]
 
 

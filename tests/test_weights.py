@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -12,10 +13,10 @@ from torch import Tensor
 from pear_megatron import PearConfig, importance_weights
 from pear_megatron.ops import STATISTICS, reference
 from tests.distributed import run_ranks, zigzag
-from tests.packs import CONFIGS, Pack, config_id, make_pack
+from tests.packs import CONFIGS, VARIANTS, Pack, config_id, make_pack
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "weights.json").read_text())["cases"]
-NAN = float("nan")
+INF, NAN = float("inf"), float("nan")
 
 
 def golden_config(case: dict) -> PearConfig:
@@ -173,7 +174,9 @@ def test_one_block_for_all_weighs_one():
 @pytest.mark.parametrize("variant", ["token", "block", "sequence"])
 def test_nothing_overflows_in_long_trajectories_with_huge_ratios(variant, clip, sign):
     n = 20_000
-    lp, lb = torch.zeros(n), torch.full((n,), -sign * 1e4)
+    lp, lb = torch.full((n,), -1e4), torch.zeros(n)
+    if sign > 0:
+        lp, lb = lb, lp
     config = PearConfig(variant=variant, log_ratio_clip=clip)
     mask, cu = torch.ones(n, dtype=torch.bool), torch.tensor([0, n])
     weights, stats = importance_weights(lp, lb, mask, cu, config)
@@ -241,7 +244,6 @@ def test_normalised_weights_have_mean_one():
 def test_no_gradient_flows_through_the_weights():
     pack = make_pack([9])
     pack.logprobs.requires_grad_()
-    pack.behavior_logprobs.requires_grad_()
     weights, stats = importance_weights(*pack.inputs(), PearConfig())
     assert not weights.requires_grad
     assert not any(value.requires_grad for value in stats.values())
@@ -255,12 +257,95 @@ def test_behaviour_logprobs_of_16_bits_are_refused(dtype):
 
 
 @pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (NAN, "nan, as if it had never been filled in; score the trajectory again"),
+        (INF, "inf, so it is no log-probability .store log p, not p, not -log p."),
+        (0.1, "0.1, so it is no log-probability"),
+        (-INF, "-inf, so the behaviour policy cannot have sampled that token"),
+    ],
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_behaviour_logprob_that_is_none_is_refused_with_its_place(variant, value, why):
+    pack = make_pack([6, 0, 5, 6], decisions=1.0)
+    pack.mask[7] = False
+    pack.behavior_logprobs[[7, 8, 12]] = value
+    message = rf"on 2 of 16 decisions, first at token 8 of the pack \(token 2 of trajectory 2\): {why}"
+    with pytest.raises(ValueError, match=message):
+        importance_weights(*pack.inputs(), PearConfig(variant=variant))
+
+
+def test_rounding_above_log_1_is_let_pass():
+    pack = make_pack([6], decisions=1.0)
+    pack.behavior_logprobs[2] = 9e-6
+    weights, _ = importance_weights(*pack.inputs(), PearConfig())
+    expected, _ = reference.weights(*pack.inputs(), PearConfig())
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_plain_sft_needs_no_behaviour_logprobs_and_bears_a_diverged_model():
+    pack = make_pack([6, 5])
+    for value in (-1.0, NAN, INF, -INF):
+        pack.logprobs[:] = value
+        weights, stats = importance_weights(
+            pack.logprobs, None, pack.mask, pack.cu_seqlens, PearConfig(variant="none")
+        )
+        assert torch.equal(weights, pack.mask.float())
+        assert stats["log_ratio"][0].isfinite() == (value == -1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"config": {"variant": "token"}},
+            r"config must be a PearConfig, got dict; pass PearConfig\(\*\*config\)",
+        ),
+        ({"config": "token"}, r"config must be a PearConfig, got str; pass PearConfig\(\.\.\.\)"),
+        (
+            {"cu_seqlens": [0, 9]},
+            r"cu_seqlens must be a tensor, got list; give torch.as_tensor\(cu_seqlens\)",
+        ),
+        ({"logprobs": [0.0]}, "logprobs must be a tensor, got list"),
+        ({"mask": [True]}, "mask must be a tensor, got list"),
+        ({"behavior_logprobs": numpy.zeros(9)}, "behavior_logprobs must be a tensor, got ndarray"),
+    ],
+)
+def test_what_is_no_tensor_or_no_config_is_a_type_error(change, message):
+    inputs = {**vars(make_pack([9])), "config": PearConfig(), **change}
+    with pytest.raises(TypeError, match=message):
+        importance_weights(**inputs)
+
+
+@pytest.mark.parametrize("name", ["behavior_logprobs", "mask"])
+def test_a_tensor_on_another_device_is_named(name):
+    inputs = vars(make_pack([9]))
+    inputs[name] = inputs[name].to("meta")
+    with pytest.raises(
+        ValueError, match=rf"{name} is on meta and the log-probs or logits are on .*give {name}.to"
+    ):
+        importance_weights(**inputs, config=PearConfig())
+
+
+def test_behaviour_logprobs_that_require_a_gradient_are_refused():
+    pack = make_pack([9])
+    pack.behavior_logprobs.requires_grad_()
+    with pytest.raises(
+        ValueError, match="behavior_logprobs require a gradient.*give behavior_logprobs.detach"
+    ):
+        importance_weights(*pack.inputs(), PearConfig())
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"behavior_logprobs": torch.zeros(8)}, r"behavior_logprobs has shape \(8,\) and logprobs \(9,\)"),
         ({"mask": torch.ones(3, 3).bool()}, r"mask has shape \(3, 3\).*both must be \[T\]"),
         ({"logprobs": torch.zeros(3, 3)}, r"logprobs \(3, 3\); both must be \[T\]"),
-        ({"mask": torch.ones(9)}, "mask must be bool .True on decisions., got torch.float32"),
+        ({"mask": torch.ones(9)}, "mask must be bool .True on decisions., got torch.float32; give mask.bool"),
+        ({"behavior_logprobs": torch.zeros(9).long()}, "behavior_logprobs are int64, which is too coarse"),
+        ({"cu_seqlens": torch.tensor([0.0, 9.0])}, "cu_seqlens must be integers of shape"),
+        ({"cu_seqlens": torch.tensor([False, True])}, "cu_seqlens must be integers of shape"),
         ({"cu_seqlens": torch.tensor([0, 8])}, "cu_seqlens must end at the number of tokens 9, got 8"),
         ({"cu_seqlens": torch.tensor([1, 9])}, "cu_seqlens must start at 0, got 1"),
         ({"cu_seqlens": torch.tensor([0, 5, 4, 9])}, "cu_seqlens must not decrease, got 5 then 4"),

@@ -3,7 +3,9 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <array>
+#include <numeric>
 #include <vector>
 
 #include "cpu/segments.h"
@@ -22,6 +24,9 @@ struct Trajectory {
   float* weights;
   int64_t tokens;
 
+  // On a decision.
+  bool is_bad(int64_t t) const { return mask[t] && !is_logprob(behavior[t]); }
+
   double log_ratio(int64_t t) const { return double(logprobs[t]) - double(behavior[t]); }
 };
 
@@ -39,17 +44,20 @@ void count_weights(const Trajectory& x, int64_t decisions, Statistics& stats) {
   for (int which = 0; which <= kWeight; ++which) stats[which][1] += decisions;
 }
 
-void weigh(const Trajectory& x, const WeightParams& p, Statistics& stats) {
-  int64_t decisions = 0;
+// Returns the number of decisions whose behaviour log-prob is none.
+int64_t weigh(const Trajectory& x, const WeightParams& p, Statistics& stats) {
+  int64_t decisions = 0, bad = 0;
   double ratio_sum = 0.0;
   for (int64_t t = 0; t < x.tokens; ++t) {
     if (!x.mask[t]) continue;
     decisions += 1;
+    bad += x.is_bad(t);
     ratio_sum += x.log_ratio(t);
   }
+  if (bad > 0) return bad;
   if (decisions == 0) {
     std::fill(x.weights, x.weights + x.tokens, 0.0f);
-    return;
+    return 0;
   }
   const double mean = p.subtract_mean ? ratio_sum / decisions : 0.0;
   stats[kLogRatio][0] += ratio_sum;
@@ -90,6 +98,13 @@ void weigh(const Trajectory& x, const WeightParams& p, Statistics& stats) {
     }
   }
   count_weights(x, decisions, stats);
+  return 0;
+}
+
+const char* why_bad(float behavior_logprob) {
+  if (std::isnan(behavior_logprob)) return "as if it had never been filled in";
+  if (behavior_logprob > 0) return "so it is no log-probability (store log p, not p, not -log p)";
+  return "so the behaviour policy cannot have sampled that token";
 }
 
 }  // namespace
@@ -110,6 +125,7 @@ std::tuple<Tensor, Tensor> pear_weights(const Tensor& logprobs, const Tensor& be
 
   Tensor weights = at::empty_like(logprobs);
   std::vector<Statistics> per_segment(segments, Statistics{});
+  std::vector<int64_t> bad(segments, 0);
   const float* lp = logprobs.const_data_ptr<float>();
   const float* lb = behavior_logprobs.const_data_ptr<float>();
   const bool* decision = mask.const_data_ptr<bool>();
@@ -117,10 +133,24 @@ std::tuple<Tensor, Tensor> pear_weights(const Tensor& logprobs, const Tensor& be
   at::parallel_for(0, segments, 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t start = bounds[s];
-      weigh({lp + start, lb + start, decision + start, out + start, bounds[s + 1] - start}, params,
-            per_segment[s]);
+      bad[s] = weigh({lp + start, lb + start, decision + start, out + start, bounds[s + 1] - start},
+                     params, per_segment[s]);
     }
   });
+  if (const auto first = std::find_if(bad.begin(), bad.end(), [](int64_t n) { return n > 0; });
+      first != bad.end()) {
+    const Trajectory pack = {lp, lb, decision, out, T};
+    const int64_t s = first - bad.begin();
+    int64_t t = bounds[s];
+    while (!pack.is_bad(t)) ++t;
+    TORCH_CHECK_VALUE(false, "behavior_logprobs are no log-probabilities on ",
+                      std::accumulate(bad.begin(), bad.end(), int64_t(0)), " of ",
+                      std::count(decision, decision + T, true), " decisions, first at token ", t,
+                      " of the pack (token ", t - bounds[s], " of trajectory ", s, "): ", lb[t],
+                      ", ", why_bad(lb[t]),
+                      "; score the trajectory again, take such tokens off the mask, or train plain "
+                      "SFT (variant='none', behavior_logprobs=None)");
+  }
 
   // Summed in segment order, so that the number of threads changes nothing.
   Tensor stats = at::zeros({kWeightStatistics, 2}, logprobs.options().dtype(at::kDouble));

@@ -43,6 +43,7 @@ struct Pack {
 struct Token {
   double log_ratio = 0.0;
   bool decision = false;
+  bool has_behavior = true;  // a behaviour log-prob that can be one
 };
 
 template <typename Body>
@@ -50,7 +51,8 @@ __device__ __forceinline__ void for_decisions_from_right(const Pack& pack, const
                                                          Body&& body) {
   // What is off the mask is read too, so that the loads need not wait for the mask, and ignored.
   const auto load = [&](int64_t t) {
-    return Token{double(pack.logprobs[t]) - double(pack.behavior[t]), pack.mask[t]};
+    const float behavior = pack.behavior[t];
+    return Token{double(pack.logprobs[t]) - double(behavior), pack.mask[t], is_logprob(behavior)};
   };
   for_tokens_from_right(chunk, load, body);
 }
@@ -119,6 +121,8 @@ __device__ __forceinline__ void count_decisions(const Pack& pack,
     int64_t decisions = 0;
     for_decisions_from_right(pack, chunk, [&](int64_t, bool, const Token& token) {
       if (!token.decision) return;
+      CUDA_KERNEL_ASSERT(token.has_behavior &&
+                         "behavior_logprobs are NaN, infinite or positive on a decision");
       ratio_sum += token.log_ratio;
       decisions += 1;
     });

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pear_megatron.ops.arguments import require_mask, require_tensors
 from pear_megatron.ops.context_parallel import all_gather
 from pear_megatron.ops.library import ops
 
@@ -58,7 +59,6 @@ def _memory_order(logits: Tensor) -> list[int]:
     """Leading dimensions by falling stride, so that flattening them is a view: mcore's [s, b, v] comes
     to its users transposed to [b, s, v]."""
     strides = logits.stride()
-    strides = logits.stride()
     return sorted(range(logits.dim() - 1), key=lambda d: (-strides[d], d))
 
 
@@ -91,10 +91,15 @@ def vocab_parallel_logprob(
         [...] float32 log-probabilities.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        TypeError: what should be a tensor is something else.
+        ValueError: shapes, dtypes or devices that do not fit.
         IndexError: a target outside the vocabulary where the mask is True (CPU; on CUDA a device-side
             assertion, since reading it back would stall the stream).
     """
+    require_tensors(logits=logits)
+    require_tensors(logits.device, target=target)
+    if mask is not None:
+        require_mask(mask, logits.device)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [..., V] with V > 0, got shape {tuple(logits.shape)}")
     shape = logits.shape[:-1]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pear_megatron.ops.arguments import require_mask, require_tensors
 from pear_megatron.ops.context_parallel import all_gather
 from pear_megatron.ops.library import ops
 
@@ -52,9 +53,14 @@ def linear_logprob(
         [T] float32 log-probabilities.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        TypeError: what should be a tensor is something else.
+        ValueError: shapes, dtypes or devices that do not fit.
         IndexError: see vocab_parallel_logprob.
     """
+    require_tensors(hidden=hidden)
+    require_tensors(hidden.device, weight=weight, target=target)
+    if mask is not None:
+        require_mask(mask, hidden.device)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [T, H] and weight [V, H], got {tuple(hidden.shape)} and {tuple(weight.shape)}"

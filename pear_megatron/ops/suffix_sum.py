@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pear_megatron.ops.arguments import require_tensors
 from pear_megatron.ops.context_parallel import (
     Layout,
     all_gather,
@@ -17,7 +18,9 @@ from pear_megatron.ops.library import ops
 
 def as_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> Tensor:
     """cu_seqlens as the ops take it: int32, contiguous, on the tokens' device."""
-    if cu_seqlens.is_floating_point() or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+    require_tensors(cu_seqlens=cu_seqlens)
+    integers = not (cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool)
+    if not integers or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(
             "cu_seqlens must be integers of shape [segments + 1], got "
             f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
@@ -50,8 +53,10 @@ def segmented_suffix_sum(
         [T] float32, sums for this rank's tokens.
 
     Raises:
+        TypeError: x or cu_seqlens is no tensor.
         ValueError: shapes, dtypes, cu_seqlens that do not end at T, lengths the ranks cannot share.
     """
+    require_tensors(x=x)
     x = x.detach()
     cu = as_cu_seqlens(cu_seqlens, x.device)
     ranks = 1 if group is None else group.size()

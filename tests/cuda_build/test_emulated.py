@@ -204,6 +204,17 @@ def test_weights_and_statistics_of_any_layout(ops, config):
         check_weights(ops, make_pack(lengths, spread=0.05), config)
 
 
+@pytest.mark.parametrize("bad", [NAN, INF, -INF, 2e-5])
+@pytest.mark.parametrize("config", CONFIGS[::3], ids=config_id)
+def test_a_behaviour_logprob_that_is_none_is_a_device_side_assertion(ops, config, bad):
+    pack = make_pack([300, 0, 700], spread=0.05)
+    pack.behavior_logprobs[~pack.mask] = bad
+    check_weights(ops, pack, config)  # off the mask anything may stand
+    pack.behavior_logprobs[pack.mask.nonzero()[500]] = bad
+    with pytest.raises(RuntimeError, match=r"device-side assertion.*NaN, infinite or positive"):
+        weights(ops, pack, config)
+
+
 @pytest.mark.parametrize("block_size", [1, 2, 255, 256, 300, 10_000])
 def test_blocks_that_end_in_another_chunk(ops, block_size):
     config = PearConfig(variant="block", block_size=block_size, gamma=0.999)

@@ -46,8 +46,11 @@ HOST_ONLY = {
     "suffix_sum: bad_values_are_refused": "tensors made on the host, when the module is read",
     "suffix_sum: packs_that_ranks_cannot_share_are_refused_on_every_rank": "checked where it costs no sync",
     "weights: inputs_that_do_not_fit_are_named": "tensors made on the host, when the module is read",
+    "weights: a_behaviour_logprob_that_is_none_is_refused_with_its_place": "a device-side assertion",
     "weights: lengths_that_ranks_cannot_share_are_refused_on_every_rank": "checked where it costs no sync",
     "loss: inputs_that_do_not_fit_are_named": "tensors made on the host, when the module is read",
+    "loss: bad_behaviour_logprobs_are_no_nan_loss_but_an_error": "a device-side assertion",
+    "loss: what_is_no_tensor_no_config_or_elsewhere_is_named": "tensors made on the host, when the module is read",
     "loss: token_weights_that_are_not_finite_on_a_decision_are_refused": "a device-side assertion",
 }
 

@@ -180,11 +180,21 @@ def test_forward_and_inplace_backward_allocate_under_a_hundredth_of_the_logits()
     [
         ("vocab_parallel_logprob(torch.randn(4, 50), torch.tensor([1, 2, 50, 3]))", "outside the vocabulary"),
         ("segmented_suffix_sum(torch.randn(6), torch.tensor([0, 3, 5]))", "cu_seqlens must start at 0"),
+        (
+            "importance_weights(-torch.ones(6), torch.full((6,), torch.nan), torch.ones(6).bool(), "
+            "torch.tensor([0, 6]), PearConfig())",
+            "NaN, infinite or positive",
+        ),
+        (
+            "pear_loss(torch.zeros(2, 9), torch.tensor([1, 2]), -torch.ones(2), torch.ones(2).bool(), "
+            "torch.tensor([0, 2]), PearConfig(), token_weights=torch.tensor([1.0, torch.nan]))",
+            "token_weights are not finite",
+        ),
     ],
 )
 def test_what_only_the_device_can_see_is_a_device_side_assertion(call, message):
     script = (
-        "import torch; from pear_megatron import vocab_parallel_logprob, segmented_suffix_sum; "
+        "import torch; from pear_megatron import *; "
         f"torch.set_default_device('cuda'); {call}; torch.cuda.synchronize()"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)

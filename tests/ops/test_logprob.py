@@ -223,7 +223,7 @@ def test_a_target_outside_the_vocabulary_names_token_and_value(bad, vocab_size):
         ({"logits": torch.tensor(1.0)}, r"logits must be \[..., V\]"),
         ({"target": torch.zeros(4, dtype=torch.int32)}, "target must be Long, got Int"),
         ({"target": torch.zeros(5, dtype=torch.int64)}, r"target has shape \(5,\), but logits \(4, 50\)"),
-        ({"mask": torch.ones(4)}, "mask must be Bool, got Float"),
+        ({"mask": torch.ones(4)}, "mask must be bool .True on decisions., got torch.float32"),
         ({"mask": torch.ones(2, 2, dtype=torch.bool)}, r"mask has shape \(2, 2\)"),
         ({"vocab_size": 51}, "vocab_size 51 does not fit: 1 rank.* 50 columns"),
         ({"vocab_size": 0}, "vocab_size 0 does not fit"),

@@ -19,7 +19,7 @@ def op_arguments() -> dict[str, list[tuple]]:
     lse, grad, x = torch.randn(T), torch.randn(T), torch.randn(T)
     stats = ops.logprob_forward(logits, target, None, 0, 64)[None].repeat(2, 1, 1)
     bf16, cu = logits.bfloat16(), torch.tensor(BOUNDS, dtype=torch.int32)
-    weights = (x, torch.randn(T), mask, cu, 2, 0.99, 3, -0.08, 0.3, -10.0, 5.0)
+    weights = (x, -torch.rand(T), mask, cu, 2, 0.99, 3, -0.08, 0.3, -10.0, 5.0)
     return {
         "logprob_forward": [(logits, target, None, 0, 64), (bf16, target, mask, 0, 64)],
         "logprob_combine": [(stats, None), (stats, mask)],
@@ -60,7 +60,7 @@ def test_the_number_of_threads_changes_no_bit():
     lengths = torch.randint(0, 400, (40,))
     cu = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
     tokens = int(cu[-1])
-    lp, lb, mask = torch.randn(tokens), torch.randn(tokens), torch.rand(tokens) < 0.7
+    lp, lb, mask = torch.randn(tokens), -torch.rand(tokens), torch.rand(tokens) < 0.7
     logits, target = torch.randn(300, 5000), torch.randint(5000, (300,))
     grad, carry = torch.randn(300), torch.randn(40)
 

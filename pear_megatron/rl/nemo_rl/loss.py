@@ -76,7 +76,7 @@ class PearLoss:
         boundaries = torch.arange(rows + 1, dtype=torch.int32, device=mask.device) * length
         weights, stats = importance_weights(
             logprobs.flatten(),
-            self._behavior(data, logprobs).flatten(),
+            self._behavior(data),
             mask.flatten(),
             boundaries,
             self.config,
@@ -99,14 +99,14 @@ class PearLoss:
         counts = {"num_unmasked_tokens": mask.sum().item(), "num_valid_samples": sample_mask.sum().item()}
         return loss, dict(zip(metrics, values, strict=True)) | counts
 
-    def _behavior(self, data: Mapping[str, Any], logprobs: Tensor) -> Tensor:
-        """[B, S - 1] behaviour log-probs, aligned with ``logprobs``."""
+    def _behavior(self, data: Mapping[str, Any]) -> Tensor | None:
+        """[B * (S - 1)] behaviour log-probs, entry by entry those of ``next_token_logprobs``."""
         behavior = data.get("behavior_logprobs")
         if behavior is not None:
-            return behavior[:, 1:]
+            return behavior[:, 1:].flatten()
         if self.config.variant != "none":
             raise ValueError(
                 f"variant {self.config.variant!r} needs data['behavior_logprobs'], [B, S] aligned with input_ids; only "
                 "'none' does without"
             )
-        return logprobs.detach()
+        return None
