@@ -96,9 +96,14 @@ def _real_model(record: dict[str, Any]) -> list[tuple[str, str, Bars]]:
     return [(record["model"], "tokens / s", [(r["name"], r["tokens_per_second"]) for r in rows])]
 
 
+def _cli(record: dict[str, Any]) -> list[tuple[str, str, Bars]]:
+    return [("until it has answered", "ms", [(r["name"], r["ms"]) for r in record["rows"]])]
+
+
 _PANELS: dict[str, Callable[[dict[str, Any]], list[tuple[str, str, Bars]]]] = {
     "logprob": _logprob,
     "output_layer": _output_layer,
     "step": _step,
     "real_model": _real_model,
+    "cli": _cli,
 }

@@ -141,12 +141,20 @@ def real_model_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cli_table(record: dict[str, Any]) -> str:
+    """Time until a command has answered."""
+    lines = [heading(record), "", row("command", "ms", "processor ms"), row("---", *["---:"] * 2)]
+    lines += [row(e["name"], f"{e['ms']:.0f}", f"{e['processor_ms']:.0f}") for e in record["rows"]]
+    return "\n".join(lines)
+
+
 # By the beginning of the file's name; the order is README's.
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "logprob": logprob_tables,
     "output_layer": output_layer_tables,
     "step": step_table,
     "real_model": real_model_table,
+    "cli": cli_table,
 }
 
 
@@ -156,6 +164,7 @@ CAPTIONS = {
     "output_layer": "The whole output layer: its three GEMMs (four in chunks), loss, both gradients.",
     "step": "Whole training steps: forward, loss, backward, clipping, AdamW.",
     "real_model": "A real model, from import to evaluation.",
+    "cli": "How long the commands take to answer: --help, and a recipe with a misspelt key.",
 }
 
 

@@ -62,7 +62,7 @@ enum WeightStatistic {
                               const OptionalTensor& carry, bool exclusive);                        \
   /* x [T] f32, cu_seqlens [S + 1] int32 -> [S] f32: the sum of each segment. */                   \
   Tensor segment_sum(const Tensor& x, const Tensor& cu_seqlens);                                   \
-  /* Importance weights and their statistics in one pass (METHOD: Weights). logprobs,              \
+  /* Importance weights and their statistics in one pass (docs/method.md, Weights). logprobs,      \
      behavior_logprobs [T] f32; mask [T] bool; cu_seqlens [S + 1] int32 -> weights [T] f32, 0 off  \
      the mask; stats [kWeightStatistics, 2] f32. Behaviour log-probs that are NaN, infinite or     \
      above 1e-5 on a decision are errors; NaN in logprobs comes out as NaN. */                     \

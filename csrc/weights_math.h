@@ -1,4 +1,4 @@
-// METHOD.md's weights, one decision at a time: the arithmetic that the CPU and CUDA kernels share.
+// One decision at a time, what the CPU and CUDA kernels share (docs/method.md, Weights).
 #pragma once
 
 #include <cfloat>

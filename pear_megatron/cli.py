@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from pear_megatron.commands import compare, convert, eval, export, grpo, inspect, plan, score, validate
+from pear_megatron import __version__, interrupt
+from pear_megatron.commands import (
+    compare,
+    convert,
+    eval,
+    eval_compare,
+    export,
+    grpo,
+    inspect,
+    plan,
+    score,
+    validate,
+)
+from pear_megatron.commands.errors import say_errors
 
 app = typer.Typer(
     help="PEAR for Megatron-Core. Train with: torchrun -m pear_megatron.train --config RECIPE.yaml",
@@ -14,20 +29,57 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        from pear_megatron.ops.library import with_cuda
+    except ImportError:
+        ops = "compiled ops missing"
+    else:
+        ops = "with CUDA ops" if with_cuda else "CPU ops only"
+    print(f"pear-megatron {__version__}, {ops}")
+    raise typer.Exit
+
+
+# What Ctrl-C leaves, of the commands that are long at work.
+_KEPT = {
+    "score": "the chunks that are scored stay beside --output, and the same command goes on",
+    "eval": "the responses so far stay in --output, and the same command goes on",
+    "compare": "finished cells and checkpoints stay in output_dir, and the same command goes on",
+    "grpo": "checkpoints stay in the run's folder, and the same command goes on from the newest",
+    "convert": "nothing was written to --output",
+    "export": "nothing was written to --output",
+}
+
+
 @app.callback()
-def _commands() -> None:
-    """Keeps the subcommands' names while there is only one."""
+def _commands(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="print it, and which ops are compiled"
+        ),
+    ] = False,
+) -> None:
+    """Options before the command's name."""
+    name = context.invoked_subcommand or ""
+    interrupt.end_on_interrupt(
+        _KEPT.get(name, "the same command starts again"), clean=name in ("convert", "export")
+    )
 
 
-app.command("validate", epilog=validate.EPILOG)(validate.validate)
-app.command("score", epilog=score.EPILOG)(score.score)
-app.command("inspect", epilog=inspect.EPILOG)(inspect.inspect)
-app.command("plan", epilog=plan.EPILOG)(plan.plan)
-app.command("convert", epilog=convert.EPILOG)(convert.convert)
-app.command("export", epilog=export.EPILOG)(export.export)
-app.command("grpo", epilog=grpo.EPILOG)(grpo.grpo)
-app.command("eval", epilog=eval.EPILOG)(eval.evaluate)
-app.command("compare", epilog=compare.EPILOG)(compare.compare)
+app.command("validate", epilog=validate.EPILOG)(say_errors(validate.validate))
+app.command("score", epilog=score.EPILOG)(say_errors(score.score))
+app.command("inspect", epilog=inspect.EPILOG)(say_errors(inspect.inspect))
+app.command("plan", epilog=plan.EPILOG)(say_errors(plan.plan))
+app.command("convert", epilog=convert.EPILOG)(say_errors(convert.convert))
+app.command("export", epilog=export.EPILOG)(say_errors(export.export))
+app.command("grpo", epilog=grpo.EPILOG)(say_errors(grpo.grpo))
+app.command("eval", epilog=eval.EPILOG)(say_errors(eval.evaluate))
+app.command("eval-compare", epilog=eval_compare.EPILOG)(say_errors(eval_compare.eval_compare))
+app.command("compare", epilog=compare.EPILOG)(say_errors(compare.compare))
 
 if __name__ == "__main__":
     app()

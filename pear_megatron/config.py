@@ -13,7 +13,7 @@ _MAX_LOG_WEIGHT = 80.0
 
 
 class PearConfig(StrictModel):
-    """How the SFT loss is reweighted (METHOD: Weights, Loss; paper arXiv 2602.01058, section 4).
+    """How the SFT loss is reweighted (docs/method.md, Weights and Loss; the settings of arXiv 2602.01058, section 4.2).
 
     Attributes:
         variant: ``token`` weighs decision t by the ratios of the decisions after it, ``block`` shares

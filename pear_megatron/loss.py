@@ -88,7 +88,7 @@ def pear_loss(
     vocab_size: int | None = None,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The reweighted SFT loss of one micro-batch (METHOD: Loss).
+    """The reweighted SFT loss of one micro-batch (docs/method.md, Loss).
 
     ``target``, ``behavior_logprobs`` and ``mask`` are aligned with the logits: entry i belongs to the
     token that logits[i] predict (data files are aligned with ``input_ids``; the loader shifts, once).

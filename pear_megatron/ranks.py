@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pear_megatron.errors import CheckpointError, PearError
@@ -17,8 +22,8 @@ _T = TypeVar("_T")
 def ensure_ranks(ranks: int, *, copies: int | None = None) -> None:
     """Makes sure that this command runs on ``ranks`` ranks: starts itself again under torchrun if need be.
 
-    With one rank, or inside a torchrun world of that size, returns. Otherwise replaces this process (its
-    exit code is the ranks' own); call it before anything expensive, and before torch is initialised.
+    With one rank, or inside a torchrun world of that size, returns. Otherwise this process becomes torchrun and
+    ends with the ranks' exit code; call it before anything expensive, and before torch is initialised.
 
     Args:
         ranks: tensor x pipeline parallel size.
@@ -40,10 +45,45 @@ def ensure_ranks(ranks: int, *, copies: int | None = None) -> None:
     processes = ranks * (copies or 1)
     if processes == 1:
         return
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    os.execv(
-        sys.executable, [sys.executable, *torchrun, "-m", "pear_megatron.cli", *sys.argv[1:]]
-    )  # fmt: skip
+    sys.exit(run_ranks(processes, "pear_megatron.cli", sys.argv[1:]))
+
+
+def run_ranks(processes: int, module: str, arguments: list[str]) -> int:
+    """Runs a module on so many ranks of this machine, as torchrun does, and ends with what they say.
+
+    torchrun's own reports would follow the user's error; they are left out. A Ctrl-C is passed on to the ranks,
+    without torchrun's limit of 30 s.
+
+    Returns:
+        The exit code of the rank that ended first with another than 0; 128 + N where a signal N ended it.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    logging.disable(logging.CRITICAL)
+    signal.signal(signal.SIGINT, _pass_on)
+    options = parse_args(["--standalone", f"--nproc-per-node={processes}", "-m", module, *arguments])
+    options.signals_to_handle = "SIGTERM,SIGHUP,SIGQUIT"  # torch 2.6 still handles SIGINT too
+    try:
+        run(options)
+    except SignalException as error:
+        return 128 + error.sigval
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        told = error.failures.get(0)
+        if told is None or told.exitcode < 0:
+            print(f"error: rank {rank}: {failure.message}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    return 0
+
+
+def _pass_on(number: int, _: object) -> None:
+    """Sends a signal to this process's children."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        for child in children.read_text().split():
+            with suppress(ProcessLookupError):
+                os.kill(int(child), number)
 
 
 def is_main() -> bool:
@@ -52,7 +92,7 @@ def is_main() -> bool:
 
 
 def report_error(error: BaseException) -> None:
-    """Prints a command's error, by rank 0 alone.
+    """Prints a command's error, by rank 0 alone, and puts it into torchrun's own report.
 
     The other ranks give it time: torchrun ends all of them as soon as one has left.
     """
@@ -60,6 +100,8 @@ def report_error(error: BaseException) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(_SECONDS_FOR_RANK_0)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(report).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
 
 
 def from_main(work: Callable[[], _T], *, group: Any = None) -> _T:

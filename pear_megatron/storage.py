@@ -86,3 +86,12 @@ def lock(folder: Path, *, wait: bool) -> Iterator[None]:
 def digest(items: Sequence[int]) -> str:
     """Twelve hex characters that differ when an item or its place does."""
     return hashlib.sha256(",".join(map(str, items)).encode()).hexdigest()[:12]
+
+
+def show_bytes(size: float) -> str:
+    """``3.21 GB``: bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} TB" if size < 999.5 else f"{size:,.0f} TB"

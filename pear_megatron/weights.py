@@ -21,7 +21,7 @@ def importance_weights(
     *,
     cp_group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PEAR's weights for packed trajectories (METHOD: Weights). No gradient flows through them.
+    """PEAR's weights for packed trajectories (docs/method.md, Weights). No gradient flows through them.
 
     With a context-parallel group each rank holds the zigzag chunks of every trajectory. One all-gather
     of 12 bytes a token gives every rank the whole pack, and each computes all weights and keeps its

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.megatron.runs import write_trajectories
 
@@ -37,3 +40,68 @@ def test_validate_fails_with_file_line_and_field(tmp_path: Path) -> None:
 
 def test_help_shows_an_example() -> None:
     assert "Example: pear-megatron validate" in pear_megatron("validate", "--help").stdout
+
+
+def modules_after(code: str) -> set[str]:
+    """What a fresh interpreter has imported once it has run ``code``, in which the command may exit."""
+    show = "import atexit, sys; atexit.register(lambda: print('MODULES', *sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{show}\n{code}"], capture_output=True, text=True, timeout=120
+    )
+    return set(done.stdout.rpartition("MODULES")[2].split())
+
+
+COMMANDS = (
+    "validate", "score", "inspect", "plan", "convert", "export", "grpo", "eval", "eval-compare", "compare"
+)  # fmt: skip
+
+
+def test_every_command_is_listed() -> None:
+    from pear_megatron.cli import app
+
+    assert {command.name for command in app.registered_commands} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_imports_neither_torch_nor_megatron(command: str | None) -> None:
+    arguments = ["pear-megatron", *([command] if command else []), "--help"]
+    modules = modules_after(f"sys.argv = {arguments}\nfrom pear_megatron.cli import app\napp()")
+    assert "typer" in modules
+    assert not {"torch", "megatron", "transformers", "matplotlib"} & modules
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "compare"])
+def test_a_misspelt_key_is_named_before_torch_is_imported(command: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text("output_dir: x\nseedz: 1\n")
+    run = {
+        "train": "from pear_megatron.train.__main__ import main\nmain(['--config', sys.argv[-1]])",
+        "plan": "from pear_megatron.cli import app\napp()",
+        "compare": "from pear_megatron.cli import app\napp()",
+    }[command]
+    modules = modules_after(f"sys.argv = ['pear-megatron', {command!r}, '--config', {str(recipe)!r}]\n{run}")
+    assert "pear_megatron.recipe.load" in modules
+    assert not {"torch", "megatron", "transformers", "matplotlib"} & modules
+
+
+def test_the_public_names_are_there_without_being_imported_first() -> None:
+    import pear_megatron
+
+    for name in pear_megatron.__all__:
+        assert name in dir(pear_megatron)
+        value = getattr(pear_megatron, name)
+        assert pickle.loads(pickle.dumps(value)) is value
+    with pytest.raises(AttributeError, match="no attribute 'pear_los'"):
+        _ = pear_megatron.pear_los  # type: ignore[attr-defined]
+    import pear_megatron.ops
+
+    assert pear_megatron.ops.linear_logprob is pear_megatron.linear_logprob
+
+
+def test_version_says_which_ops_are_compiled() -> None:
+    from pear_megatron import __version__
+    from pear_megatron.ops.library import with_cuda
+
+    done = pear_megatron("--version")
+    assert done.returncode == 0
+    assert done.stdout == f"pear-megatron {__version__}, {'with CUDA ops' if with_cuda else 'CPU ops only'}\n"

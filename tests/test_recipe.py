@@ -78,6 +78,13 @@ def test_missing_parent_and_circles_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("defaults: b.yaml\n")
     with pytest.raises(RecipeError, match=r"no recipe at .*b\.yaml \(named by `defaults` of .*a\.yaml\)"):
         load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "d.yaml").write_text("defaults: bb.yaml\n")
+    (tmp_path / "bbb.yaml").touch()
+    with pytest.raises(RecipeError, match=r"relative to that file's folder; did you mean bbb\.yaml\?"):
+        load_recipe(tmp_path / "d.yaml")
+    (tmp_path / "mine.yaml").write_text("defaults: base.yaml\n")
+    with pytest.raises(RecipeError, match=r"did you mean .*recipes/sft/base\.yaml"):
+        load_recipe(tmp_path / "mine.yaml")
     (tmp_path / "b.yaml").write_text("defaults: a.yaml\n")
     with pytest.raises(RecipeError, match="circle"):
         load_recipe(tmp_path / "a.yaml")

@@ -386,7 +386,7 @@ def error_of_an_odd_length(rank: int) -> str:
 
 
 def test_lengths_that_ranks_cannot_share_are_refused_on_every_rank():
-    for message in run_ranks(2, error_of_an_odd_length, timeout=30):
+    for message in run_ranks(2, error_of_an_odd_length):
         assert "segment 0 has 10 tokens, not divisible by 4" in message
         assert "pad each trajectory to a multiple of 4" in message
 

@@ -6,39 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.patches import Patch
 
-try:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure  # drawn without pyplot: no display, no global state
-    from matplotlib.patches import Patch
-except ImportError as error:
-    raise ImportError("the pictures need matplotlib; pip install 'pear-megatron[plot]'") from error
+from pear_megatron.pages.figures import line_style, new_figure, tidy, write_png
 
-# Okabe and Ito's colours, told apart by colour-blind readers; line styles and markers say it again.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _CAREFUL = "#F3E2A9"
-_DPI = 110
 
 
 def _plain(value: float, _position: int) -> str:
     return f"{value:g}"
-
-
-def _style(index: int) -> dict[str, object]:
-    return {"color": _COLORS[index % len(_COLORS)]}
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, axis="y", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
 
 
 def plot_weights_over_positions(
@@ -59,7 +36,7 @@ def plot_weights_over_positions(
         names: one per trajectory, over its panel.
     """
     count, length = next(iter(weights.values())).shape
-    figure = Figure(figsize=(8.0, 1.2 + 1.75 * count), layout="constrained")
+    figure = new_figure(8.0, 1.2 + 1.75 * count)
     panels = figure.subplots(count, 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     positions = np.arange(1, length + 1)
     for i, axes in enumerate(panels):
@@ -68,13 +45,13 @@ def plot_weights_over_positions(
                 s * stretch_length + 0.5, (s + 1) * stretch_length + 0.5, color=_CAREFUL, linewidth=0
             )
         for k, (arm, values) in enumerate(weights.items()):
-            line = {"linestyle": _LINES[k % len(_LINES)], "marker": _MARKERS[k % len(_MARKERS)]}
-            axes.plot(positions, values[i], markersize=3, linewidth=1.4, label=arm, **_style(k), **line)
+            line = line_style(k) | {"marker": _MARKERS[k % len(_MARKERS)]}
+            axes.plot(positions, values[i], markersize=3, linewidth=1.4, label=arm, **line)
         for s in range(careful.shape[1] + 1):
             axes.axvline(s * stretch_length + 0.5, color="#999999", linewidth=0.6)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(_plain)
-        _tidy(axes)
+        tidy(axes)
         axes.set_ylabel("weight (log)")
         if names is not None:
             axes.set_title(names[i], fontsize=9, loc="left")
@@ -88,7 +65,7 @@ def plot_weights_over_positions(
         ncols=len(labels) + 1,
         frameon=False,
     )
-    _save(figure, path)
+    write_png(figure, Path(path))
 
 
 def plot_weight_distributions(
@@ -114,7 +91,7 @@ def plot_weight_distributions(
         raise ValueError(
             f"every weight of {', '.join(weights)} is the same: there is no distribution to draw"
         )
-    figure = Figure(figsize=(8.0, 1.0 + 1.6 * len(drawn)), layout="constrained")
+    figure = new_figure(8.0, 1.0 + 1.6 * len(drawn))
     panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     everything = np.log10(np.concatenate([flat for _, flat in drawn.values()]))
     low, high = everything.min() - 0.05, everything.max() + 0.05
@@ -128,7 +105,9 @@ def plot_weight_distributions(
                 continue
             share = np.full(member.sum(), 1.0 / member.sum())
             line = (
-                {"histtype": "step", "color": "black", "linewidth": 1.3} if g else _style(k) | {"alpha": 0.8}
+                {"histtype": "step", "color": "black", "linewidth": 1.3}
+                if g
+                else {"color": line_style(k)["color"], "alpha": 0.8}
             )
             label = f"{group} (mean {flat[member].mean():.2g})" if group else None
             axes.hist(flat[member], bins=edges, weights=share, label=label, **line)
@@ -139,8 +118,8 @@ def plot_weight_distributions(
             axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         axes.set_title(f"{arm}: mean weight {flat.mean():.3g}", fontsize=9, loc="left")
         axes.set_ylabel("share")
-        _tidy(axes)
+        tidy(axes)
     panels[-1].set_xscale("log")
     panels[-1].xaxis.set_major_formatter(_plain)
     panels[-1].set_xlabel("weight of a decision (log)")
-    _save(figure, path)
+    write_png(figure, Path(path))

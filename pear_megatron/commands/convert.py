@@ -26,32 +26,26 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what --output holds")] = False,
 ) -> None:
     """Make a checkpoint that checkpoint.pretrained takes, on any layout, from a Hugging Face folder."""
-    from pear_megatron.errors import PearError
-    from pear_megatron.ranks import ensure_ranks, is_main, report_error
+    from pear_megatron.ranks import ensure_ranks, is_main
+    from pear_megatron.recipe.hf_config import UnsupportedArchitecture, model_keys
+    from pear_megatron.storage import check_output
 
+    check_output(output, overwrite=overwrite)
     try:
-        from pear_megatron.recipe.hf_config import UnsupportedArchitecture, model_keys
-        from pear_megatron.storage import check_output
+        model_keys(hf)
+    except UnsupportedArchitecture as reason:
+        from pear_megatron.hf.bridge import convert_with_bridge
 
-        check_output(output, overwrite=overwrite)
-        try:
-            model_keys(hf)
-        except UnsupportedArchitecture as reason:
-            from pear_megatron.hf.bridge import convert_with_bridge
+        convert_with_bridge(hf, output, reason)
+        return
+    ensure_ranks(tensor_parallel * pipeline_parallel)
+    warnings.simplefilter("ignore")  # of libraries, on every rank
+    from pear_megatron.megatron.checkpoint.convert import convert_checkpoint
+    from pear_megatron.megatron.layout import shutdown
 
-            convert_with_bridge(hf, output, reason)
-            return
-        ensure_ranks(tensor_parallel * pipeline_parallel)
-        warnings.simplefilter("ignore")  # of libraries, on every rank
-        from pear_megatron.megatron.checkpoint.convert import convert_checkpoint
-        from pear_megatron.megatron.layout import shutdown
-
-        convert_checkpoint(
-            hf, output, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, precision=dtype
-        )
-        shutdown()
-    except PearError as error:
-        report_error(error)
-        raise typer.Exit(1) from error
+    convert_checkpoint(
+        hf, output, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, precision=dtype
+    )
+    shutdown()
     if is_main():
         print(f"{output}: train from it with checkpoint.pretrained={output}")

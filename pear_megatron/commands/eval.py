@@ -1,8 +1,7 @@
-"""`pear-megatron eval`: pass@k of a checkpoint with intervals, and two checkpoints compared."""
+"""`pear-megatron eval`: pass@k of a checkpoint, with intervals."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,26 +9,28 @@ import typer
 
 EPILOG = (
     "Example: pear-megatron eval --model results/run/export --problems problems.jsonl --grader grader.py "
-    "--num-samples 8 --k 1,8 --output results/eval/run    then: pear-megatron eval --compare results/eval/sft "
-    "results/eval/pear"
+    "--num-samples 8 --k 1,8 --output results/eval/run    then: pear-megatron eval-compare results/eval/sft "
+    "results/eval/run"
 )
 
 
 def evaluate(
     model: Annotated[
-        str | None, typer.Option(help="Hugging Face folder: an export, or a checkpoint of GRPO")
-    ] = None,
+        str, typer.Option(help="Hugging Face folder: an export, or a checkpoint of GRPO", show_default=False)
+    ],
     problems: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="problems.jsonl (with --grader), or YAML: a problem set, or a recipe's data.validation"
+            help="problems.jsonl (with --grader), or YAML: a problem set, or a recipe's data.validation",
+            show_default=False,
         ),
-    ] = None,
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(help="folder of this evaluation; the same command continues it", show_default=False),
+    ],
     grader: Annotated[
         str | None, typer.Option(help="Python file with def grade(response, answer, problem) -> float")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="folder of this evaluation; the same command continues it")
     ] = None,
     num_samples: Annotated[int, typer.Option(help="responses to each problem")] = 8,
     k: Annotated[
@@ -49,46 +50,33 @@ def evaluate(
     dtype: Annotated[
         str | None, typer.Option(help="bf16 or fp32; default bf16 on a GPU, fp32 without")
     ] = None,
-    compare: Annotated[
-        tuple[str, str],
-        typer.Option(
-            help="two evaluations: folders or results.json; 'a,b,c' or a quoted glob = several runs of one arm",
-            show_default=False,
-        ),
-    ] = ("", ""),
 ) -> None:
-    """Sample responses to problems, grade them, and estimate pass@k; or compare two evaluations, paired."""
-    from pear_megatron.errors import PearError
+    """Sample responses to problems, grade them, and estimate pass@k; eval-compare compares two evaluations."""
+    from rich.console import Console
 
-    try:
-        if any(compare):
-            _compare(compare, output)
-            return
-        if not (model and problems and output):
-            raise PearError(
-                "give --model, --problems and --output, or --compare; see pear-megatron eval --help"
-            )
-        options: dict[str, Any] = {"dtype": dtype} if dtype else {}
-        ks = [part for text in k or [f"1,{num_samples}"] for part in text.split(",")]
-        _evaluate(
-            model,
-            problems,
-            grader,
-            output,
-            ks=_integers(ks),
-            right_at=right_at,
-            batch_size=batch_size,
-            num_samples=num_samples,
-            temperature=temperature,
-            top_p=top_p,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            engine=engine,
-            **options,
-        )
-    except (PearError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+    from pear_megatron.evaluate.figures import draw_pass_at_k, results_table
+    from pear_megatron.evaluate.run import evaluate as run
+    from pear_megatron.problems.load import load_problems, read_problems_config
+
+    settings: dict[str, Any] = {"dtype": dtype} if dtype else {}
+    results = run(
+        model,
+        load_problems(read_problems_config(problems, grader)),
+        output,
+        ks=_integers([part for text in k or [f"1,{num_samples}"] for part in text.split(",")]),
+        right_at=right_at,
+        batch_size=batch_size,
+        num_samples=num_samples,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        engine=engine,
+        **settings,
+    )
+    draw_pass_at_k(output / "pass_at_k.png", {Path(model).name: [results]})
+    Console().print(results_table(results))
+    print(f"responses and results: {output}")
 
 
 def _integers(texts: list[str]) -> list[int]:
@@ -98,30 +86,3 @@ def _integers(texts: list[str]) -> list[int]:
         return [int(text) for text in texts]
     except ValueError as error:
         raise EvalError(f"--k {','.join(texts)}: give whole numbers, as 1,8") from error
-
-
-def _evaluate(model: str, problems: str, grader: str | None, output: Path, **settings: Any) -> None:
-    from rich.console import Console
-
-    from pear_megatron.evaluate.figures import draw_pass_at_k, results_table
-    from pear_megatron.evaluate.run import evaluate as run
-    from pear_megatron.problems.load import load_problems, read_problems_config
-
-    results = run(model, load_problems(read_problems_config(problems, grader)), output, **settings)
-    draw_pass_at_k(output / "pass_at_k.png", {Path(model).name: [results]})
-    Console().print(results_table(results))
-    print(f"responses and results: {output}")
-
-
-def _compare(paths: tuple[str, str], output: Path | None) -> None:
-    from rich.console import Console
-
-    from pear_megatron.evaluate.figures import comparison_table, draw_pass_at_k
-    from pear_megatron.evaluate.paired import compare, read_arm, write_comparison
-
-    first, second = (read_arm(path) for path in paths)
-    comparison = compare(first, second)
-    Console().print(comparison_table(paths, comparison, len(first)))
-    if output is not None:
-        write_comparison(output / "comparison.json", paths, comparison)
-        draw_pass_at_k(output / "pass_at_k.png", dict(zip(paths, (first, second), strict=True)))

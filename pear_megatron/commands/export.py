@@ -32,34 +32,28 @@ def export(
     ] = None,
 ) -> None:
     """Write a folder that transformers, vLLM and NeMo-RL open: weights, configuration, tokenizer."""
-    from pear_megatron.errors import PearError
-    from pear_megatron.ranks import ensure_ranks, is_main, report_error
+    from pear_megatron.ranks import ensure_ranks, is_main
+    from pear_megatron.storage import check_output
 
+    check_output(output, overwrite=overwrite)
+    if hf is not None:
+        from pear_megatron.hf.bridge import export_with_bridge
+
+        export_with_bridge(checkpoint, hf, output)
+        return
+    ensure_ranks(tensor_parallel * pipeline_parallel)
+    import torch
+
+    from pear_megatron.hf.safetensors_files import parse_size
+    from pear_megatron.megatron.checkpoint.export import export_checkpoint
+
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo")
     try:
-        from pear_megatron.storage import check_output
-
-        check_output(output, overwrite=overwrite)
-        if hf is not None:
-            from pear_megatron.hf.bridge import export_with_bridge
-
-            export_with_bridge(checkpoint, hf, output)
-            return
-        ensure_ranks(tensor_parallel * pipeline_parallel)
-        import torch
-
-        from pear_megatron.hf.safetensors_files import parse_size
-        from pear_megatron.megatron.checkpoint.export import export_checkpoint
-
-        if "WORLD_SIZE" in os.environ:
-            torch.distributed.init_process_group("gloo")
-        try:
-            export_checkpoint(checkpoint, output, precision=dtype, max_shard_size=parse_size(max_shard_size))
-        finally:
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
-    except (PearError, ImportError) as error:
-        report_error(error)
-        raise typer.Exit(1) from error
+        export_checkpoint(checkpoint, output, precision=dtype, max_shard_size=parse_size(max_shard_size))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     if is_main():
         print(
             f"{output}: open it with AutoModelForCausalLM.from_pretrained, or as policy.model_name of NeMo-RL"

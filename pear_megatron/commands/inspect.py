@@ -11,6 +11,13 @@ from typing import Annotated
 
 import typer
 
+from pear_megatron.commands.text_options import (
+    ChatTemplateKwargsOption,
+    ChatTemplateOption,
+    MultiTurnOption,
+    text_settings,
+)
+
 EPILOG = (
     "Example: pear-megatron inspect data/train.parquet --model path/to/student "
     "pear.variant=block pear.baseline=sequence_mean"
@@ -46,45 +53,49 @@ def inspect(
         str | None,
         typer.Option(help="for rows of text and for reading (default: the recipe's, or the model's)"),
     ] = None,
+    multi_turn: MultiTurnOption = None,
+    chat_template: ChatTemplateOption = None,
+    chat_template_kwargs: ChatTemplateKwargsOption = None,
     max_trajectories: Annotated[
         int, typer.Option(min=1, help="of more than these, as many are drawn at random")
     ] = 512,
     seed: Annotated[int, typer.Option(min=0, help="of that draw")] = 0,
     seq_length: Annotated[int, typer.Option(min=1, help="data.seq_length, where no recipe says it")] = 4096,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what --output holds")] = False,
 ) -> None:
     """Show the importance ratios and weights that training would see, and what to change.
 
     Exit code 1 if training would refuse the data.
     """
-    from pear_megatron.errors import PearError, RecipeError
+    from pear_megatron.errors import RecipeError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for category in (UserWarning, FutureWarning, DeprecationWarning):  # of libraries
         warnings.filterwarnings("ignore", category=category)
     words = arguments or []
     overrides = [word for word in words if _OVERRIDE.match(word) and not Path(word).exists()]
-    try:
-        if model is not None and scored:
-            raise RecipeError("--model and --scored both name the policy's log-probs; give one of them")
-        from pear_megatron.inspect.run import run
-        from pear_megatron.inspect.settings import read_settings
+    if model is not None and scored:
+        raise RecipeError("--model and --scored both name the policy's log-probs; give one of them")
+    for file in (output, output.with_suffix(".json")):
+        if file.is_file() and not overwrite:
+            raise RecipeError(f"{file} is there; name another --output, or replace it with --overwrite")
+    from pear_megatron.inspect.run import run
+    from pear_megatron.inspect.settings import read_settings
 
-        settings = read_settings(
-            [word for word in words if word not in overrides],
-            overrides,
-            recipe=config,
-            model=model,
-            tokenizer=tokenizer,
-            seq_length=seq_length,
-        )
-        run(
-            settings,
-            model=model,
-            scored=scored,
-            output=output,
-            max_trajectories=max_trajectories,
-            seed=seed,
-        )
-    except (PearError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+    settings = read_settings(
+        [word for word in words if word not in overrides],
+        overrides,
+        recipe=config,
+        model=model,
+        tokenizer=tokenizer,
+        seq_length=seq_length,
+        text=text_settings(multi_turn, chat_template, chat_template_kwargs),
+    )
+    run(
+        settings,
+        model=model,
+        scored=scored,
+        output=output,
+        max_trajectories=max_trajectories,
+        seed=seed,
+    )

@@ -47,13 +47,14 @@ def plan(
     With data.train, counts the tokens and steps, and leaves the prepared data for training. Exit code 1, and
     the change that would help, if the recipe does not fit.
     """
-    from pear_megatron.errors import PearError
-    from pear_megatron.plan import make_plan
     from pear_megatron.recipe import load_recipe
 
     given = [*(overrides or []), *([f"cluster.num_nodes={nodes}"] if nodes else [])]
+    recipe = load_recipe(config, given, missing={"data": {"train": _NO_DATA}})
+    from pear_megatron.errors import RecipeError
+    from pear_megatron.plan import make_plan
+
     try:
-        recipe = load_recipe(config, given, missing={"data": {"train": _NO_DATA}})
         found = make_plan(recipe, mfu=mfu)
         if found.fits and (length := _length(recipe, tokens)) is not None:  # data take time to read
             found = make_plan(recipe, length=length, mfu=mfu)
@@ -62,9 +63,8 @@ def plan(
         else:
             _print(found)
         found.check()
-    except (PearError, ImportError) as error:
-        print(f"error: {config}: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+    except RecipeError as error:  # of sizes that do not fit: these do not name the file
+        raise RecipeError(f"{config}: {error}") from error
 
 
 def _length(recipe: Recipe, tokens: int | None) -> RunLength | None:
@@ -82,7 +82,7 @@ def _length(recipe: Recipe, tokens: int | None) -> RunLength | None:
 
 def _print(found: Plan) -> None:
     console = Console()
-    for table in (_layout_table(found), _memory_table(found), _run_table(found)):
+    for table in (_layout_table(found), _memory_table(found), _run_table(found), _disk_table(found)):
         console.print(table)
 
 
@@ -145,9 +145,9 @@ def _run_table(found: Plan) -> Table:
     else:
         if length.trajectories is not None:
             rows.append(("trajectories", f"{length.trajectories:,}"))
-        rows.append(("tokens an epoch", f"{length.tokens:,}"))
+        rows.append(("tokens per epoch", f"{length.tokens:,}, prompts and responses, no padding"))
         if length.decisions is not None:
-            rows.append(("decisions an epoch", f"{length.decisions:,}"))
+            rows.append(("decisions per epoch", f"{length.decisions:,}"))
         rows.append(("steps", f"{length.steps:,} ({length.steps_per_epoch:,} an epoch)"))
     if found.step_seconds is not None:
         assumed = f"at an assumed MFU of {found.mfu:.0%}"
@@ -155,3 +155,23 @@ def _run_table(found: Plan) -> Table:
     if found.hours is not None:
         rows.append(("the run", f"{found.hours:.2f} h, {found.hours * found.gpus:,.1f} GPU-hours"))
     return _rows("Time", rows)
+
+
+def _disk_table(found: Plan) -> Table:
+    from pear_megatron.storage import show_bytes
+
+    disk = found.disk
+    parts = f"weights {show_bytes(disk.weights)}, optimizer {show_bytes(disk.optimizer)}"
+    rows = [("a checkpoint", f"{show_bytes(disk.checkpoint)}: {parts}")]
+    if disk.kept is None or disk.most is None:
+        rows.append(
+            (
+                "checkpoints",
+                f"all kept, one each {found.recipe.checkpoint.save_interval} steps; checkpoint.keep_last bounds them",
+            )
+        )
+    else:
+        at_once = f"{disk.most} at once at most: {show_bytes(disk.most * disk.checkpoint)}"
+        rows.append(("checkpoints", f"{disk.kept} kept, {at_once}"))
+    rows.append(("an export", show_bytes(disk.export)))
+    return _rows("Disk", rows)

@@ -12,6 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pear_megatron.commands.text_options import (
+    ChatTemplateKwargsOption,
+    ChatTemplateOption,
+    MultiTurnOption,
+    text_settings,
+)
+
 if TYPE_CHECKING:
     from pear_megatron.score.run import ScoreJob
     from pear_megatron.score.source import ScoreSettings
@@ -76,6 +83,9 @@ def score(
     pipeline_parallel: Annotated[int, typer.Option(min=1, help="stages")] = 1,
     dtype: Annotated[Dtype | None, typer.Option(help="default: bf16 on a GPU, fp32 without")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="default: the model's")] = None,
+    multi_turn: MultiTurnOption = None,
+    chat_template: ChatTemplateOption = None,
+    chat_template_kwargs: ChatTemplateKwargsOption = None,
     max_length: Annotated[
         int | None,
         typer.Option(min=1, help="positions, at most; default: the model's max_position_embeddings"),
@@ -99,41 +109,37 @@ def score(
     The same command continues an interrupted one. Uses all GPUs of a machine: copies of the model, each over
     tensor x pipeline parallel ranks; torchrun does it over several machines.
     """
-    from pear_megatron.errors import PearError
-    from pear_megatron.ranks import is_main, report_error
+    from pear_megatron.errors import ScoreError
+    from pear_megatron.ranks import is_main
 
     _speak(is_main())
-    try:
-        from pear_megatron.errors import ScoreError
-        from pear_megatron.score.source import ScoreSettings
+    from pear_megatron.score.source import ScoreSettings
 
-        chosen, why = _backend(model, backend, write_as)
-        if raw_logprobs and backend is not Backend.recorded:
-            raise ScoreError(
-                "--raw-logprobs is about recorded log-probs; give it with --backend import, or leave it out"
-            )
-        _run(
-            ScoreSettings(
-                data=[*data, *(files or [])],
-                output=output,
-                backend=chosen,
-                model=model,
-                write_as=write_as.value,
-                tokenizer=tokenizer,
-                max_length=max_length,
-                overlong=overlong.value,
-                raw_logprobs=raw_logprobs,
-                overwrite=overwrite,
-                tensor_parallel=tensor_parallel,
-                pipeline_parallel=pipeline_parallel,
-                dtype=dtype.value if dtype else _default_dtype(),
-                max_tokens_per_batch=max_tokens_per_batch,
-            ),
-            why,
+    chosen, why = _backend(model, backend, write_as)
+    if raw_logprobs and backend is not Backend.recorded:
+        raise ScoreError(
+            "--raw-logprobs is about recorded log-probs; give it with --backend import, or leave it out"
         )
-    except (PearError, ImportError) as error:
-        report_error(error)
-        raise typer.Exit(1) from error
+    _run(
+        ScoreSettings(
+            data=[*data, *(files or [])],
+            output=output,
+            backend=chosen,
+            model=model,
+            write_as=write_as.value,
+            tokenizer=tokenizer,
+            **text_settings(multi_turn, chat_template, chat_template_kwargs),
+            max_length=max_length,
+            overlong=overlong.value,
+            raw_logprobs=raw_logprobs,
+            overwrite=overwrite,
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
+            dtype=dtype.value if dtype else _default_dtype(),
+            max_tokens_per_batch=max_tokens_per_batch,
+        ),
+        why,
+    )
 
 
 def _run(settings: ScoreSettings, why: str) -> None:

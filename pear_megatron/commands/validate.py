@@ -1,14 +1,25 @@
-"""`pear-megatron validate`: what is in the data, and whether training would take it."""
+"""`pear-megatron validate`: what the data contain, and whether training accepts them."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from pear_megatron.commands.text_options import (
+    ChatTemplateKwargsOption,
+    ChatTemplateOption,
+    MultiTurnOption,
+    text_settings,
+)
+
+if TYPE_CHECKING:
+    from pear_megatron.data import Trajectory, TrajectoryDataset
 
 EPILOG = "Example: pear-megatron validate data/train.parquet --seq-length 8192 --tokenizer path/to/tokenizer"
 
@@ -20,40 +31,106 @@ def validate(
     seq_length: Annotated[int, typer.Option(help="data.seq_length of the recipe")] = 4096,
     vocab_size: Annotated[int | None, typer.Option(help="refuse token ids from here on")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="for rows of text, and to refuse foreign tokens")
+        str | None, typer.Option(help="for rows of text, to refuse foreign tokens, and to show trajectories")
     ] = None,
+    multi_turn: MultiTurnOption = None,
+    chat_template: ChatTemplateOption = None,
+    chat_template_kwargs: ChatTemplateKwargsOption = None,
     plain_sft: Annotated[bool, typer.Option("--plain-sft", help="behavior_logprobs are not needed")] = False,
+    show: Annotated[int | None, typer.Option(min=0, help="trajectories to show as text; default: 1")] = None,
+    identity: Annotated[
+        str | None,
+        typer.Option(
+            "--id", help="show the trajectory, or all turns of the row, with this id", show_default=False
+        ),
+    ] = None,
 ) -> None:
-    """Check trajectories as training would, and say what is in them. Exit code 1 if they are broken."""
-    from pear_megatron.data import BatchPlan, DataConfig, TrajectoryDataset, prepare
-    from pear_megatron.errors import PearError
+    """Check trajectories as training would, say what is in them, and show one: its decisions are coloured, or
+    between [[ ]] in a pipe. Exit code 1 if they are broken.
+    """
+    from pear_megatron.data import DataConfig, TrajectoryDataset, load_tokenizer, prepare
 
     with tempfile.TemporaryDirectory(prefix="pear-validate-") as folder:
-        config = DataConfig(train=data, seq_length=seq_length, tokenizer=tokenizer, cache_dir=folder)
-        try:
-            prepared = prepare(
-                config,
-                require_behavior_logprobs=not plain_sft,
-                vocab_size=vocab_size,
-                progress=sys.stderr.isatty(),
-            )
-        except (PearError, ImportError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(1) from error
+        text = text_settings(multi_turn, chat_template, chat_template_kwargs)
+        config = DataConfig(train=data, seq_length=seq_length, tokenizer=tokenizer, cache_dir=folder, **text)
+        prepared = prepare(
+            config,
+            require_behavior_logprobs=not plain_sft,
+            vocab_size=vocab_size,
+            progress=sys.stderr.isatty(),
+        )
         dataset = TrajectoryDataset.open(prepared)
-        rows = BatchPlan(dataset.lengths, seq_length, 1, seed=0).steps_per_epoch()
-        counts = dataset.meta["counts"]
-        tokens = int(dataset.lengths.sum())
-        table = Table(show_header=False)
-        for name, value in (
-            ("trajectories", f"{len(dataset):,}"),
-            ("dropped as truncated", f"{counts.get('dropped_truncated', 0):,}"),
-            ("tokens", f"{tokens:,}"),
-            ("decisions", f"{int(dataset.num_decisions.sum()):,}"),
-            ("longest trajectory", f"{int(dataset.lengths.max()):,} tokens"),
-            ("rewards", f"{dataset.rewards.min():g} to {dataset.rewards.max():g}"),
-            ("negative examples", f"{int((dataset.rewards < 0).sum()):,}"),
-            (f"rows of {seq_length:,} when packed", f"{rows:,}"),
-        ):
-            table.add_row(name, value)
-        Console().print(table)
+        shown = _chosen(dataset, show, identity)
+        console = Console()
+        console.print(_table(dataset, seq_length))
+        if shown and tokenizer is None:
+            print(
+                "no trajectory is shown: the rows are token ids; name the tokenizer (--tokenizer) to read one"
+            )
+        elif shown and tokenizer is not None:
+            loaded = load_tokenizer(tokenizer)
+            for index in shown:
+                _show(console, dataset[index], loaded)
+
+
+def _table(dataset: TrajectoryDataset, seq_length: int) -> Table:
+    from pear_megatron.data import BatchPlan
+    from pear_megatron.data.prepare import describe_split
+
+    rows = BatchPlan(dataset.lengths, seq_length, 1, seed=0).steps_per_epoch()
+    counts = dataset.meta["counts"]
+    found = [
+        ("trajectories", f"{len(dataset):,}"),
+        ("dropped as truncated", f"{counts.get('dropped_truncated', 0):,}"),
+        ("tokens", f"{int(dataset.lengths.sum()):,}, prompts and responses, no padding"),
+        ("decisions", f"{int(dataset.num_decisions.sum()):,}"),
+        ("longest trajectory", f"{int(dataset.lengths.max()):,} tokens"),
+        ("rewards", f"{dataset.rewards.min():g} to {dataset.rewards.max():g}"),
+        ("negative examples", f"{int((dataset.rewards < 0).sum()):,}"),
+    ]
+    if counts.get("token_weights"):
+        found.append(("with token_weights", f"{counts['token_weights']:,}"))
+    if split := describe_split(counts):
+        found.append(("split (--multi-turn)", split))
+    found += [(note, f"{count:,}") for note, count in dataset.meta["notes"].items()]
+    found.append((f"rows of {seq_length:,} when packed", f"{rows:,}"))
+    table = Table(show_header=False)
+    for name, value in found:
+        table.add_row(name, value)
+    return table
+
+
+def _chosen(dataset: TrajectoryDataset, show: int | None, identity: str | None) -> list[int]:
+    """Indices of the trajectories to show.
+
+    Raises:
+        DataError: none has this id.
+    """
+    from pear_megatron.data import DataError
+
+    if identity is None:
+        return list(range(min(1 if show is None else show, len(dataset))))
+    found = [i for i, t in enumerate(dataset) if t.id == identity or t.id.rpartition("#")[0] == identity]
+    if not found:
+        few = ", ".join(dataset[i].id for i in range(min(3, len(dataset))))
+        raise DataError([f"--id {identity}: no trajectory has this id; the first are {few}"])
+    return found if show is None else found[:show]
+
+
+def _show(console: Console, trajectory: Trajectory, tokenizer: Any) -> None:
+    from pear_megatron.data.decoded import in_brackets, left_out_text, stretches
+
+    decisions = int(trajectory.loss_mask.sum())
+    tokens, reward = len(trajectory.input_ids), trajectory.reward
+    head = f"{trajectory.id}: {tokens:,} tokens, {decisions:,} decisions, reward {reward:g}"
+    if not console.is_terminal:
+        print(f"\n{head}\n{in_brackets(trajectory, tokenizer)}")
+        return
+    text = Text()
+    for stretch in stretches(trajectory, tokenizer):
+        if stretch.left_out:
+            text.append(left_out_text(stretch.left_out), style="italic dim")
+        else:
+            text.append(stretch.text, style="black on green" if stretch.decisions else "dim")
+    console.print(f"\n{head}", markup=False, highlight=False)
+    console.print(text, soft_wrap=True)

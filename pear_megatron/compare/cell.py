@@ -11,10 +11,20 @@ from typing import Any
 from pear_megatron.compare.recipe import CompareRecipe, folder_name
 from pear_megatron.errors import RecipeError
 from pear_megatron.recipe import Recipe, differing_keys, load_recipe
-from pear_megatron.rl.trl.recipe import TrlRecipe, load_trl_recipe
+from pear_megatron.rl.engine import find_engine
 from pear_megatron.storage import write_atomically
 
+RL_ENGINE = "trl"
 _FILE = "cell.json"
+# What changes no number: a cell that is there stays as it is under another value.
+_MAY_CHANGE = (
+    "offline.checkpoint.save_interval",
+    "offline.checkpoint.keep_last",
+    "offline.checkpoint.async_save",
+    "offline.logging.",
+    "offline.train.log_interval",
+    "rl.checkpointing.",
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +66,9 @@ class Cell:
 
     @cached_property
     def rl_overrides(self) -> list[str]:
-        """The overrides of the RL recipe."""
-        return [*fill(self.recipe.rl.overrides, self.seed, self.prepared), f"grpo.seed={self.seed}"]
+        """The overrides of the RL recipe; of its checkpoints the last is all that a cell reads."""
+        kept = [] if self.recipe.keep == "all" else ["checkpointing.keep_last=1"]
+        return [*fill(self.recipe.rl.overrides, self.seed, self.prepared), *kept, f"grpo.seed={self.seed}"]
 
     @cached_property
     def offline(self) -> Recipe:
@@ -65,14 +76,14 @@ class Cell:
         return load_recipe(self.recipe.offline.recipe, self.offline_overrides)
 
     @cached_property
-    def rl(self) -> TrlRecipe:
-        """GRPO."""
-        return load_trl_recipe(self.recipe.rl.recipe, self.rl_overrides)
+    def rl(self) -> Any:
+        """The engine's settings."""
+        return find_engine(RL_ENGINE).load_recipe(Path(self.recipe.rl.recipe), self.rl_overrides)
 
     @property
     def max_new_tokens(self) -> int:
         """Of the evaluations."""
-        wanted = self.recipe.eval.max_new_tokens or self.rl.policy.generation.max_new_tokens
+        wanted: int | None = self.recipe.eval.max_new_tokens or self.rl.policy.generation.max_new_tokens
         if wanted is None:
             raise RecipeError(
                 "eval.max_new_tokens is not given, and the RL recipe has no policy.generation.max_new_tokens"
@@ -99,7 +110,8 @@ class Cell:
         """
         described, path = self.describe(), self.folder / _FILE
         if path.is_file():
-            changed = differing_keys(json.loads(path.read_text()), described)
+            keys = differing_keys(json.loads(path.read_text()), described)
+            changed = [key for key in keys if not key.startswith(_MAY_CHANGE)]
             if changed:
                 raise RecipeError(
                     f"{self.folder} holds a run with other settings ({', '.join(changed)} differ); choose another "

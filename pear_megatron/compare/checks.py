@@ -12,7 +12,7 @@ from pear_megatron.compare.cell import Cell, cells_of, tuning_cells
 from pear_megatron.compare.outcome import CellResult, read_metrics
 from pear_megatron.compare.recipe import CompareRecipe
 from pear_megatron.errors import PearError, RecipeError
-from pear_megatron.recipe import check_layout, differing_keys
+from pear_megatron.recipe import ParallelConfig, check_layout, differing_keys
 
 _BATCHES = ("data.", "train.global_batch_size", "train.num_epochs", "train.max_steps")
 
@@ -23,7 +23,7 @@ def check_packages() -> None:
     Raises:
         PearError: one is missing.
     """
-    for package, extra in (("transformers", "hf"), ("trl", "rl"), ("scipy", "eval"), ("matplotlib", "plot")):
+    for package, extra in (("transformers", "hf"), ("trl", "rl"), ("scipy", "eval")):
         if find_spec(package) is None:
             raise PearError(f"compare needs {package}; pip install 'pear-megatron[{extra}]'")
 
@@ -38,8 +38,7 @@ def check_recipe(recipe: CompareRecipe, *, prepared: bool) -> None:
     Raises:
         RecipeError: names the arm and the key.
     """
-    overrides = [*recipe.offline.overrides, *(text for own in recipe.arms.values() for text in own or [])]
-    later = any("model.hf" in text and "{prepared}" in text for text in overrides)
+    later = prepare_makes_the_model(recipe)
     if prepared and not later:
         return
     tried = [cell for by_value in tuning_cells(recipe).values() for cell in by_value.values()]
@@ -53,12 +52,19 @@ def check_recipe(recipe: CompareRecipe, *, prepared: bool) -> None:
             _check_cell(cell)
 
 
+def prepare_makes_the_model(recipe: CompareRecipe) -> bool:
+    """Whether the model is known only once ``prepare`` has run."""
+    overrides = [*recipe.offline.overrides, *(text for own in recipe.arms.values() for text in own or [])]
+    return any("model.hf" in text and "{prepared}" in text for text in overrides)
+
+
 def _check_cell(cell: Cell) -> None:
     try:
         cell.describe()
         stages.stages_of(cell)
         if cell.has_offline_phase:
             offline = cell.offline
+            _check_processes(offline.parallel, cell.recipe.offline.processes)
             check_layout(
                 offline.model,
                 offline.parallel,
@@ -68,6 +74,18 @@ def _check_cell(cell: Cell) -> None:
             )
     except PearError as error:
         raise RecipeError(f"arm {cell.name}: {error}") from error
+
+
+def _check_processes(parallel: ParallelConfig, processes: int) -> None:
+    """What ``check_layout`` would say of torchrun's --nproc-per-node, in a comparison's words."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    size = tp * pp * parallel.context_parallel_size
+    if processes % size:
+        raise RecipeError(
+            f"offline.processes {processes} is no multiple of {size}, the product of parallel."
+            f"tensor_model_parallel_size {tp}, pipeline_model_parallel_size {pp} and context_parallel_size "
+            f"{parallel.context_parallel_size}; set offline.processes={size}, or the sizes to 1"
+        )
 
 
 def check_seed(recipe: CompareRecipe, results: list[CellResult]) -> None:
@@ -118,6 +136,7 @@ def _same_settings(first: Cell, second: Cell) -> None:
         for part in settings.values():
             part.pop("weights", None)
             part.pop("model", None)
+            part.pop("checkpointing", None)
         return settings
 
     changed = differing_keys(read(first), read(second))

@@ -7,35 +7,31 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pear_megatron.compare.outcome import show
-from pear_megatron.evaluate.statistics import Estimate
+from pear_megatron.compare.table import Entry, make_table
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """A row an arm: means with 95 % intervals, and the paired difference from the baseline where it is clear of 0.
+    """One row per arm: means with 95 % intervals, and the paired difference from the baseline where it is clear of 0.
 
     Args:
         results: the content of results.json.
     """
-    titles: dict[str, str] = results["measures"]
-    one_seed = len(results["seeds"]) == 1
+    table = make_table(results)
     lines = [
-        f"| arm ({len(results['seeds'])} seed{'s' * (not one_seed)}) | {' | '.join(titles.values())} |",
-        "| --- |" + " ---: |" * len(titles),
+        f"| arm ({table.num_seeds} seed{'s' * (table.num_seeds > 1)}) | {' | '.join(table.titles)} |",
+        "| --- |" + " ---: |" * len(table.titles),
     ]
-    for arm, content in results["arms"].items():
-        cells = []
-        for key in titles:
-            known = not one_seed or "pass@" in key
-            text = show(Estimate(**content["measures"][key]), key, signed=False, known=known)
-            difference = content["against_baseline"] and Estimate(**content["against_baseline"][key])
-            if difference and known and difference.low * difference.high > 0:
-                text += f"<br>**{show(difference, key, signed=True, known=True)}**"
-            cells.append(text)
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    for row in table.rows:
+        differences: Sequence[Entry | None] = row.differences or [None] * len(row.means)
+        cells = [
+            f"{mean}<br>**{difference}**" if difference is not None and difference.clear else str(mean)
+            for mean, difference in zip(row.means, differences, strict=True)
+        ]
+        lines.append(f"| {row.arm} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

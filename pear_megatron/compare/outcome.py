@@ -91,7 +91,7 @@ class Measure:
 
     Attributes:
         key, title: for JSON, for people.
-        values: by arm: [R, P] a row a seed, a column a problem; or [R], a number a seed.
+        values: by arm: [R, P], one row per seed and one column per problem; or [R], one number per seed.
         bounds: of a value.
     """
 
@@ -118,15 +118,6 @@ class Measure:
 
 def _estimate(values: np.ndarray, bounds: tuple[float, float]) -> Estimate:
     return interval(values, bounds=bounds) if values.ndim == 2 else over_runs(values, bounds=bounds)
-
-
-def show(estimate: Estimate, key: str, *, signed: bool, known: bool) -> str:
-    """A measure's estimate as text; without its interval where there is none."""
-    digits = 1 if key == "take_off" else 3
-    mean, low, high = (
-        f"{value:{'+' if signed else ''}.{digits}f}" for value in (estimate.mean, estimate.low, estimate.high)
-    )
-    return f"{mean} [{low}, {high}]" if known else mean
 
 
 @dataclass(frozen=True)

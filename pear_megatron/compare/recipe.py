@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,7 +16,7 @@ class OfflineConfig(StrictModel):
     """The offline phase, the same for all arms but for the arm's own overrides.
 
     Attributes:
-        recipe: of ``pear_megatron.train``; a path relative to the comparison's file.
+        recipe: of ``pear_megatron.train``; a path relative to the file that names it.
         overrides: ``key=value`` for every arm.
         processes: ranks of a run, as torchrun's --nproc-per-node.
     """
@@ -83,6 +83,7 @@ class CompareRecipe(StrictModel):
         arms: name -> overrides of the offline phase; null = no offline phase, RL from where the others start.
         baseline: the arm that the others are compared with.
         tune: None = the recipe's values hold for all arms.
+        keep: what a finished cell keeps: its models (export/ and rl/final), or also ``all`` checkpoints of both phases.
         take_off: the reward (mean of 5 steps) at which RL counts as taken off.
     """
 
@@ -96,6 +97,7 @@ class CompareRecipe(StrictModel):
     arms: dict[str, list[str] | None]
     baseline: str
     tune: TuneConfig | None = None
+    keep: Literal["models", "all"] = "models"
     take_off: float = Field(default=0.1, gt=0)
 
     @field_validator("arms")
@@ -144,11 +146,13 @@ def folder_name(arm: str) -> str:
 def load_compare_recipe(path: str | Path, overrides: list[str] | None = None) -> CompareRecipe:
     """Reads a comparison, its parents and ``key=value`` overrides.
 
+    A path in offline.recipe or rl.recipe is relative to the file that names it; in an override, to ``path``.
+
     Raises:
         RecipeError: a missing file, bad YAML, an unknown key (with the nearest known one) or a bad value.
     """
     file = Path(path)
-    values: Any = read_values(file, overrides)
+    values: Any = read_values(file, overrides, paths=("offline.recipe", "rl.recipe"))
     for part in ("offline", "rl"):
         section = values.get(part) if isinstance(values, dict) else None
         if isinstance(section, dict) and isinstance(section.get("recipe"), str):

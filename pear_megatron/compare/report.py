@@ -10,10 +10,12 @@ from rich.table import Table
 
 from pear_megatron.compare import figures
 from pear_megatron.compare.cell import tuning_cells
-from pear_megatron.compare.outcome import CellResult, Outcome, read_cell, show
+from pear_megatron.compare.outcome import CellResult, Outcome, read_cell
 from pear_megatron.compare.page import page
 from pear_megatron.compare.recipe import CompareRecipe
 from pear_megatron.compare.run import Comparison
+from pear_megatron.compare.table import make_table
+from pear_megatron.pages.figures import write_png
 from pear_megatron.storage import lock, write_atomically
 
 
@@ -34,8 +36,8 @@ def _run_and_report(recipe: CompareRecipe, root: Path, jobs: int | None) -> Outc
         outcome = Outcome(recipe, chosen, results, _tuning(recipe))
         write_atomically(root / "results.json", json.dumps(outcome.as_json(), indent=1) + "\n")
         write_atomically(root / "index.html", page(outcome))
-        figures.write_png(figures.learning_curves(outcome), root / "curves.png")
-        figures.write_png(figures.every_seed(outcome), root / "seeds.png")
+        write_png(figures.learning_curves(outcome), root / "curves.png")
+        write_png(figures.every_seed(outcome), root / "seeds.png")
         return outcome
 
     outcomes: list[Outcome] = []
@@ -52,21 +54,15 @@ def _tuning(recipe: CompareRecipe) -> dict[str, dict[float, float]]:
 
 def print_table(outcome: Outcome) -> None:
     """Means, and below each the difference from the baseline."""
-    recipe, one_seed = outcome.recipe, len(outcome.seeds) == 1
+    found = make_table(outcome.as_json())
     table = Table(
-        title=f"{len(outcome.seeds)} seed(s); 95 % intervals; second lines: difference from {recipe.baseline}, paired"
+        title=f"{found.num_seeds} seed(s); 95 % intervals; second lines: difference from {found.baseline}, paired"
     )
     table.add_column("arm")
-    for measure in outcome.measures:
-        table.add_column(measure.title, justify="right")
-    for arm in recipe.arms:
-        means, differences = [], []
-        for measure in outcome.measures:
-            known = measure.values[arm].ndim == 2 or not one_seed
-            means.append(show(measure.estimate(arm), measure.key, signed=False, known=known))
-            difference = measure.difference(arm, recipe.baseline)
-            differences.append(show(difference, measure.key, signed=True, known=known))
-        table.add_row(arm, *means)
-        if arm != recipe.baseline:
-            table.add_row("", *differences, style="dim", end_section=True)
+    for title in found.titles:
+        table.add_column(title, justify="right")
+    for row in found.rows:
+        table.add_row(row.arm, *map(str, row.means))
+        if row.differences is not None:
+            table.add_row("", *map(str, row.differences), style="dim", end_section=True)
     Console(highlight=False, width=max(120, Console().width)).print(table)

@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from typing import Any
 
 from pear_megatron.compare import stages, workers
 from pear_megatron.compare.cell import Cell, cells_of, fill, tuning_cells
-from pear_megatron.compare.checks import check_packages, check_recipe, check_seed
+from pear_megatron.compare.checks import check_packages, check_recipe, check_seed, prepare_makes_the_model
+from pear_megatron.compare.disk import check_disk, drop
 from pear_megatron.compare.outcome import CellResult, read_cell
 from pear_megatron.compare.recipe import CompareRecipe
 from pear_megatron.errors import PearError, RecipeError
 from pear_megatron.progress import Progress
-from pear_megatron.storage import lock, write_atomically
+from pear_megatron.storage import lock, show_bytes, write_atomically
 
 _PREPARED = "prepared.json"
 _DONE = "done.json"
@@ -41,6 +44,7 @@ class Comparison:
     on_seed: Callable[[list[CellResult], dict[str, tuple[str, ...]]], object] | None = None
     chosen: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _running: set[ForkServerProcess] = field(default_factory=set)
+    _freed: list[int] = field(default_factory=list)
     _stopped: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> list[CellResult]:
@@ -55,16 +59,33 @@ class Comparison:
         self._count_cores()
         workers.preload()
         tuning = tuning_cells(self.recipe)
+        tried = [cell for by_value in tuning.values() for cell in by_value.values()]
+        later = prepare_makes_the_model(self.recipe)
+        if not later:
+            self._check_disk(tried)
         seeds = [*self.recipe.seeds, *([self.recipe.tune.seed] if self.recipe.tune else [])]
         if self.recipe.prepare:
             self._in_parallel("prepare", seeds, self._prepare, lambda seed: f"seed {seed}")
             check_recipe(self.recipe, prepared=True)
+        if later:
+            self._check_disk(tried)
         if tuning:
-            tried = [cell for by_value in tuning.values() for cell in by_value.values()]
             self._in_parallel("tune", tried, self._run_cell, lambda cell: cell.name)
             self.chosen = self._choose(tuning)
         cells = cells_of(self.recipe, self.chosen)
-        return self._in_parallel("compare", cells, self._run_cell, lambda cell: cell.name, self._seed_done)
+        results = self._in_parallel("compare", cells, self._run_cell, lambda cell: cell.name, self._seed_done)
+        if freed := sum(self._freed):
+            print(
+                f"dropped {show_bytes(freed)} that nothing reads again: checkpoints and prepared data of "
+                "finished cells, models of tuning (keep: all keeps them)",
+                file=sys.stderr,
+            )
+        return results
+
+    def _check_disk(self, tried: list[Cell]) -> None:
+        cells = [cell for cell in [*tried, *cells_of(self.recipe, {})] if not (cell.folder / _DONE).is_file()]
+        if cells:
+            print(check_disk(cells, Path(self.recipe.output_dir), self.jobs or 1), file=sys.stderr)
 
     def _count_cores(self) -> None:
         import torch
@@ -106,6 +127,7 @@ class Comparison:
                     stopped=self._stopped,
                 )
             write_atomically(done, json.dumps({"seconds": round(time.monotonic() - started, 1)}) + "\n")
+        self._freed.append(drop(cell))  # also where a kill came between the line above and this one
         return read_cell(cell)
 
     def _choose(self, tuning: dict[str, dict[float, Cell]]) -> dict[str, tuple[str, ...]]:

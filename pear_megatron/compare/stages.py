@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pear_megatron.compare.cell import Cell
+from pear_megatron.compare.cell import RL_ENGINE, Cell
 from pear_megatron.compare.workers import StageError
+from pear_megatron.rl.engine import find_engine
 
 RUN, EXPORT, BEFORE, RL, AFTER = "run", "export", "before", "rl", "after"
 
@@ -77,11 +78,8 @@ def evaluate(cell: Cell, model: Path, output: Path) -> None:
 
 
 def reinforce(recipe: str, overrides: list[str], checkpoint: Path, output: Path) -> None:
-    """As ``pear-megatron grpo --engine trl``."""
-    from pear_megatron.rl.trl.grpo import run
-    from pear_megatron.rl.trl.recipe import load_trl_recipe
-
-    run(load_trl_recipe(recipe, overrides), checkpoint, output)
+    """As ``pear-megatron grpo``."""
+    find_engine(RL_ENGINE).run(Path(recipe), overrides, checkpoint, output)
 
 
 def prepare(commands: list[list[str]], log: Path, threads: int) -> None:

@@ -4,15 +4,23 @@ files -> validate (fields, chat, tokenizer) -> store, tied together by prepare; 
 batches.
 """
 
-from pear_megatron.data.batches import PackedBatch, collate
+from typing import TYPE_CHECKING
+
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import DataError
-from pear_megatron.data.loader import micro_batches, num_micro_batches
 from pear_megatron.data.packing import BatchPlan, plan_epoch
 from pear_megatron.data.prepare import cache_path, prepare
 from pear_megatron.data.store import TrajectoryDataset
 from pear_megatron.data.tokenizer import load_tokenizer, tokenizer_hash
 from pear_megatron.data.trajectory import Trajectory
+from pear_megatron.lazy import lazily
+
+if TYPE_CHECKING:
+    from pear_megatron.data.batches import PackedBatch, collate
+    from pear_megatron.data.loader import micro_batches, num_micro_batches
+else:  # these need torch
+    _NAMES = {"batches": ["PackedBatch", "collate"], "loader": ["micro_batches", "num_micro_batches"]}
+    __getattr__, __dir__ = lazily(__name__, _NAMES)
 
 __all__ = [
     "BatchPlan",

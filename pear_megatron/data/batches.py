@@ -90,16 +90,15 @@ class PackedBatch:
         local = rows * length // ranks
         check_shards(self.cu_seqlens, ranks, "zigzag", local)
         mine = shard_positions(self.cu_seqlens, ranks, "zigzag", local)[rank]  # [local]
-        whole = {name: getattr(self, name) for name in _PER_POSITION}
-        return replace(
-            self, **{name: x.flatten()[mine].view(rows, -1) for name, x in whole.items() if x is not None}
-        )
+        names = [name for name in _PER_POSITION if getattr(self, name) is not None]
+        return replace(self, **{name: getattr(self, name).flatten()[mine].view(rows, -1) for name in names})
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: x.to(device, non_blocking=non_blocking) for name, x in tensors.items()})
+        names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)]
+        return replace(
+            self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        )
 
 
 def collate(
@@ -108,7 +107,7 @@ def collate(
     """Build the batch of some rows of trajectory indices; an empty row is all padding.
 
     A trajectory of n tokens takes n - 1 positions: inputs are its first n - 1 tokens, labels its last. This
-    is the one place where the shift happens (METHOD: Where it goes wrong, off by one).
+    is the one place where the shift happens (docs/method.md, Where it goes wrong: off by one).
 
     Args:
         trajectories: where the indices point.

@@ -30,7 +30,7 @@ def read_behavior_logprobs(
 
     Raises:
         RowProblem: missing, not one per token, null on a decision, not finite, positive, or never filled in
-            (METHOD: Where it goes wrong).
+            (docs/method.md, Where it goes wrong).
     """
     if _NAME not in fields:
         if required:

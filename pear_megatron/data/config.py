@@ -10,7 +10,7 @@ from pear_megatron.schema import StrictModel
 
 
 class DataConfig(StrictModel):
-    """The ``data:`` section of a recipe (DESIGN: The path of the data).
+    """The ``data:`` section of a recipe.
 
     Attributes:
         train: JSONL (``.jsonl``, ``.jsonl.gz``) and Parquet files, globs allowed; one string will do.
@@ -26,7 +26,7 @@ class DataConfig(StrictModel):
             whole where that has the same contexts, else split.
         overlong: what to do with a trajectory that does not fit into ``seq_length``.
         truncated: what to do with a row marked ``truncated``: its response lost its suffix, so that its
-            weights would be those of another trajectory (METHOD: Where it goes wrong).
+            weights would be those of another trajectory (docs/method.md, Where it goes wrong).
         cache_dir: where the tokenised trajectories are kept; default ``.pear_cache`` beside the first
             file. Every node must see it.
 

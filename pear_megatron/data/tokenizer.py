@@ -81,7 +81,8 @@ def tokenizer_hash(
 
     SHA-256 over the fast tokenizer's serialised form, without its padding and truncation state, over the chat
     template, the tokenizer's own unless ``chat_template`` is given, and over ``chat_template_kwargs``, if there are
-    any; the same in every process and after ``save_pretrained`` and loading again.
+    any; the same in every process and after ``save_pretrained`` and loading again (docs/method.md,
+    Where it goes wrong).
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["padding"] = state["truncation"] = None

@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """One offline trajectory of n tokens (METHOD: Words), not shifted.
+    """One offline trajectory of n tokens (docs/method.md, Words), not shifted.
 
     Attributes:
         id: the row's ``id``, or ``FILE:LINE``; with ``#0``, ``#1``, ... where each assistant turn of the row is a

@@ -28,7 +28,7 @@ from pear_megatron.data.trajectory import Trajectory
 
 
 class Validator:
-    """Checks rows and makes trajectories of them.
+    """Checks rows and makes trajectories of them (docs/method.md, Where it goes wrong).
 
     Args:
         config: the recipe's ``data:`` section.
@@ -135,8 +135,8 @@ class Validator:
             self.tokenizer_hash = found
         if found != self.tokenizer_hash:
             raise RowProblem(
-                f"tokenizer_hash = {found!r}, but {self._text.origin} has {self.tokenizer_hash!r}: another tokenizer, "
-                "chat_template or chat_template_kwargs made these token ids; use those (data.tokenizer, "
+                f"tokenizer_hash = {found!r}, but {self._text.origin} has {self.tokenizer_hash!r}: a foreign "
+                "tokenizer, chat_template or chat_template_kwargs made these token ids; use those (data.tokenizer, "
                 "data.chat_template, data.chat_template_kwargs), or tokenise and score the data again"
             )
 

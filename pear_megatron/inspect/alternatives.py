@@ -14,13 +14,13 @@ from pear_megatron.inspect.measure import Pack, weigh
 _LOW = -0.3  # a wider lower clip: what a ratio of 0.74 and less counts
 
 
-def shown(weight: float) -> str:
-    """A weight in a table: two significant digits, no exponent above 100."""
+def weight_text(weight: float) -> str:
+    """A weight as people read it: two significant digits, no exponent above 100."""
     return f"{weight:.0f}" if weight >= 100 else f"{weight:.2g}"
 
 
 @dataclass(frozen=True)
-class Setting:
+class Alternative:
     """One row of the table.
 
     Attributes:
@@ -37,6 +37,11 @@ class Setting:
     last_quarter: float
 
     @property
+    def name(self) -> str:
+        """What it is called in a table."""
+        return self.overrides or "as given"
+
+    @property
     def at_bounds(self) -> int:
         """Share of weights at the floor or the ceiling, in percent."""
         return round(100 * (self.statistics["weight_at_floor"] + self.statistics["weight_at_ceiling"]))
@@ -46,14 +51,14 @@ class Setting:
         s = self.statistics
         names = ("effective_sample_size", "weight_at_floor", "weight_at_ceiling", "ratio_clipped_low")
         return (
-            shown(s["weight"]),
+            weight_text(s["weight"]),
             *(f"{s[name]:.0%}" for name in names),
-            shown(self.first_quarter),
-            shown(self.last_quarter),
+            weight_text(self.first_quarter),
+            weight_text(self.last_quarter),
         )
 
 
-def compare(pack: Pack, given: PearConfig) -> list[Setting]:
+def alternatives(pack: Pack, given: PearConfig) -> list[Alternative]:
     """The given settings first, then each change of them that changes anything."""
     relative = (pack.position + 0.5) / pack.num_decisions[pack.segment]
     rows, seen = [], set()
@@ -68,7 +73,7 @@ def compare(pack: Pack, given: PearConfig) -> list[Setting]:
         measured = weigh(pack, config)
         quarters = (measured.weight[relative < 0.25], measured.weight[relative >= 0.75])
         medians = [float(np.median(quarter)) if len(quarter) else 1.0 for quarter in quarters]
-        rows.append(Setting(_overrides(given, config), measured.statistics, *medians))
+        rows.append(Alternative(_overrides(given, config), measured.statistics, *medians))
     return rows
 
 
@@ -94,6 +99,6 @@ def _overrides(given: PearConfig, config: PearConfig) -> str:
     words = []
     for key, value in new.items():
         if value != old[key]:
-            shown = f"[{','.join(f'{v:g}' for v in value)}]" if isinstance(value, tuple) else value
-            words.append(f"pear.{key}={shown}")
+            text = f"[{','.join(f'{v:g}' for v in value)}]" if isinstance(value, tuple) else value
+            words.append(f"pear.{key}={text}")
     return " ".join(words)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from pear_megatron.alignment import Alignment
 from pear_megatron.config import PearConfig
 from pear_megatron.inspect.measure import Pack, Weights
-from pear_megatron.inspect.svg import Axis, Plot
+from pear_megatron.pages.figures import AXIS, BLUE, INK, ORANGE, new_figure, tidy
 
 _BINS = 48
 _POSITIONS = 60
-_BANDS = ((10, 90, "band outer"), (25, 75, "band inner"))
+_SIZE, _SQUARE = (4.3, 2.5), (4.3, 3.0)  # inches; a page's column at 400 px
+_TEXT = 8
 
 
 def clipped_quantity(pack: Pack, config: PearConfig) -> np.ndarray:
@@ -22,182 +27,216 @@ def clipped_quantity(pack: Pack, config: PearConfig) -> np.ndarray:
     return (pack.log_ratio - (sums / np.maximum(pack.num_decisions, 1))[pack.segment]).astype(np.float32)
 
 
-def log_ratios(pack: Pack, config: PearConfig) -> str:
+def log_ratios(pack: Pack, config: PearConfig) -> Figure:
     """Distribution of the log ratio, with the clip."""
     values = clipped_quantity(pack, config)
     low, high = config.log_ratio_clip
     margin = (high - low) / 2
     left, right = np.quantile(values, (0.05, 0.95))
-    left, right = min(float(left), low - margin), max(float(right), high + margin)
-    label = "log ratio: policy minus behaviour" + (", minus its mean" if config.baseline != "none" else "")
-    plot = _histogram("Log ratio", values, pack, left, right, f"{label} (the ends gather what is beyond)")
-    plot.vertical(low, f"clip {low:g}", left=True)
-    plot.vertical(high, f"clip {high:g}", left=False)
-    return plot.svg()
-
-
-def weights(pack: Pack, measured: Weights) -> str:
-    """Distribution of the weight, on a logarithmic axis, with floor and ceiling."""
-    values = _decades(measured.weight)
-    left, right = float(values.min()), float(values.max())
-    plot = _histogram("Weight", values, pack, left - 0.1, max(right, 0.0) + 0.1, "weight", decades=True)
-    floor, ceiling = measured.config.log_weight_clip
-    plot.vertical(floor / np.log(10.0), "floor", left=False)
-    plot.vertical(ceiling / np.log(10.0), "ceiling", left=True)
-    return plot.svg()
-
-
-def effective_sample_sizes(pack: Pack, measured: Weights) -> str:
-    """Distribution over trajectories of the share of decisions that count."""
-    plot = Plot(
-        Axis(0.0, 1.0, "effective sample size / decisions, per trajectory", percent=True),
-        Axis(0.0, 1.0, "trajectories", percent=True),
-        "Effective sample size",
+    edges = np.linspace(min(float(left), low - margin), max(float(right), high + margin), _BINS + 1)
+    less = ", less its trajectory's mean" if config.baseline != "none" else ""
+    figure, axes = _axes(
+        f"log ratio: policy minus behaviour{less}\n(the outermost bars hold what lies beyond)"
     )
+    _bars(axes, values, pack.reward[pack.segment], edges, "decisions")
+    _mark(axes, low, f"clip {low:g}", left=True)
+    _mark(axes, high, f"clip {high:g}", left=False)
+    return _with_legend(figure)
+
+
+def weights(pack: Pack, measured: Weights) -> Figure:
+    """Distribution of the weight, on a logarithmic axis, with floor and ceiling."""
+    values = _drawable(measured.weight)
+    edges = np.geomspace(values.min() * 0.8, max(values.max(), 1.0) * 1.25, _BINS + 1)
+    figure, axes = _axes("weight")
+    axes.set_xscale("log")
+    _bars(axes, values, pack.reward[pack.segment], edges, "decisions")
+    _label_decades(axes, "x")
+    for bound, name, left in zip(
+        measured.config.log_weight_clip, ("floor", "ceiling"), (False, True), strict=True
+    ):
+        if edges[0] <= np.exp(bound) <= edges[-1]:
+            _mark(axes, float(np.exp(bound)), f"{name} {np.exp(bound):.2g}", left=left)
+    return _with_legend(figure)
+
+
+def effective_sample_sizes(pack: Pack, measured: Weights) -> Figure:
+    """Distribution over trajectories of the share of decisions that count."""
+    figure, axes = _axes("effective sample size / decisions, per trajectory")
     has = pack.num_decisions > 0
-    _bars(plot, measured.effective_sample_size[has], pack.reward[has], np.linspace(0, 1, 26))
-    return plot.svg()
+    _bars(axes, measured.effective_sample_size[has], pack.reward[has], np.linspace(0, 1, 26), "trajectories")
+    axes.xaxis.set_major_formatter(_percent)
+    return _with_legend(figure)
 
 
-def behavior(pack: Pack) -> str:
+def behavior(pack: Pack) -> Figure:
     """Distribution of the behaviour policy's log-probs."""
     left = min(float(np.quantile(pack.lb, 0.005)), -0.5)
-    label = "log-prob of a decision under the policy that wrote it (left end: and below)"
-    return _histogram("Behaviour log-probs", pack.lb, pack, left, 0.0, label).svg()
-
-
-def lengths(num_decisions: np.ndarray, rewards: np.ndarray) -> str:
-    """Distribution of the number of decisions of a trajectory."""
-    high = float(num_decisions.max())
-    plot = Plot(
-        Axis(0.0, high, "decisions of a trajectory"),
-        Axis(0.0, 1.0, "trajectories", percent=True),
-        "Response length",
+    figure, axes = _axes(
+        "log-prob of a decision under the policy that wrote it\n(the leftmost bar holds what lies below)"
     )
-    _bars(plot, num_decisions.astype(np.float64), rewards, np.linspace(0, high, 31))
-    return plot.svg()
+    _bars(axes, pack.lb, pack.reward[pack.segment], np.linspace(left, 0.0, _BINS + 1), "decisions")
+    return _with_legend(figure)
 
 
-def position_from_end(pack: Pack, measured: Weights) -> str:
+def lengths(num_decisions: np.ndarray, rewards: np.ndarray) -> Figure:
+    """Distribution of the number of decisions of a trajectory."""
+    figure, axes = _axes("decisions of a trajectory")
+    _bars(axes, num_decisions, rewards, np.linspace(0, float(num_decisions.max()), 31), "trajectories")
+    return _with_legend(figure)
+
+
+def position_from_end(pack: Pack, measured: Weights) -> Figure:
     """Weight against the number of decisions that follow: median and bands, with two yardsticks."""
     after = pack.num_decisions[pack.segment] - 1 - pack.position
-    longest = int(after.max())
+    longest, config = int(after.max()), measured.config
     edges = np.unique(np.linspace(0, longest + 1, min(_POSITIONS, longest + 1) + 1).astype(int))
-    x = Axis(float(longest), 0.0, "decisions that follow (the response ends at the right)")
-    plot, config = _against(measured, after, edges, x, "Weight and place, from the end"), measured.config
+    figure, axes = _axes("decisions that follow (the response ends at the right)")
+    _quantiles(axes, measured, after, edges, (edges[:-1] + edges[1:] - 1) / 2)
+    axes.set_xlim(max(longest, 0.5), 0)
     if config.variant in ("token", "block") and config.normalize == "none" and longest:
-        k = np.linspace(0, longest, 80)
-        bounds = np.array(config.log_weight_clip) / np.log(10.0)
-        for rate, css, text in (
-            (0.0, "yardstick", "discount alone"),
-            (config.log_ratio_clip[0], "yardstick low", "every ratio at the low clip"),
+        k, view = np.linspace(0, longest, 80), axes.get_ylim()
+        floor, ceiling = np.exp(config.log_weight_clip)
+        for rate, color, label in (
+            (0.0, INK, "discount alone"),
+            (config.log_ratio_clip[0], ORANGE, "every ratio at the low clip"),
         ):
-            ys = np.clip(k * (rate + np.log(config.gamma)) / np.log(10.0), *bounds)
-            plot.line(k.tolist(), ys.tolist(), css, cut=True)
-            plot.name(css, text)
-    return plot.svg()
+            line = np.clip(np.exp(k * (rate + np.log(config.gamma))), floor, ceiling)
+            axes.plot(k, line, color=color, linestyle="--", linewidth=1.1, label=label)
+        axes.set_ylim(view)
+    return _with_legend(figure)
 
 
-def relative_position(pack: Pack, measured: Weights) -> str:
+def relative_position(pack: Pack, measured: Weights) -> Figure:
     """Weight against the place in the response: median and bands."""
     relative = (pack.position + 0.5) / pack.num_decisions[pack.segment]
-    x = Axis(0.0, 1.0, "place in the response", percent=True)
-    title = "Weight and place, relative"
-    return _against(measured, relative, np.linspace(0, 1, 26), x, title).svg()
+    edges = np.linspace(0, 1, 26)
+    figure, axes = _axes("place in the response")
+    _quantiles(axes, measured, relative, edges, (edges[:-1] + edges[1:]) / 2)
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(_percent)
+    return _with_legend(figure)
 
 
-def one_against_the_other(pack: Pack, alignment: Alignment) -> str:
+def one_against_the_other(pack: Pack) -> Figure:
     """Density of decisions over both log-probs; on the diagonal the two policies agree."""
     low = min(float(np.quantile(np.concatenate([pack.lp, pack.lb]), 0.01)), -1.0)
-    cells = 36
-    edges = np.linspace(low, 0.0, cells + 1)
-    counts, _, _ = np.histogram2d(np.clip(pack.lb, low, 0), np.clip(pack.lp, low, 0), bins=(edges, edges))
-    plot = Plot(
-        Axis(low, 0.0, "behaviour log-prob"),
-        Axis(low, 0.0, "policy log-prob"),
-        f"Policy and behaviour (correlation {alignment.correlations[0]:.2f})",
-        height=300,
-    )
-    peak = np.sqrt(counts.max())
-    for i, j in zip(*np.nonzero(counts), strict=True):
-        share = np.sqrt(counts[i, j]) / peak
-        tip = f"{int(counts[i, j])} decisions"
-        plot.rectangle(edges[i], edges[i + 1], edges[j], edges[j + 1], "plus", tip, 0.08 + 0.92 * share)
-    plot.line([low, 0.0], [low, 0.0], "yardstick")
-    return plot.svg()
+    edges = np.linspace(low, 0.0, 37)
+    counts, _, _ = np.histogram2d(np.clip(pack.lp, low, 0), np.clip(pack.lb, low, 0), bins=(edges, edges))
+    colors = np.zeros((*counts.shape, 4))
+    colors[...] = to_rgba(BLUE)
+    colors[..., 3] = np.where(counts, 0.08 + 0.92 * np.sqrt(counts / counts.max()), 0.0)
+    figure, axes = _axes("behaviour log-prob", "policy log-prob", _SQUARE)
+    axes.imshow(colors, extent=(low, 0, low, 0), origin="lower", aspect="auto", interpolation="none")
+    axes.plot([low, 0], [low, 0], color=INK, linestyle="--", linewidth=1.1, label="the two agree")
+    axes.plot([], [], "s", color=BLUE, label="decisions (stronger: more of them)")
+    return _with_legend(figure)
 
 
-def shifts(alignment: Alignment) -> str:
-    """Correlation of the two policies' log-probs at every shift."""
+def shifts(alignment: Alignment) -> Figure:
+    """Correlation of the two policies' log-probs at every shift; 0 and the best of the others have their number."""
     r = alignment.correlations
-    low = min(0.0, *r.values())
-    plot = Plot(
-        Axis(min(r) - 0.5, max(r) + 0.5, "behaviour log-probs taken this many decisions later"),
-        Axis(low, 1.0, "correlation"),
-        "Are the log-probs at the right tokens?",
-        height=300,
+    figure, axes = _axes("behaviour log-probs taken this many decisions later", "correlation", _SQUARE)
+    colors = [ORANGE if shift == alignment.shift != 0 else AXIS if shift else BLUE for shift in r]
+    axes.bar(list(r), list(r.values()), width=0.76, color=colors)
+    for shift in {0, max((s for s in r if s), key=lambda s: r[s])}:
+        place = (shift, max(r[shift], 0.0))
+        axes.annotate(
+            f"{r[shift]:.2f}", place, (0, 2), textcoords="offset points", ha="center", fontsize=_TEXT
+        )
+    axes.xaxis.set_major_locator(FixedLocator([shift for shift in r if shift % 2 == 0]))
+    axes.set_ylim(min(-0.05, *(1.15 * value for value in r.values())), 1.1)
+    return figure
+
+
+def _axes(x: str, y: str = "", size: tuple[float, float] = _SIZE) -> tuple[Figure, Axes]:
+    figure = new_figure(*size)
+    axes = figure.subplots()
+    axes.set_xlabel(x, fontsize=_TEXT)
+    axes.set_ylabel(y, fontsize=_TEXT)
+    axes.tick_params(labelsize=_TEXT, which="both")
+    tidy(axes)
+    return figure, axes
+
+
+def _with_legend(figure: Figure) -> Figure:
+    """The legend stands above, where it hides nothing."""
+    count = len(figure.axes[0].get_legend_handles_labels()[0])
+    if count:
+        figure.legend(
+            loc="outside upper left",
+            ncols=3 if count == 3 else 2,
+            frameon=False,
+            fontsize=_TEXT,
+            handlelength=1.4,
+            columnspacing=1.2,
+        )
+    return figure
+
+
+def _mark(axes: Axes, x: float, text: str, *, left: bool) -> None:
+    """A dashed line over the whole height with its name on top, to one side of it."""
+    axes.axvline(x, color=INK, linestyle=":", linewidth=1.0)
+    axes.annotate(
+        text,
+        (x, 1.0),
+        (-2 if left else 2, 1),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        va="bottom",
+        fontsize=_TEXT,
     )
-    for shift, value in r.items():
-        css = "minus" if shift == alignment.shift != 0 else "plus" if shift == 0 else "other"
-        plot.rectangle(shift - 0.38, shift + 0.38, 0.0, value, css, f"shift {shift:+d}: {value:.3f}")
-    return plot.svg()
 
 
-def _decades(weight: np.ndarray) -> np.ndarray:
-    return np.log10(np.maximum(weight.astype(np.float64), 1e-30))
-
-
-def _histogram(
-    title: str,
-    values: np.ndarray,
-    pack: Pack,
-    left: float,
-    right: float,
-    label: str,
-    *,
-    decades: bool = False,
-) -> Plot:
-    plot = Plot(Axis(left, right, label, decades=decades), Axis(0.0, 1.0, "decisions", percent=True), title)
-    inside = np.clip(values, left, right)
-    _bars(plot, inside, pack.reward[pack.segment], np.linspace(left, right, _BINS + 1))
-    return plot
-
-
-def _bars(plot: Plot, values: np.ndarray, reward: np.ndarray, edges: np.ndarray) -> None:
-    """Bars of the shares of all values; negative examples stand on top of the others."""
+def _bars(axes: Axes, values: np.ndarray, reward: np.ndarray, edges: np.ndarray, what: str) -> None:
+    """Shares of all values; negative examples stand on top of the others, what lies beyond counts at the ends."""
+    inside = np.clip(values, edges[0], edges[-1])
     negative = reward < 0
-    below, _ = np.histogram(values[negative], edges)
-    above, _ = np.histogram(values[~negative], edges)
-    total = max(len(values), 1)
-    plot.rescale(float((below + above).max()) / total * 1.05)
-    for i in range(len(edges) - 1):
-        base = 0.0
-        for count, css, what in ((above[i], "plus", ""), (below[i], "minus", " of negative examples")):
-            if count:
-                share = float(count) / total
-                tip = f"{edges[i]:.4g} to {edges[i + 1]:.4g}: {share:.2%}{what}"
-                plot.rectangle(edges[i], edges[i + 1], base, base + share, css, tip)
-                base += share
+    others, below = (np.histogram(inside[chosen], edges)[0] / len(inside) for chosen in (~negative, negative))
+    axes.stairs(others, edges, fill=True, color=BLUE, label="reward at least 0" if negative.any() else None)
     if negative.any():
-        plot.name("plus", "reward at least 0")
-        plot.name("minus", "negative examples")
+        axes.stairs(
+            others + below, edges, baseline=others, fill=True, color=ORANGE, label="negative examples"
+        )
+    axes.set_ylabel(f"share of {what}")
+    axes.yaxis.set_major_formatter(_percent)
+    axes.set_xlim(edges[0], edges[-1])
 
 
-def _against(measured: Weights, place: np.ndarray, edges: np.ndarray, x: Axis, title: str) -> Plot:
-    """Quantiles of the weight in bins of ``place``."""
-    values = _decades(measured.weight)
+def _quantiles(
+    axes: Axes, measured: Weights, place: np.ndarray, edges: np.ndarray, middles: np.ndarray
+) -> None:
+    """Median and bands of the weight, on a logarithmic axis, in bins of ``place``."""
+    values = _drawable(measured.weight)
     which = np.clip(np.digitize(place, edges) - 1, 0, len(edges) - 2)
+    filled = np.unique(which)
     order = np.argsort(which, kind="stable")
-    groups = np.split(values[order], np.searchsorted(which[order], np.arange(1, len(edges) - 1)))
-    wanted = [10, 25, 50, 75, 90]
-    rows = [(i, np.percentile(group, wanted)) for i, group in enumerate(groups) if len(group)]
-    table = dict(zip(wanted, np.array([q for _, q in rows]).T, strict=True))
-    step = edges.dtype.kind == "i"
-    middles = [(edges[i] + edges[i + 1] - (1 if step else 0)) / 2 for i, _ in rows]
-    low, high = float(table[10].min()), float(table[90].max())
-    plot = Plot(x, Axis(min(low, -0.3) - 0.05, max(high, 0.0) + 0.1, "weight", decades=True), title)
-    for below, above, css in _BANDS:
-        plot.band(middles, table[below].tolist(), table[above].tolist(), css)
-    plot.line(middles, table[50].tolist(), "median")
-    plot.name("median", "median, 25-75 %, 10-90 %")
-    return plot
+    groups = np.split(values[order], np.searchsorted(which[order], filled[1:]))
+    table = np.array([np.percentile(group, (10, 25, 50, 75, 90)) for group in groups]).T
+    x = middles[filled]
+    axes.plot(x, table[2], color=BLUE, linewidth=1.6, label="median", marker="." if len(x) == 1 else None)
+    axes.fill_between(x, table[1], table[3], color=BLUE, alpha=0.3, linewidth=0, label="middle 50%")
+    axes.fill_between(x, table[0], table[4], color=BLUE, alpha=0.15, linewidth=0, label="middle 80%")
+    axes.set_yscale("log")
+    axes.set_ylim(min(table[0].min(), 0.5) * 0.9, max(table[4].max(), 1.0) * 1.25)
+    axes.set_ylabel("weight")
+    _label_decades(axes, "y")
+
+
+def _percent(value: float, _: float) -> str:
+    return f"{100 * value:g}%"
+
+
+def _label_decades(axes: Axes, which: str) -> None:
+    """Round numbers at the ticks of a logarithmic axis: powers of ten, and within two decades 2 and 5 of each."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,), numticks=8))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _drawable(weight: np.ndarray) -> np.ndarray:
+    """Float64; a logarithmic axis has no 0."""
+    return np.maximum(weight.astype(np.float64), 1e-30)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -44,72 +43,82 @@ def pick(pack: Pack, measured: Weights) -> list[Pick]:
     return [Pick(i, "counts most") for i in best] + [Pick(i, "counts least") for i in worst]
 
 
-def trajectory_html(
-    chosen: Pick, trajectory: Trajectory, pack: Pack, measured: Weights, tokenizer: Any | None
-) -> str:
-    """One trajectory: what it is, its prompt, and every decision with its numbers in a tooltip."""
-    mine = slice(*np.searchsorted(pack.segment, [chosen.index, chosen.index + 1]))
-    mean = float(measured.weight[mine].mean())
-    facts = (
-        f"reward {trajectory.reward:g}",
-        f"{pack.num_decisions[chosen.index]:,} decisions",
-        f"mean weight {mean:.3g}",
-        f"effective sample size {measured.effective_sample_size[chosen.index]:.0%}",
-        f"mean log ratio {pack.log_ratio[mine].mean():+.3f}",
-    )
-    sign = " negative" if trajectory.reward < 0 else ""
-    first = int(np.argmax(trajectory.loss_mask))
-    response = "".join(_response(trajectory, first, mine.start, pack, measured, tokenizer))
-    return (
-        f'<article class="trajectory{sign}"><h3>{escape(chosen.why)}: <code>{escape(trajectory.id)}</code></h3>'
-        f'<p class="facts">{" · ".join(facts)}</p>{_prompt(trajectory.input_ids[:first], tokenizer)}'
-        f'<div class="text">{response}</div></article>'
-    )
+@dataclass(frozen=True)
+class Piece:
+    """Some text of a trajectory: a token, or tokens that share a character.
 
-
-def _prompt(ids: np.ndarray, tokenizer: Any | None) -> str:
-    """What comes before the first decision, folded; of a long prompt the end."""
-    text = "".join(text for text, _ in pieces(ids[-_PROMPT:], tokenizer))
-    left_out = max(len(ids) - _PROMPT, 0)
-    gap = f'<span class="gap">{left_out:,} tokens left out</span>' if left_out else ""
-    return (
-        f"<details><summary>prompt, {len(ids):,} tokens</summary>"
-        f'<div class="text">{gap}<i>{_visible(text)}</i></div></details>'
-    )
-
-
-def _response(
-    trajectory: Trajectory,
-    first: int,
-    start: int,
-    pack: Pack,
-    measured: Weights,
-    tokenizer: Any | None,
-) -> Iterator[str]:
-    """The tokens from the first decision on; of many the beginning and the end.
-
-    Args:
-        trajectory: whose tokens they are.
-        first: its first decision among its tokens.
-        start: the place of that in the flat arrays.
-        pack, measured: the flat arrays.
-        tokenizer: gives text, if there is one.
+    Attributes:
+        text: as it is, with line breaks that can be pointed at.
+        level: its shade, see ``shade``; None = no decision.
+        tip: the numbers of its decisions.
     """
+
+    text: str
+    level: int | None = None
+    tip: str = ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One trajectory, to be read.
+
+    Attributes:
+        why, id, negative: its heading, and whether it is a negative example.
+        facts: a few words each.
+        prompt: the end of what comes before the first decision.
+        prompt_tokens, prompt_left_out: tokens of all of that, and of those that ``prompt`` lacks.
+        stretches: tokens left out before, and the pieces that follow: of a long response beginning and end.
+    """
+
+    why: str
+    id: str
+    negative: bool
+    facts: tuple[str, ...]
+    prompt: str
+    prompt_tokens: int
+    prompt_left_out: int
+    stretches: list[tuple[int, list[Piece]]]
+
+
+def read(
+    chosen: Pick, trajectory: Trajectory, pack: Pack, measured: Weights, tokenizer: Any | None
+) -> Reading:
+    """A trajectory as text: its prompt, and every decision with its numbers."""
+    mine = slice(*np.searchsorted(pack.segment, [chosen.index, chosen.index + 1]))
     ids, mask = trajectory.input_ids, trajectory.loss_mask
-    place = np.cumsum(mask) - 1 + start
+    first, place = int(np.argmax(mask)), np.cumsum(mask) - 1 + mine.start
     stretches = [range(first, len(ids))]
     if len(ids) - first > _SHOWN:
         stretches = [range(first, first + _SHOWN // 2), range(len(ids) - _SHOWN // 2, len(ids))]
+    done, found = first, []
     for stretch in stretches:
-        if stretch.start > first:
-            yield f'<span class="gap">{stretch.start - stretches[0].stop:,} tokens left out</span>'
-        for text, members in pieces(ids[stretch.start : stretch.stop], tokenizer):
-            tokens = [stretch.start + i for i in members]
-            decisions = [int(place[i]) for i in tokens if mask[i]]
-            if decisions:
-                yield _decision(text, decisions, pack, measured)
-            else:
-                yield f"<i>{_visible(text)}</i>"
+        texts = [
+            _piece(
+                text,
+                [int(place[stretch.start + i]) for i in members if mask[stretch.start + i]],
+                pack,
+                measured,
+            )
+            for text, members in pieces(ids[stretch.start : stretch.stop], tokenizer)
+        ]
+        found.append((stretch.start - done, texts))
+        done = stretch.stop
+    return Reading(
+        why=chosen.why,
+        id=trajectory.id,
+        negative=trajectory.reward < 0,
+        facts=(
+            f"reward {trajectory.reward:g}",
+            f"{pack.num_decisions[chosen.index]:,} decisions",
+            f"mean weight {measured.weight[mine].mean():.3g}",
+            f"effective sample size {measured.effective_sample_size[chosen.index]:.0%}",
+            f"mean log ratio {pack.log_ratio[mine].mean():+.3f}",
+        ),
+        prompt=_visible("".join(text for text, _ in pieces(ids[:first][-_PROMPT:], tokenizer))),
+        prompt_tokens=first,
+        prompt_left_out=max(first - _PROMPT, 0),
+        stretches=found,
+    )
 
 
 def pieces(ids: Sequence[int] | np.ndarray, tokenizer: Any | None) -> Iterator[tuple[str, list[int]]]:
@@ -141,16 +150,18 @@ def shade(weight: float, config_floor: float) -> int:
     return max(0, round(_SHADES * (1 + log_weight / depth)))
 
 
-def _decision(text: str, decisions: list[int], pack: Pack, measured: Weights) -> str:
+def _piece(text: str, decisions: list[int], pack: Pack, measured: Weights) -> Piece:
+    if not decisions:
+        return Piece(_visible(text))
     tip = " | ".join(
         f"weight {measured.weight[d]:.3g}, lp {pack.lp[d]:.3f}, lb {pack.lb[d]:.3f}, "
         f"ratio {math.exp(min(float(pack.log_ratio[d]), 80.0)):.3g}"
         for d in decisions
     )
     level = shade(float(measured.weight[decisions[-1]]), measured.config.log_weight_clip[0])
-    return f'<b class="w{level}" title="{tip}">{_visible(text)}</b>'
+    return Piece(_visible(text), level, tip)
 
 
 def _visible(text: str) -> str:
-    """Escaped, with line breaks that can be pointed at."""
-    return escape(text, quote=False).replace("\n", "\N{RETURN SYMBOL}\n")
+    """With line breaks that can be pointed at."""
+    return text.replace("\n", "\N{RETURN SYMBOL}\n")

@@ -9,26 +9,13 @@ import numpy as np
 
 from pear_megatron.alignment import Alignment
 from pear_megatron.config import PearConfig
-from pear_megatron.inspect.alternatives import Setting, compare
+from pear_megatron.inspect.alternatives import Alternative, alternatives
 from pear_megatron.inspect.measure import Pack, Weights, make_pack, weigh
 from pear_megatron.inspect.reading import Pick, pick
 from pear_megatron.inspect.sample import Sample
 from pear_megatron.inspect.verdicts import Verdict, about_data, about_policies, about_weights, all_is_well
 
 _QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
-
-
-def shown_statistics() -> tuple[tuple[str, str], ...]:
-    """Training's statistics in the order they are read, and what they are."""
-    return (
-        ("log_ratio", "mean log ratio"),
-        ("ratio_clipped_low", "ratios at the low clip"),
-        ("ratio_clipped_high", "ratios at the high clip"),
-        ("weight", "mean weight"),
-        ("weight_at_floor", "weights at the floor"),
-        ("weight_at_ceiling", "weights at the ceiling"),
-        ("effective_sample_size", "effective sample size"),
-    )
 
 
 @dataclass(frozen=True)
@@ -44,7 +31,7 @@ class Ratios:
 
     weights: Weights
     alignment: Alignment
-    alternatives: list[Setting]
+    alternatives: list[Alternative]
     picks: list[Pick]
 
 
@@ -95,7 +82,7 @@ class Report:
             "settings": weights.config.model_dump(mode="json"),
             "statistics": dict(weights.by_sign()),
             "alignment": asdict(self.ratios.alignment),
-            "alternatives": [asdict(setting) for setting in self.ratios.alternatives],
+            "alternatives": [asdict(row) for row in self.ratios.alternatives],
             "trajectories": [
                 {"id": self.sample.trajectories[chosen.index].id, "why": chosen.why}
                 for chosen in self.ratios.picks
@@ -130,8 +117,8 @@ def make_report(
         verdicts.append(_needs(policy_logprobs is not None, has_behavior))
     else:
         weights = weigh(pack, config)
-        ratios = Ratios(weights, pack.alignment(), compare(pack, config), pick(pack, weights))
-        found = about_policies(pack, ratios.alignment)
+        ratios = Ratios(weights, pack.alignment(), alternatives(pack, config), pick(pack, weights))
+        found = about_policies(pack, ratios.alignment, config)
         if not ratios.alignment.shift:
             found += about_weights(weights, ratios.alternatives)
         verdicts += found or [all_is_well(weights)]

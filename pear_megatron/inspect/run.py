@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from pear_megatron.data import DataError
 from pear_megatron.data.chat import ChatEncoder
 from pear_megatron.data.tokenizer import load_tokenizer
+from pear_megatron.inspect.alternatives import Alternative
 from pear_megatron.inspect.page import page
 from pear_megatron.inspect.report import Report, make_report
 from pear_megatron.inspect.sample import draw, read_policy_logprobs, score
 from pear_megatron.inspect.settings import Settings
-from pear_megatron.inspect.terminal import show
 from pear_megatron.storage import write_atomically
+
+_STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold", "good": "bold green"}
 
 
 def run(
@@ -67,7 +71,7 @@ def run(
         special_ids=ChatEncoder(tokenizer).special_ids if tokenizer is not None else None,
     )
     _write(report, output)
-    show(report, Console() if sys.stdout.isatty() else Console(width=140))
+    _print(report, Console() if sys.stdout.isatty() else Console(width=140))
     print(f"page: {output}")
     if report.ratios is not None and report.ratios.alignment.shift:
         first = ", ".join(trajectory.id for trajectory in sample.trajectories[:3])
@@ -87,3 +91,23 @@ def _write(report: Report, output: Path) -> None:
 def _plain(value: Any) -> Any:
     """numpy's numbers as Python's."""
     return value.item()
+
+
+def _print(report: Report, console: Console) -> None:
+    """The short form: verdicts, and the table of settings."""
+    for verdict in report.verdicts:
+        line = Text(f"{verdict.level}: {verdict.title}. ", style=_STYLES[verdict.level])
+        line.append(verdict.text, style="not bold default")
+        line.append(f" {verdict.change}", style="italic not bold default")
+        console.print(line, soft_wrap=not console.is_terminal)
+    if report.ratios is None or report.ratios.alignment.shift:
+        return
+    table = Table(
+        title="On the same trajectories:", title_justify="left", title_style="", box=None, pad_edge=False
+    )
+    table.add_column("setting", overflow="fold")
+    for name in Alternative.COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report.ratios.alternatives:
+        table.add_row(row.name, *row.cells(), style=None if row.overrides else "bold")
+    console.print(table)

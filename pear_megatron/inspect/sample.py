@@ -83,7 +83,8 @@ def draw(
 def _in_memory(trajectory: Trajectory) -> Trajectory:
     """Free of the files that are mapped behind it."""
     arrays = {name: getattr(trajectory, name) for name in _ARRAYS}
-    return replace(trajectory, **{name: np.array(x) for name, x in arrays.items() if x is not None})
+    copies: dict[str, Any] = {name: np.array(x) for name, x in arrays.items() if x is not None}
+    return replace(trajectory, **copies)
 
 
 def read_policy_logprobs(sample: Sample) -> list[np.ndarray]:

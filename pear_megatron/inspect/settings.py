@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig
@@ -37,6 +39,7 @@ def read_settings(
     model: str | None,
     tokenizer: str | None,
     seq_length: int,
+    text: Mapping[str, Any],
 ) -> Settings:
     """Puts a recipe, or the defaults, and the command line together.
 
@@ -47,6 +50,7 @@ def read_settings(
         model: the policy; its tokenizer serves where nothing else names one.
         tokenizer: name or folder.
         seq_length: ``data.seq_length`` without a recipe.
+        text: other keys of ``data:`` that the command line gives: chat_template, ...
 
     Raises:
         PearError: bad keys or values, no files, or no such model.
@@ -64,7 +68,7 @@ def read_settings(
 
         missing = {"output_dir": "."} | ({"data": {"train": files}} if files else {})
         read = load_recipe(recipe, overrides, missing=missing)
-        changes = {"train": files} if files else {}
+        changes = {**text, **({"train": files} if files else {})}
         tokenizer = tokenizer or read.data.tokenizer or fallback
         data = read.data.model_copy(update={**changes, "tokenizer": tokenizer})
         return Settings(data, read.pear, read.model.vocab_size, read.train.precision)
@@ -72,7 +76,7 @@ def read_settings(
         raise RecipeError(
             "no data: name JSONL or Parquet files, or a recipe that does (--config RECIPE.yaml)"
         )
-    data = DataConfig(train=files, seq_length=seq_length, tokenizer=tokenizer or fallback)
+    data = DataConfig(train=files, seq_length=seq_length, tokenizer=tokenizer or fallback, **text)
     return Settings(data, _pear(overrides), facts.vocab_size if facts is not None else None, None)
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pear_megatron.alignment import Alignment
-from pear_megatron.inspect.alternatives import Setting, shown
+from pear_megatron.config import PearConfig
+from pear_megatron.inspect.alternatives import Alternative, weight_text
 from pear_megatron.inspect.measure import Pack, Weights
 from pear_megatron.inspect.sample import Sample
 
@@ -22,13 +23,13 @@ class Verdict:
             want; ``note`` = good to know; ``good`` = as it should be.
         title: a few words.
         text: what was seen, and what it means.
-        change: what to do about it; empty where nothing needs doing.
+        change: what to do about it.
     """
 
     level: Level
     title: str
     text: str
-    change: str = ""
+    change: str
 
 
 def about_data(sample: Sample, ends: float | None) -> list[Verdict]:
@@ -50,7 +51,7 @@ def about_data(sample: Sample, ends: float | None) -> list[Verdict]:
                 "weight comes from what follows a token, and theirs is missing.",
                 "Generate with a larger limit of new tokens, or the data lean towards short answers."
                 if share > 0.2
-                else "",
+                else "So few bias little; a larger limit of new tokens would keep them.",
             )
         )
     if ends is not None and ends < 0.99:
@@ -87,8 +88,8 @@ def about_data(sample: Sample, ends: float | None) -> list[Verdict]:
     return found
 
 
-def about_policies(pack: Pack, alignment: Alignment) -> list[Verdict]:
-    """Findings about the two policies' log-probs, whatever the settings."""
+def about_policies(pack: Pack, alignment: Alignment, config: PearConfig) -> list[Verdict]:
+    """Findings about the two policies' log-probs."""
     found = []
     r, mean = alignment.correlations[0], float(pack.log_ratio.mean())
     if alignment.shift:
@@ -113,6 +114,8 @@ def about_policies(pack: Pack, alignment: Alignment) -> list[Verdict]:
                 "Plain SFT (pear.variant=none) does the same with less; PEAR is for data of another policy.",
             )
         )
+        if config.variant != "none":
+            found.append(_growth(config))
         return found
     if r < 0.1 and alignment.decisions >= 200:
         found.append(
@@ -143,15 +146,24 @@ def about_policies(pack: Pack, alignment: Alignment) -> list[Verdict]:
                 "the model finds the data unlikely",
                 f"It gives each token {abs(mean):.2f} less log-prob than the policy that wrote it (mean log ratio "
                 f"{mean:+.2f}).",
+                "Take data of a nearer writer or the model's own samples, or train plain SFT on these first and score "
+                "again; pear.baseline=sequence_mean weighs by what is unlikely even for this trajectory.",
             )
         )
     return found
 
 
-def about_weights(measured: Weights, alternatives: list[Setting]) -> list[Verdict]:
+def about_weights(measured: Weights, alternatives: list[Alternative]) -> list[Verdict]:
     """Findings about the weights under the given settings."""
     if measured.config.variant == "none":
-        return [Verdict("note", "plain SFT", "pear.variant=none: every weight is 1.")]
+        return [
+            Verdict(
+                "note",
+                "plain SFT",
+                "pear.variant=none: every weight is 1.",
+                "For PEAR set pear.variant to token, block or sequence.",
+            )
+        ]
     found, s = [], measured.statistics
     if s["weight_at_floor"] > 0.2:
         found.append(
@@ -189,7 +201,7 @@ def about_weights(measured: Weights, alternatives: list[Setting]) -> list[Verdic
             )
         )
     if s["weight"] > 3 and measured.config.normalize == "none":
-        size = shown(s["weight"])
+        size = weight_text(s["weight"])
         found.append(
             Verdict(
                 "note",
@@ -208,12 +220,30 @@ def all_is_well(measured: Weights) -> Verdict:
     return Verdict(
         "good",
         "weights that tell tokens apart",
-        f"Mean weight {shown(s['weight'])}, {s['weight_at_floor']:.0%} at the floor, effective sample size "
+        f"Mean weight {weight_text(s['weight'])}, {s['weight_at_floor']:.0%} at the floor, effective sample size "
         f"{s['effective_sample_size']:.0%} of a trajectory's decisions.",
+        "Nothing to change: train with these settings.",
     )
 
 
-def _better(alternatives: list[Setting], statistic: str, words: str) -> str:
+def _growth(config: PearConfig) -> Verdict:
+    """What becomes of weights that start at 1 because the policy wrote the data itself."""
+    if config.normalize == "sequence":
+        effect = "the effective sample size falls (pear.normalize=sequence holds the mean weight at 1)"
+        remedy = "Watch pear/effective_sample_size in the log"
+    else:
+        effect = "the mean weight rises, and the gradient with it"
+        remedy = "Watch pear/weight in the log, and set pear.normalize=sequence"
+    return Verdict(
+        "note",
+        "weights that will grow",
+        "Weights start near 1 and move as training goes: fitting the data raises the policy's log-probs above the "
+        f"recorded ones, ratios pass 1, products of them run away, and {effect}.",
+        f"{remedy}; lower optimizer.lr or train fewer epochs if it runs away. docs/weights.md shows how weights move.",
+    )
+
+
+def _better(alternatives: list[Alternative], statistic: str, words: str) -> str:
     """The alternative that halves a share without driving the weights to either bound."""
     given = alternatives[0]
     helpful = [
@@ -231,5 +261,5 @@ def _better(alternatives: list[Setting], statistic: str, words: str) -> str:
     s = best.statistics
     return (
         f"{best.overrides} would leave {s[statistic]:.0%} {words} and {best.at_bounds}% at either bound, with a mean "
-        f"weight of {shown(s['weight'])}."
+        f"weight of {weight_text(s['weight'])}."
     )

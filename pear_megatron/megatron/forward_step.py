@@ -19,6 +19,7 @@ from pear_megatron.config import PearConfig
 from pear_megatron.data.batches import PackedBatch
 from pear_megatron.errors import RecipeError
 from pear_megatron.loss import loss_of_logprobs, pear_loss
+from pear_megatron.megatron.model import wraps_precision
 from pear_megatron.megatron.output_chunks import (
     logprobs_in_chunks,
     require_output_processor,
@@ -28,19 +29,9 @@ from pear_megatron.megatron.output_chunks import (
 LossOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
-def _wraps_precision(model: Any) -> bool:
-    from megatron.core.transformer.module import Float16Module
-
-    while True:
-        if isinstance(model, Float16Module):
-            return True
-        if not hasattr(model, "module"):
-            return False
-        model = model.module
-
-
-def _flat(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.view(-1)
+def _flat(x: Tensor | None) -> Tensor | None:
+    """[B, S] -> [B * S]."""
+    return None if x is None else x.view(-1)
 
 
 def _groups_of(model: Any) -> tuple[torch.distributed.ProcessGroup, torch.distributed.ProcessGroup]:
@@ -114,7 +105,7 @@ class PearForwardStep:
             self._meet(model)
         inputs = self._inputs(batch)
         run = model.build_schedule_plan if return_schedule_plan else model
-        if _wraps_precision(model):
+        if wraps_precision(model):
             inputs["fp32_output"] = False  # the loss reads bf16 logits; a float32 copy is not needed
         if not self.use_output_processor:
             return run(**inputs), lambda logits: self.loss(logits, batch)

@@ -159,3 +159,14 @@ def unwrap(model: Any) -> Any:
     while hasattr(model, "module"):
         model = model.module
     return model
+
+
+def wraps_precision(model: Any) -> bool:
+    """Whether a Float16Module is among the model's wrappers: its forward takes ``fp32_output``."""
+    from megatron.core.transformer.module import Float16Module
+
+    while not isinstance(model, Float16Module):
+        if not hasattr(model, "module"):
+            return False
+        model = model.module
+    return True

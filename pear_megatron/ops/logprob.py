@@ -74,7 +74,7 @@ def vocab_parallel_logprob(
     """log softmax(logits)[target], with the vocabulary split over a tensor-parallel group.
 
     One pass over the logits, one all-gather of three float32 numbers a token, no copy of the logits in
-    forward. Differentiable once, with respect to ``logits`` (DESIGN: Public API; METHOD: Words, lp_t).
+    forward. Differentiable once, with respect to ``logits`` (docs/method.md, Words: ``lp_t``).
 
     Args:
         logits: [..., V_local] float32, bfloat16 or float16; rank r of n holds the columns

@@ -1,4 +1,4 @@
-"""METHOD.md in float64, written to be read: the answer every kernel is tested against.
+"""docs/method.md in float64, written to be read: the answer every kernel is tested against.
 
 One trajectory at a time, plain indexing, no tricks. ``decision`` is the list of positions on the mask.
 """
@@ -52,7 +52,7 @@ def trajectory_log_weights(log_ratio: list[float], config: PearConfig) -> list[f
 def weights(
     logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor, config: PearConfig
 ) -> tuple[Tensor, dict[str, tuple[float, float]]]:
-    """[T] inputs -> weights [T] float64 and (sum, count) statistics (METHOD: Weights; Ours)."""
+    """[T] inputs -> weights [T] float64 and (sum, count) statistics (docs/method.md, Weights)."""
     out = torch.zeros(logprobs.shape, dtype=torch.float64)
     sums = dict.fromkeys(
         (
@@ -109,7 +109,7 @@ def loss_sum(
     vocab_size: int | None = None,
     token_weights: Tensor | None = None,
 ) -> Tensor:
-    """The summed loss of a pack, float64, differentiable in the logits (METHOD: Loss)."""
+    """The summed loss of a pack, float64, differentiable in the logits (docs/method.md, Loss)."""
     lp = logprob(logits, target, mask, vocab_size)
     w, _ = weights(lp.detach(), behavior_logprobs, mask, cu_seqlens, config)
     r = torch.ones(cu_seqlens.numel() - 1, dtype=torch.float64) if reward is None else reward.double()

@@ -36,7 +36,7 @@ def segmented_suffix_sum(
     group: torch.distributed.ProcessGroup | None = None,
     layout: Layout = "contiguous",
 ) -> Tensor:
-    """Per segment, the sum of x after each token (METHOD: Weights, step 2).
+    """Per segment, the sum of x after each token (docs/method.md, Weights: step 2).
 
     With a group, every rank holds a shard of every segment and one all-gather of the chunks' totals
     (not of the tokens) makes the sums whole. No gradient flows through the result.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pear_megatron.plan.disk import RunDisk, run_disk
 from pear_megatron.plan.flops import training_flops
 from pear_megatron.plan.gpus import GIB, GPUS
 from pear_megatron.plan.length import RunLength
@@ -28,6 +29,7 @@ class Plan:
         length: the run's tokens and steps; None where they are not known.
         step_seconds: expected duration of a step; None on CPU.
         mfu: the model-FLOPs utilisation that this assumes.
+        disk: what its checkpoints take.
         remedies: changes under which the recipe fits, where it does not.
     """
 
@@ -42,6 +44,7 @@ class Plan:
     length: RunLength | None
     step_seconds: float | None
     mfu: float
+    disk: RunDisk
     remedies: list[Remedy]
 
     @property
@@ -94,6 +97,7 @@ class Plan:
             "pipeline_bubble": self.bubble,
             "memory_per_gpu": self.memory,
             "stages": [{**asdict(stage), "total": stage.total} for stage in self.stages],
+            "disk": {**asdict(self.disk), "checkpoint": self.disk.checkpoint},
             "run": None if self.length is None else asdict(self.length),
             "mfu_assumed": self.mfu,
             "step_seconds": self.step_seconds,
@@ -141,6 +145,7 @@ def make_plan(recipe: Recipe, *, length: RunLength | None = None, mfu: float = 0
         length=length,
         step_seconds=step_flops / (mfu * gpu.bf16_flops * gpus) if gpu else None,
         mfu=mfu,
+        disk=run_disk(recipe, length.steps if length else train.max_steps),
         remedies=remedies(recipe) if too_much else [],
     )
 

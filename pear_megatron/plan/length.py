@@ -18,7 +18,7 @@ class RunLength:
     """A run's data and steps.
 
     Attributes:
-        tokens: of one epoch, without padding.
+        tokens: of one epoch's trajectories, prompts and responses, without padding, as ``validate`` counts them.
         steps_per_epoch: of the first epoch.
         steps: of the run.
         flops: of the run, by the formula in flops.py.
@@ -71,7 +71,7 @@ def length_from_data(recipe: Recipe, *, progress: bool = False) -> RunLength:
     steps = train.max_steps or batches.first_step(train.num_epochs)
     positions = np.asarray(dataset.lengths, dtype=np.int64) - 1  # what the model sees of a trajectory
     return RunLength(
-        tokens=int(positions.sum()),
+        tokens=int(dataset.lengths.sum()),
         steps_per_epoch=per_epoch,
         steps=steps,
         flops=training_flops(recipe.model, positions.tolist()) * steps / per_epoch,

@@ -43,7 +43,7 @@ def load_grader(path: str | Path) -> Grade:
         spec.loader.exec_module(module)
     except Exception as error:
         raise GraderError(
-            f"{_line_in(path, error)}: the grader cannot be imported: {_said(error)}"
+            f"{_line_in(path, error)}: the grader cannot be imported: {_in_words(error)}"
         ) from error
     finally:
         sys.path.remove(str(path.resolve().parent))
@@ -69,7 +69,7 @@ def checked_score(score: Callable[[], Any], source: str | Path, problem: str, re
         value = score()
     except Exception as error:
         raise GraderError(
-            f"{_line_in(source, error)}: grade raised {_said(error)} on problem {problem}, response "
+            f"{_line_in(source, error)}: grade raised {_in_words(error)} on problem {problem}, response "
             f"{short(response)}; a response that cannot be read should score 0"
         ) from error
     try:
@@ -84,7 +84,7 @@ def checked_score(score: Callable[[], Any], source: str | Path, problem: str, re
     return number
 
 
-def _said(error: Exception) -> str:
+def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,30 +15,55 @@ from pydantic import BaseModel, ValidationError
 from pear_megatron.errors import RecipeError
 from pear_megatron.recipe.sections import Recipe
 
+log = logging.getLogger("pear_megatron")
+
 _Kind = TypeVar("_Kind", bound=BaseModel)
 
 
-def _load_with_defaults(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
-    """The YAML at ``path`` over what its ``defaults:`` names (a path or a list, relative to the file)."""
+def _load_with_defaults(path: Path, paths: tuple[str, ...] = (), seen: tuple[Path, ...] = ()) -> DictConfig:
+    """The YAML at ``path`` over what its ``defaults:`` names (a path or a list, relative to the file).
+
+    ``paths`` are dotted keys whose values are paths relative to the file that gives them.
+    """
     if path in seen:
         raise RecipeError(
             f"{path}: `defaults` goes round in a circle: {' -> '.join(map(str, [*seen, path]))}"
         )
     if not path.is_file():
-        from_file = f" (named by `defaults` of {seen[-1]})" if seen else ""
-        raise RecipeError(f"no recipe at {path}{from_file}")
+        raise RecipeError(_no_recipe(path, seen))
     try:
         config = OmegaConf.load(path)
     except Exception as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(config, DictConfig):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, found {type(config).__name__}")
+    for key in paths:
+        if isinstance(value := OmegaConf.select(config, key), str):
+            OmegaConf.update(config, key, str((path.parent / value).resolve()))
     parents = config.pop("defaults", None) or []
     parents = [parents] if isinstance(parents, str) else list(parents)
     merged: Any = OmegaConf.create({})
     for parent in parents:
-        merged = OmegaConf.merge(merged, _load_with_defaults((path.parent / parent).resolve(), (*seen, path)))
+        file = (path.parent / parent).resolve()
+        merged = OmegaConf.merge(merged, _load_with_defaults(file, paths, (*seen, path)))
     return OmegaConf.merge(merged, config)  # type: ignore[return-value]
+
+
+def _no_recipe(path: Path, seen: tuple[Path, ...]) -> str:
+    """What to say of a file that is not there, with those that may be meant."""
+    here = seen[-1].parent if seen else Path.cwd()
+    beside = {file.name: file for file in path.parent.glob("*.y*ml") if file not in seen}
+    found = sorted(Path.cwd().glob(f"recipes/*/{path.name}"))
+    found += [beside[name] for name in difflib.get_close_matches(path.name, sorted(beside), n=1)]
+    hint = (
+        f"; did you mean {' or '.join(os.path.relpath(file, here) for file in found[:3])}?" if found else ""
+    )
+    if not seen:
+        return f"no recipe at {path}{hint}"
+    return (
+        f"no recipe at {path} (named by `defaults` of {seen[-1]}); `defaults` holds paths relative to that file's "
+        f"folder{hint or '; copy the file there, or write the path to it'}"
+    )
 
 
 def _apply_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
@@ -73,14 +101,22 @@ def load_recipe(
 
 
 def read_values(
-    path: Path, overrides: list[str] | None = None, *, missing: dict[str, Any] | None = None
+    path: Path,
+    overrides: list[str] | None = None,
+    *,
+    missing: dict[str, Any] | None = None,
+    paths: tuple[str, ...] = (),
 ) -> Any:
     """The resolved values of a YAML file, its parents and overrides, for any kind of file; not validated.
+
+    Args:
+        path, overrides, missing: see ``load_recipe``.
+        paths: dotted keys of paths that are relative to the file that gives them, and absolute here.
 
     Raises:
         RecipeError: a missing file, bad YAML or a bad override.
     """
-    config = _apply_overrides(_load_with_defaults(path.resolve()), list(overrides or []))
+    config = _apply_overrides(_load_with_defaults(path.resolve(), paths), list(overrides or []))
     try:
         return OmegaConf.to_container(
             OmegaConf.merge(missing or {}, config), resolve=True, throw_on_missing=True
@@ -112,8 +148,14 @@ def _complete_model(path: Path, values: Any) -> None:
     from pear_megatron.recipe.hf_config import has_tokenizer, model_keys
 
     found = model_keys(model["hf"])
-    if isinstance(values.get("data"), dict) and has_tokenizer(model["hf"]):
-        values["data"].setdefault("tokenizer", model["hf"])
+    data = values.get("data")
+    if isinstance(data, dict) and has_tokenizer(model["hf"]):
+        data.setdefault("tokenizer", model["hf"])
+    elif isinstance(data, dict) and data.get("tokenizer") is None:
+        log.info(
+            "model.hf %s has no tokenizer.json: rows of text need data.tokenizer, and so does what is exported",
+            model["hf"],
+        )
     for key, value in found.items():
         if model.setdefault(key, value) != value:
             raise RecipeError(

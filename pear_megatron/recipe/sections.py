@@ -91,6 +91,9 @@ class TrainConfig(StrictModel):
     """Length of the run and size of its batches (sequences of ``data.seq_length`` tokens).
 
     Attributes:
+        max_steps: optimizer steps; None = num_epochs.
+        num_epochs: each trains every trajectory once; the last, shorter batch of an epoch is a full step, normalised
+            by its own number of decisions (docs/checkpoints.md).
         recompute_granularity, recompute_method, recompute_num_layers: activation recomputation, as Megatron
             names it; ``full`` needs a method and a number of layers, ``selective`` neither.
         output_chunk_tokens: compute the output layer and the loss for so many tokens of a micro-batch at a time,

@@ -31,19 +31,15 @@ class MegatronScorer:
         max_tokens_per_batch: int,
     ) -> None:
         from pear_megatron.megatron.checkpoint.load_model import load_for_inference
+        from pear_megatron.megatron.model import wraps_precision
 
         self._model, config, self._layout = load_for_inference(
             model, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, precision=dtype
         )
-        from megatron.core.transformer.module import Float16Module
-        from megatron.core.utils import get_model_config
-
-        # Batches differ in shape: stages tell each other the shape before the tensor.
-        get_model_config(self._model).variable_seq_lengths = True
         self._vocab_size = config.vocab_size
         self._max_tokens = max_tokens_per_batch
         # The op reads bf16 logits; a float32 copy of them is not needed.
-        self._options = {"fp32_output": False} if isinstance(self._model, Float16Module) else {}
+        self._options = {"fp32_output": False} if wraps_precision(self._model) else {}
         self.replica, self.num_replicas = self._layout.dp_rank, self._layout.dp_size
         self.writes = self._layout.is_first_stage and self._layout.tp_group.rank() == 0
 

@@ -1,4 +1,7 @@
-"""Entry point: torchrun --nproc-per-node N -m pear_megatron.train --config RECIPE.yaml [key=value ...]"""
+"""Entry point: python -m pear_megatron.train --nproc-per-node N --config RECIPE.yaml [key=value ...]
+
+Or torchrun --nproc-per-node N -m pear_megatron.train ..., which several nodes need.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import sys
 import warnings
 
 from pear_megatron.errors import PearError
-from pear_megatron.ranks import is_main, report_error
+from pear_megatron.interrupt import EXIT_INTERRUPTED
+from pear_megatron.ranks import is_main, report_error, run_ranks
 from pear_megatron.recipe import check_layout, load_recipe
 from pear_megatron.train.stop import EXIT_REQUEUE, StopRequest, remove_requeue_file
 from pear_megatron.train.weights_and_biases import check_wandb
@@ -20,8 +24,10 @@ example:
       data.train=trajectories.jsonl output_dir=results/tiny \\
       parallel.tensor_model_parallel_size=2 train.max_steps=100
 
-SIGTERM or SIGUSR1 to any of its processes: the run saves, leaves output_dir/requeue and ends with exit code 75;
-the same command goes on (docs/checkpoints.md).
+On one machine, python -m pear_megatron.train --nproc-per-node 2 ... does the same without torchrun's reports, and
+with the run's exit code.
+SIGTERM or SIGUSR1 to any of its processes, or Ctrl-C: the run saves, leaves output_dir/requeue and ends with exit
+code 75; the same command goes on (docs/checkpoints.md).
 """
 
 
@@ -29,11 +35,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """--config and Hydra-style overrides."""
     parser = argparse.ArgumentParser(
         prog="python -m pear_megatron.train",
-        description="PEAR (or plain SFT, with pear.variant=none) on Megatron-Core. Started by torchrun.",
+        description="PEAR (or plain SFT, with pear.variant=none) on Megatron-Core.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="the recipe")
+    parser.add_argument(
+        "--nproc-per-node",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks to start here, where torchrun does not",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe's keys")
     return parser.parse_args(arguments)
 
@@ -44,6 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
     A run that was asked to stop ends with EXIT_REQUEUE.
     """
     args = parse_arguments(arguments)
+    if args.nproc_per_node > 1 and "WORLD_SIZE" not in os.environ:
+        sys.exit(run_ranks(args.nproc_per_node, "pear_megatron.train", arguments or sys.argv[1:]))
     stop = StopRequest()
     stop.install()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -56,6 +71,10 @@ def main(arguments: list[str] | None = None) -> None:
     except PearError as error:
         report_error(error)
         sys.exit(1)
+    except Exception:
+        if not stop.interrupted:
+            raise
+        os._exit(EXIT_INTERRUPTED)  # another rank has ended at once: no news
     stop.ignore()
     if not finished:
         sys.exit(EXIT_REQUEUE)

@@ -27,7 +27,7 @@ from pear_megatron.storage import digest
 from pear_megatron.train import resume
 from pear_megatron.train.alignment_check import check_alignment
 from pear_megatron.train.dataset import open_dataset
-from pear_megatron.train.guards import raise_bad_gradient, raise_not_finite, warn_of_collapse
+from pear_megatron.train.guards import WeightWatch, raise_bad_gradient, raise_not_finite, warn_of_collapse
 from pear_megatron.train.position import DataPosition
 from pear_megatron.train.run_folder import RunFolder
 from pear_megatron.train.start import start_model
@@ -118,6 +118,7 @@ class Trainer:
                 self._micro_batches(),
                 self.dataset,
             )
+        self.stop.saves(self.saver.folder.root)
         run = None
         if self.layout.is_main:
             run = RunFolder(self.recipe, start_step=self.step, total_steps=self.total_steps)
@@ -131,15 +132,20 @@ class Trainer:
             if run is not None:
                 run.close()
         if self.layout.is_main:
-            log.info(
-                "%s: %s",
-                "done" if finished else "asked to stop, and saved; the same command goes on",
-                checkpoint_path(self.saver.folder.root, self.step),
-            )
-            if not finished:
-                message = f"stopped at step {self.step} of {self.total_steps}"
-                leave_requeue_file(self.recipe.output_dir, message)
+            self._say_goodbye(finished)
         return finished
+
+    def _say_goodbye(self, finished: bool) -> None:
+        folder = checkpoint_path(self.saver.folder.root, self.step)
+        if finished:
+            log.info("done: %s", folder)
+            return
+        message = f"stopped at step {self.step} of {self.total_steps}"
+        leave_requeue_file(self.recipe.output_dir, message)
+        if self.step:
+            log.info("%s, and saved; the same command goes on: %s", message, folder)
+        else:
+            log.info("stopped before the first step, with nothing to save; the same command starts again")
 
     def _train_steps(self, run: RunFolder | None) -> bool:
         for chunk in self.model:
@@ -147,11 +153,13 @@ class Trainer:
         interval = self.recipe.checkpoint.save_interval
         stop_asked = self._stop_asked()
         saved = self.step
+        watch = WeightWatch(self.recipe.pear)
         while self.step < self.total_steps and not stop_asked:
             metrics, stop_asked = self._train_step()
             if run is not None:
                 run.log_step(metrics)
                 warn_of_collapse(metrics, self.recipe)
+                watch(metrics)
             self.saver.poll()
             if interval is not None and self.step % interval == 0:
                 self._save()

@@ -43,6 +43,7 @@ RECORDS: dict[str, dict[str, Any]] = {
             {"name": "TRL", "error": "no"},
         ],
     },
+    "cli-cpu": {**ABOUT, "rows": [{"name": "plan --help", "ms": 301.2, "processor_ms": 250.6}]},
 }
 
 
@@ -67,6 +68,7 @@ def test_every_picture_that_readme_shows_is_there():
         ("step-1b-cuda", ["| ours | 4096 | 10 | 409600 | 3.00 |", "theirs | 4096 | out of memory"]),
         ("step-1b-cuda", ["- ours: 8192, the longest tried", "- theirs: 4096\n"]),
         ("output_layer-cuda", ["| ours | 3 | 1.50 | 0 | 0.500 |", "Not run: peer (why)."]),
+        ("cli-cpu", ["| plan --help | 301 | 251 |"]),
         ("real_model-cuda", ["| PEAR token | 1e+04 | 0.5 | 20.0% | 10.0% to 30.0% |", "| TRL | no |"]),
     ],
 )
@@ -80,7 +82,6 @@ def test_tables_of_every_kind(stem: str, said: list[str]):
 
 @pytest.mark.parametrize("stem", RECORDS)
 def test_plots_of_every_kind(tmp_path: Path, stem: str):
-    pytest.importorskip("matplotlib")
     from plots import plot_record
     from table import kind
 

@@ -13,7 +13,6 @@ import pytest
 
 pytest.importorskip("trl", reason="needs the extra rl")
 pytest.importorskip("scipy", reason="needs the extra eval")
-pytest.importorskip("matplotlib", reason="needs the extra plot")
 
 from tests.compare import tiny
 from tests.compare.tiny import compare
@@ -49,6 +48,16 @@ def test_it_ends_with_numbers_a_page_and_pictures(finished: Path) -> None:
     for name in ("curves.png", "seeds.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
     assert not (out / "seed0" / "no-offline-phase" / "run").exists()
+
+
+def test_finished_cells_keep_their_models_and_tuning_keeps_numbers(finished: Path) -> None:
+    out = finished / "out"
+    for cell in (out / "seed0").iterdir():
+        for model in ("export", "rl/final"):
+            assert (cell / model / "model.safetensors").is_file()
+    assert not [path for path in out.glob("*/*/**/checkpoints") if "prepared" not in path.parts]
+    assert not list((out / "tune").rglob("*.safetensors"))
+    assert len(list((out / "tune").rglob("metrics.jsonl"))) == 8  # two arms, two values, two phases
 
 
 def test_layouts_of_two_ranks_and_one_process_see_the_same_trajectories(
@@ -92,7 +101,7 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(finished: Path,
         os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()  # its stages find out by themselves
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=300)[0]
     assert process.returncode == -signal.SIGKILL, said
     compare(config)
     for arm, expected in tiny.results(finished)["arms"].items():

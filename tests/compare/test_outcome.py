@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 pytest.importorskip("scipy", reason="needs the extra eval")
-pytest.importorskip("matplotlib", reason="needs the extra plot")
 
 from pear_megatron.compare.figures import _smooth
+from pear_megatron.compare.markdown import markdown_table
 from pear_megatron.compare.outcome import Outcome, take_off
 from pear_megatron.compare.page import page
+from pear_megatron.compare.report import print_table
+from pear_megatron.compare.table import make_table
 from tests.compare import made
 
 STEPS = 8
@@ -153,6 +155,23 @@ def test_names_of_arms_are_text_in_tables_and_pictures(tmp_path: Path) -> None:
     assert text.count("&lt;b&gt;SFT &amp; co&lt;/b&gt;") >= 4  # tables, and the legend of each picture
     assert text.count("_hidden") >= 5
     assert text.count(r"a$\oops$") >= 5
+
+
+def test_page_terminal_and_markdown_show_the_same_numbers(
+    outcome: Outcome, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    results = json.loads(json.dumps(outcome.as_json()))
+    print_table(outcome)
+    shown = {"page": page(outcome), "terminal": capsys.readouterr().out, "markdown": markdown_table(results)}
+    rows = make_table(results).rows
+    assert [row.arm for row in rows if row.differences is None] == ["SFT"]
+    for where, text in shown.items():
+        for row in rows:
+            clear = [entry for entry in row.differences or [] if entry.clear or where != "markdown"]
+            for entry in [*row.means, *clear]:
+                assert entry.mean in text, where
+                assert entry.interval in text, where
 
 
 def test_tuning_takes_the_value_with_the_highest_mean_reward_over_rl_for_each_arm(tmp_path: Path) -> None:

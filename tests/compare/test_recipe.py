@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 pytest.importorskip("trl", reason="needs the extra rl")
 pytest.importorskip("scipy", reason="needs the extra eval")
-pytest.importorskip("matplotlib", reason="needs the extra plot")
 
 from pear_megatron.cli import app
 from pear_megatron.compare.cell import cells_of, fill, tuning_cells
 from pear_megatron.compare.recipe import folder_name, load_compare_recipe
+from pear_megatron.errors import RecipeError
 from tests.compare import tiny
 
 
@@ -74,7 +74,9 @@ def test_mistakes_in_the_recipes_that_it_names_are_found_before_anything_is_run(
     assert "policy.generation.max_new_tokens" in refused(
         rl={**base["rl"], "overrides": [*base["rl"]["overrides"], "policy.generation.max_new_tokens=null"]}
     )
-    assert "does not divide the 1 process(es)" in refused(offline={**base["offline"], "processes": 1})
+    said = refused(offline={**base["offline"], "processes": 1})
+    assert "arm token, seed 0: offline.processes 1 is no multiple of 2" in said
+    assert "nproc" not in said
     assert "no recipe at" in refused(rl={**base["rl"], "recipe": "elsewhere.yaml"})
 
 
@@ -98,6 +100,31 @@ def test_the_recipes_of_the_repository_are_whole() -> None:
         recipe = load_compare_recipe(path, ["seeds=[0]"])
         check_recipe(recipe, prepared=False)
         assert recipe.baseline == "SFT"
+
+
+def test_a_recipe_is_looked_for_beside_the_file_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "runs").mkdir(parents=True)
+    base = tiny.values(tmp_path)
+    offline, rl = ({**base[part], "recipe": f"{part}.yaml"} for part in ("offline", "rl"))
+    tiny.write(tmp_path / "mine", offline=offline, rl=rl)
+    child = tmp_path / "mine" / "runs" / "child.yaml"
+    child.write_text("defaults: ../compare.yaml\nrl: {recipe: own.yaml}\n")
+    recipe = load_compare_recipe(child)
+    assert recipe.offline.recipe == str(tmp_path / "mine" / "offline.yaml")
+    assert recipe.rl.recipe == str(child.parent / "own.yaml")
+    overridden = load_compare_recipe(child, ["offline.recipe=../other.yaml"])
+    assert overridden.offline.recipe == str(tmp_path / "mine" / "other.yaml")
+
+
+def test_what_changes_no_number_may_change_in_a_folder_that_is_there(tmp_path: Path) -> None:
+    config = tiny.write(tmp_path)
+    cells_of(load_compare_recipe(config), {})[1].claim()
+    base = tiny.values(tmp_path)
+    more = [*base["offline"]["overrides"], "checkpoint.save_interval=1", "checkpoint.keep_last=3"]
+    tiny.write(tmp_path, keep="all", offline={**base["offline"], "overrides": more})
+    cells_of(load_compare_recipe(config), {})[1].claim()
+    with pytest.raises(RecipeError, match=r"\(offline.optimizer.lr differ\)"):
+        cells_of(load_compare_recipe(config), {"token": ("optimizer.lr=0.5",)})[1].claim()
 
 
 def test_a_cell_is_an_arm_with_its_seed_its_folder_and_what_tuning_chose(tmp_path: Path) -> None:

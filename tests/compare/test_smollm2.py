@@ -15,7 +15,6 @@ import yaml
 pytest.importorskip("trl", reason="needs the extra rl")
 pytest.importorskip("reasoning_gym", reason="needs the extra rl")
 pytest.importorskip("scipy", reason="needs the extra eval")
-pytest.importorskip("matplotlib", reason="needs the extra plot")
 
 from tests.compare import tiny
 from tests.compare.tiny import RECIPES

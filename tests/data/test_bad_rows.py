@@ -96,7 +96,10 @@ BAD_ROWS = {
         ["unknown field 'behaviour_logprobs'; did you mean 'behavior_logprobs'?"],
     ),
     "unknown field": ({**a_row(), "source": "web"}, ["unknown field 'source'; known fields:", "'metadata'"]),
-    "no tokens and no text": ({"reward": 1.0}, ["input_ids+loss_mask, messages, or prompt+response", "none"]),
+    "no tokens and no text": (
+        {"reward": 1.0},
+        ["messages (or conversations), or prompt+response", "none"],
+    ),
     "two forms": (
         {**a_row(), "prompt": "a", "response": "b"},
         ["this one has input_ids+loss_mask and prompt+response"],
@@ -189,13 +192,29 @@ def test_two_tokenizers_in_one_dataset_are_refused(tmp_path: Path, config: Confi
     assert f"{file}:3: tokenizer_hash = 'bbbb', but an earlier row has 'aaaa'" in str(caught.value)
 
 
-def test_twenty_problems_are_listed_and_all_are_counted(tmp_path: Path, config: Config) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", [a_row(reward="good")] * 33)
+def test_one_line_tells_of_all_rows_with_the_same_problem(tmp_path: Path, config: Config) -> None:
+    rows = [a_row(reward="good"), a_row(n=20), a_row(n=1021), *[a_row(reward="bad")] * 1204]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError) as caught:
         prepare(config(file))
-    assert (len(caught.value.problems), caught.value.total) == (20, 33)
-    assert str(caught.value).startswith("33 problems in the data:")
-    assert str(caught.value).endswith("... and 13 more")
+    reward, long = caught.value.problems
+    assert reward.startswith(f"{file}:1: reward = 'good' is not a finite number")
+    assert reward.endswith(f"(1,205 rows like this: {file}:1, {file}:4, {file}:5, ...)")
+    assert long.startswith(f"{file}:2: input_ids has 20 tokens, over-long")
+    assert long.endswith(f"(2 rows like this: {file}:2, {file}:3)")
+    assert caught.value.total == 1207
+    assert str(caught.value).startswith("1,207 problems in the data:")
+    assert "more" not in str(caught.value)
+
+
+def test_twenty_kinds_of_problems_are_listed_and_all_are_counted(tmp_path: Path, config: Config) -> None:
+    rows = [{**a_row(), f"field_{chr(97 + i)}": 1} for i in range(23)]
+    file = write_jsonl(tmp_path / "a.jsonl", [*rows, rows[0], rows[22]])
+    with pytest.raises(DataError) as caught:
+        prepare(config(file))
+    assert (len(caught.value.problems), caught.value.total) == (20, 25)
+    assert str(caught.value).startswith("25 problems in the data:")
+    assert str(caught.value).endswith("... and 4 more")  # three kinds, one of them twice
 
 
 def test_parquet_row_is_named(tmp_path: Path, config: Config) -> None:

@@ -62,8 +62,8 @@ def test_prompt_and_response_are_one_exchange(byte_tokenizer: Tokenizers) -> Non
     tokenizer = byte_tokenizer()
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     raw, written = encode(tokenizer, prompt="a", response="b"), encode(tokenizer, messages=messages)
-    assert tokenizer.decode(raw.input_ids) + "\n" == tokenizer.decode(written.input_ids)
-    assert decisions(tokenizer, raw) == decisions(tokenizer, written) == "b<|im_end|>"
+    assert raw == written
+    assert decisions(tokenizer, raw) == "b<|im_end|>"
 
 
 def test_without_a_template_prompt_and_response_are_joined_and_ended(byte_tokenizer: Tokenizers) -> None:
@@ -143,10 +143,6 @@ BAD_TEXT = {
         ["tokenizer_hash = '0123456789abcdef', but data.tokenizer = ", "foreign tokenizer", "score the data"],
     ),
     "token of another tokenizer": (a_row(input_ids=[258] * 8), ["input_ids[0] = 258 is outside"]),
-    "truncated text": (
-        {"prompt": "a", "response": "b", "truncated": True},
-        ["truncated = True", "the policy never produced", "data.truncated=drop"],
-    ),
 }
 
 

@@ -174,9 +174,9 @@ def test_progress_bar_is_shown_on_request(
 
 
 def test_data_error_survives_the_way_between_ranks() -> None:
-    error = pickle.loads(pickle.dumps(DataError(["a.jsonl:1: bad"], 3)))
-    assert (error.problems, error.total) == (["a.jsonl:1: bad"], 3)
-    assert "... and 2 more" in str(error)
+    error = pickle.loads(pickle.dumps(DataError(["a.jsonl:1: bad"], 3, 2)))
+    assert (error.problems, error.total, error.listed) == (["a.jsonl:1: bad"], 3, 2)
+    assert str(error).endswith("... and 1 more")
 
 
 def test_config_takes_one_file_or_many_and_refuses_typos() -> None:

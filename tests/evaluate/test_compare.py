@@ -89,7 +89,7 @@ def test_the_command_evaluates_and_compares(word_model: Path, tmp_path: Path) ->
             "settings.json",
         }
     arms = [f"{tmp_path}/first-*", f"{tmp_path}/second-0/results.json"]
-    done = CliRunner().invoke(app, ["eval", "--compare", *arms, "--output", str(tmp_path / "compared")])
+    done = CliRunner().invoke(app, ["eval-compare", *arms, "--output", str(tmp_path / "compared")])
     assert done.exit_code == 0, done.output
     assert "difference" in done.output
     measures = json.loads((tmp_path / "compared" / "comparison.json").read_text())["measures"]
@@ -98,14 +98,15 @@ def test_the_command_evaluates_and_compares(word_model: Path, tmp_path: Path) ->
 
 
 def test_mistakes_on_the_command_line_end_with_a_message(word_model: Path, tmp_path: Path) -> None:
-    model = ["--model", str(word_model), "--output", str(tmp_path / "out")]
+    evaluation = ["eval", "--model", str(word_model), "--output", str(tmp_path / "out")]
     for arguments, message in (
-        ([], "give --model, --problems and --output"),
-        (["--compare", str(tmp_path), str(tmp_path / "x")], "no results at"),
-        ([*model, "--problems", str(write_problems(tmp_path)), "--k", "one"], "--k one"),
-        ([*model, "--problems", str(tmp_path / "p.jsonl")], "--grader"),
+        (["eval-compare", str(tmp_path), str(tmp_path / "x")], "no results at"),
+        ([*evaluation, "--problems", str(write_problems(tmp_path)), "--k", "one"], "--k one"),
+        ([*evaluation, "--problems", str(tmp_path / "p.jsonl")], "--grader"),
     ):
-        done = CliRunner().invoke(app, ["eval", *arguments])
+        done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 1
         assert "error: " in done.output
         assert message in done.output
+    for missing in (["eval", "--model", str(word_model)], ["eval-compare", str(tmp_path)]):
+        assert CliRunner().invoke(app, missing).exit_code == 2  # named by the usage line

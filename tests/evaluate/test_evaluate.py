@@ -214,6 +214,11 @@ def test_what_cannot_be_evaluated_is_said(word_model: Path, tmp_path: Path) -> N
         run(megatron, problems, tmp_path / "out")
     with pytest.raises(EvalError, match="no such folder"):
         run(tmp_path / "nowhere", problems, tmp_path / "out")
+    bare = save_word_model(tmp_path / "bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(EvalError, match="bare holds a model and no tokenizer; copy tokenizer.json"):
+        run(bare, problems, tmp_path / "out")
     with pytest.raises(EvalError, match="from 1 to --num-samples 4"):
         run(word_model, problems, tmp_path / "out", ks=[8])
     with pytest.raises(

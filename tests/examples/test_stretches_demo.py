@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 pytest.importorskip("trl", reason="needs the extra rl")
-pytest.importorskip("matplotlib", reason="needs the extra plot")
 
 from examples.stretches import demo, weigh, world
 from pear_megatron import PearConfig

@@ -9,7 +9,6 @@ import pytest
 
 
 def test_pictures_are_written_and_small(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs the extra plot")
     from examples.stretches import plots
 
     rng = np.random.default_rng(0)

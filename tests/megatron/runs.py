@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tests.distributed import _FORKSERVER
 
@@ -62,13 +63,13 @@ class Started:
             threading.Thread(target=_read, args=(end, said), daemon=True)
             for (end, _), said in zip(pipes, self._said, strict=True)
         ]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # Held open here, as torchrun holds it: a port that is only known to be free may be somebody else's soon.
+        self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         arguments = ["--config", str(config), *overrides]
         self.ranks = [
             _FORKSERVER.Process(
-                target=target or run_entry_point, args=(rank, processes, port, pipes[rank][1], arguments)
+                target=target or run_entry_point,
+                args=(rank, processes, self._store.port, pipes[rank][1], arguments),
             )
             for rank in range(processes)
         ]
@@ -113,8 +114,6 @@ def _read(end: Connection, said: bytearray) -> None:
 
 def run_entry_point(rank: int, world: int, port: int, output: Connection, arguments: list[str]) -> None:
     """What a rank of ``Started`` does, unless ``target`` says otherwise."""
-    import torch
-
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     output.close()
@@ -124,6 +123,7 @@ def run_entry_point(rank: int, world: int, port: int, output: Connection, argume
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     torch.set_num_threads(1)
     from pear_megatron.train.__main__ import main

@@ -174,6 +174,21 @@ def test_keep_last_keeps_the_newest_and_counts_only_whole_ones(tmp_path: Path, t
     assert damage(root / "iter_0000002") is None
 
 
+def test_checkpoints_that_are_too_many_are_named_before_they_go(tmp_path: Path, trajectories: Path) -> None:
+    run = tmp_path / "run"
+    root = run / "checkpoints"
+    every = ["checkpoint.save_interval=1", "checkpoint.keep_last=null"]
+    train_runs(1, trajectories, {run: ["train.max_steps=4", *every]})
+    assert len(list(root.glob("iter_*"))) == 4
+    goes_on = Started(1, f"data.train={trajectories}", f"output_dir={run}", *SMALL, "train.max_steps=5")
+    assert goes_on.wait() == [0], goes_on.output()
+    assert (
+        f"checkpoint.keep_last is 2 and {root} holds 4 checkpoints: the older ones (steps 1, 2)"
+        in goes_on.output()
+    )
+    assert sorted(path.name for path in root.glob("iter_*")) == ["iter_0000004", "iter_0000005"]
+
+
 def rank_fails_while_writing(rank: int, root: Path, where: str) -> tuple[str, list[str]]:
     """Saves step 1, then step 2 with a limit on the size of files -> the error, and what is in the folder."""
     from pear_megatron.megatron.checkpoint.saver import CheckpointSaver, save_model
@@ -211,7 +226,7 @@ def rank_fails_while_writing(rank: int, root: Path, where: str) -> tuple[str, li
 def test_an_error_on_one_rank_while_writing_is_everybodys_and_leaves_the_last_one(
     tmp_path: Path, where: str
 ) -> None:
-    for error, left in run_ranks(2, rank_fails_while_writing, tmp_path, where, timeout=60):
+    for error, left in run_ranks(2, rank_fails_while_writing, tmp_path, where):
         assert "the checkpoint of step 2 cannot be written to" in error
         assert "that of step 1 is whole" in error
         assert left == ["iter_0000001", LATEST]
@@ -249,7 +264,7 @@ def test_a_full_disk_stops_the_run_before_it_writes_and_keeps_the_last_checkpoin
 def test_a_disk_that_fills_up_while_writing_leaves_nothing_half_written(
     small_disk: Path, tmp_path: Path
 ) -> None:
-    errors = run_ranks(2, rank_fills_the_disk, small_disk, timeout=60)
+    errors = run_ranks(2, rank_fills_the_disk, small_disk)
     for error in errors:
         assert "cannot be written" in error
         assert "with 0 GB free" in error
@@ -317,7 +332,7 @@ def test_an_error_on_rank_0_before_the_shards_does_not_hang_the_others(
 ) -> None:
     arguments = [f"data.train={trajectories}", f"output_dir={tmp_path / 'run'}", *SMALL]
     run = Started(2, *arguments, TP, target=run_without_room_for_small_files)
-    assert run.wait(timeout=60) == [1, 1]
+    assert run.wait() == [1, 1]
     assert "error: the checkpoint of step " in run.output()
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 

@@ -190,7 +190,7 @@ def test_asked_to_stop_saves_asks_to_be_requeued_and_goes_on(
     stopped = Started(processes, *arguments, f"output_dir={folder}")
     send_at_step(folder, stopped, 3, number, rank)
     assert stopped.wait() == [EXIT_REQUEUE] * processes, stopped.output()
-    assert "asked to stop, and saved" in stopped.output()
+    assert "and saved; the same command goes on: " in stopped.output()
     at = metrics(folder)[-1]["step"]
     assert 3 <= at < 20
     assert (folder / "requeue").read_text() == f"stopped at step {at} of 20\n"
@@ -224,7 +224,7 @@ def test_through_torchrun_the_requeue_file_speaks(tmp_path: Path, trajectories: 
     try:
         wait_until(lambda: len(metrics(folder)) >= 3)
         run.send_signal(signal.SIGTERM)
-        _, errors = run.communicate(timeout=60)
+        _, errors = run.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         run.kill()
         raise

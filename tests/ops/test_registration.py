@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import pear_megatron  # noqa: F401  (registers the ops)
+import pear_megatron.ops  # noqa: F401  (registers them)
 from pear_megatron.ops.library import ops
 
 T, V, BOUNDS = 12, 70, [0, 5, 5, 12]

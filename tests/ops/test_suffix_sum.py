@@ -167,6 +167,6 @@ def errors_of_bad_packs(rank: int) -> list[str]:
 
 
 def test_packs_that_ranks_cannot_share_are_refused_on_every_rank():
-    for messages in run_ranks(2, errors_of_bad_packs, timeout=30):
+    for messages in run_ranks(2, errors_of_bad_packs):
         for (_, _, expected), message in zip(BAD_PACKS, messages, strict=True):
             assert expected in message

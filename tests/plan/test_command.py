@@ -20,7 +20,14 @@ def plan(*arguments: str | Path) -> Result:
 def test_recipe_alone_gives_layout_memory_and_time_of_a_step() -> None:
     done = plan("--config", FOLDER / "qwen2.5-72b.yaml")
     assert done.exit_code == 0, done.stderr
-    for said in ("72.706 B", "TP 8 x PP 4 x DP 1", "stage 4", "optimizer state", "assumed MFU of 40%"):
+    for said in (
+        "72.706 B",
+        "TP 8 x PP 4 x DP 1",
+        "stage 4",
+        "optimizer state",
+        "assumed MFU of 40%",
+        "an export",
+    ):
         assert said in done.stdout
 
 
@@ -42,6 +49,8 @@ def test_json_holds_everything_and_nothing_else_is_printed(tmp_path: Path) -> No
     assert found["gpu_hours"] == pytest.approx(found["hours"] * 8)
     assert found["mfu_assumed"] == 0.5
     assert {"weights", "logits", "reserve", "total"} <= found["stages"][0].keys()
+    assert found["disk"]["checkpoint"] == found["disk"]["weights"] + found["disk"]["optimizer"]
+    assert found["disk"]["export"] == 2 * found["parameters"]
 
 
 def test_json_of_a_recipe_that_does_not_fit_names_the_remedies() -> None:
@@ -62,9 +71,31 @@ def test_data_are_counted_as_training_counts_them(tmp_path: Path) -> None:
     (cache,) = (tmp_path / "run" / "data_cache").iterdir()  # training finds it
     dataset = TrajectoryDataset.open(cache)
     assert run["trajectories"] == 50
-    assert run["tokens"] == int((dataset.lengths - 1).sum())
+    assert run["tokens"] == int(dataset.lengths.sum())  # as `validate` says
     assert run["decisions"] == int(dataset.num_decisions.sum())
     assert run["steps"] == BatchPlan(dataset.lengths, 128, 8, seed=1234).steps_per_epoch()
+
+
+def test_plan_and_validate_count_the_same_tokens(tmp_path: Path) -> None:
+    data = write_trajectories(tmp_path / "data.jsonl", count=20)
+    run = json.loads(
+        plan("--config", TINY, f"data.train={data}", f"output_dir={tmp_path}/run", "--json").stdout
+    )
+    said = CliRunner().invoke(app, ["validate", str(data)]).stdout
+    assert run["run"]["tokens"] == sum(
+        len(json.loads(row)["input_ids"]) for row in data.read_text().splitlines()
+    )
+    assert f" {run['run']['tokens']:,}" in said
+
+
+def test_errors_name_the_file_once(tmp_path: Path) -> None:
+    for overrides in (
+        ["train.max_stepz=3"],
+        ["cluster.gpus_per_node=3", "parallel.tensor_model_parallel_size=2"],
+    ):
+        said = plan("--config", TINY, *overrides).stderr
+        assert said.startswith(f"error: {TINY}: ")
+        assert said.count(str(TINY)) == 1
 
 
 def test_broken_data_are_refused_by_file_and_line(tmp_path: Path) -> None:

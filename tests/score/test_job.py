@@ -64,8 +64,8 @@ def test_output_has_stable_columns_and_remembers_where_rows_came_from(
     schema = pq.read_schema(tmp_path / "out.parquet")
     assert {name: str(schema.field(name).type).split(": ")[-1] for name in schema.names} == {
         "id": "string", "input_ids": "int32>", "loss_mask": "bool>", "behavior_logprobs": "float>",
-        "reward": "double", "temperature": "double", "tokenizer_hash": "string", "truncated": "bool",
-        "metadata": "string",
+        "token_weights": "float>", "reward": "double", "temperature": "double", "tokenizer_hash": "string",
+        "truncated": "bool", "metadata": "string",
     }  # fmt: skip
     source = str(tmp_path / "in.jsonl")
     assert [json.loads(row["metadata"])["source"] for row in rows] == [f"{source}:{i}" for i in (1, 2, 3)]

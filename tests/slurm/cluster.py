@@ -16,6 +16,7 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
 _SBIN = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
 
+PATIENCE = 300.0  # seconds: far beyond what a loaded machine takes; only a failure waits so long
 # A requeued job waits for AuthInfo's cred_expire (120 s by default, 5 at least) before it starts again.
 _CONFIG = """\
 ClusterName=peartest
@@ -57,7 +58,7 @@ def missing_programs() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=_SBIN) is None]
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
     """Looks ten times a second until ``condition`` holds.
 
     Raises:
@@ -104,7 +105,7 @@ class SlurmCluster:
         self._daemon("slurmctld", "-D")
         for node in self.nodes:
             self._daemon("slurmd", "-D", "-N", node)
-        wait_until(self._all_idle, f"the nodes to be idle; see {self.folder}/*.log", 30)
+        wait_until(self._all_idle, f"the nodes to be idle; see {self.folder}/*.log")
 
     def stop(self) -> None:
         """Kills the daemons and whatever else runs with this cluster's configuration in its environment."""
@@ -126,7 +127,7 @@ class SlurmCluster:
             text=True,
             cwd=cwd,
             env={**self.environment, **variables},
-            timeout=60,
+            timeout=PATIENCE,
         )
         assert not check or done.returncode == 0, f"{' '.join(command)} failed:\n{done.stderr}{done.stdout}"
         return done.stdout
@@ -136,7 +137,7 @@ class SlurmCluster:
         shown = self.run("scontrol", "--oneliner", "show", "job", job_id)
         return dict(field.split("=", 1) for field in shown.split() if "=" in field)
 
-    def wait(self, job_id: str, *states: str, seconds: float = 120) -> dict[str, str]:
+    def wait(self, job_id: str, *states: str, seconds: float = PATIENCE) -> dict[str, str]:
         """Waits until a job is in one of the states -> its fields."""
         wait_until(lambda: self.job(job_id)["JobState"] in states, f"job {job_id} to be {states}", seconds)
         return self.job(job_id)
@@ -146,7 +147,7 @@ class SlurmCluster:
                    "seed-file": "munge.seed", "log-file": "munge.log"}  # fmt: skip
         files = [f"--{name}={self.folder / file}" for name, file in options.items()]
         self._daemon("munged", "--foreground", "--force", "--num-threads=2", *files)
-        wait_until((self.folder / "munge.socket").exists, "munge's socket", 10)
+        wait_until((self.folder / "munge.socket").exists, "munge's socket")
 
     def _daemon(self, *command: str) -> None:
         log = (self.folder / f"{command[0]}{command[-1] if command[0] == 'slurmd' else ''}.log").open("wb")

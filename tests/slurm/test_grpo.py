@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.rl.exports import write_export
-from tests.rl.stand_in import write_stand_in
+from tests.rl.nemo_rl.exports import write_export
+from tests.rl.nemo_rl.stand_in import write_stand_in
 from tests.slurm.workspace import Workspace
 
 READ_BY_RAY_SUB = (

@@ -96,4 +96,4 @@ def test_a_chain_that_slurm_does_not_take_whole_is_taken_back(models: Workspace)
     said = models.shell(f"slurm/pipeline.sh recipe.yaml {SCORE} 2>&1", check=False)
     assert "export.sbatch" in said
     assert not jobs_of(said)
-    wait_until(lambda: not models.shell("squeue --noheader"), "no job to be left", 20)
+    wait_until(lambda: not models.shell("squeue --noheader"), "no job to be left")

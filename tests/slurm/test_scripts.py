@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.megatron.runs import REPOSITORY, TINY, write_trajectories
-from tests.slurm.cluster import wait_until
+from tests.slurm.cluster import PATIENCE, wait_until
 
 SLURM = REPOSITORY / "slurm"
 
@@ -50,9 +50,9 @@ def test_a_preemption_that_reaches_the_node_script_alone_reaches_training(tmp_pa
         },
     )
     try:
-        wait_until((run / "metrics.jsonl").exists, "the first step", 120)
+        wait_until((run / "metrics.jsonl").exists, "the first step")
         node.terminate()
-        assert node.wait(60) == 1  # torchrun's; training's own is EXIT_REQUEUE
+        assert node.wait(PATIENCE) == 1  # torchrun's; training's own is EXIT_REQUEUE
         assert (run / "requeue").exists()
         assert list((run / "checkpoints").glob("iter_*"))
     finally:

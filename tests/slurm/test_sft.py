@@ -37,7 +37,7 @@ def test_a_job_that_loses_a_node_goes_on_from_its_last_checkpoint(
     job = workspace.sbatch("--nodes=2 slurm/sft.sbatch recipe.yaml checkpoint.save_interval=4")
     workspace.wait_for_step(5)
     workspace.cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
-    workspace.cluster.wait(job, "PENDING", seconds=40)
+    workspace.cluster.wait(job, "PENDING")
     workspace.cluster.run("scontrol", "update", "nodename=n2", "state=resume")
     fields = workspace.finish(job, "COMPLETED")
     assert fields["Restarts"] == "1"
@@ -75,7 +75,7 @@ def test_mistakes_are_said_at_once_and_end_the_job_with_exit_code_1(
     workspace: Workspace, arguments: str, said: str
 ) -> None:
     job = workspace.sbatch(arguments)
-    assert workspace.finish(job, "FAILED", seconds=30)["ExitCode"] == "1:0"
+    assert workspace.finish(job, "FAILED")["ExitCode"] == "1:0"
     assert "error: " in workspace.log(job)
     assert said in workspace.log(job)
     assert not (workspace.folder / "run").exists()

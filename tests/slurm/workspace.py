@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from tests.megatron.ranks import SMALL
 from tests.megatron.runs import REPOSITORY, TINY, write_trajectories
-from tests.slurm.cluster import SlurmCluster, wait_until
+from tests.slurm.cluster import PATIENCE, SlurmCluster, wait_until
 
 # Steps slow enough that there is time to stop a run in its middle.
 OVERRIDES = [*SMALL, "train.global_batch_size=96", "train.max_steps=16", "optimizer.lr_decay_style=constant"]
@@ -59,7 +59,7 @@ class Workspace:
         """What the processes of a job have written."""
         return "".join(log.read_text() for log in self.folder.glob(f"logs/*-{job_id}/node-*.log"))
 
-    def finish(self, job_id: str, state: str, seconds: float = 120) -> dict[str, str]:
+    def finish(self, job_id: str, state: str, seconds: float = PATIENCE) -> dict[str, str]:
         """Waits for a job to end in this state -> its fields."""
         job = self.cluster.wait(job_id, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=seconds)
         assert job["JobState"] == state, self.log(job_id) + self.node_logs(job_id)
@@ -73,4 +73,4 @@ class Workspace:
 
     def wait_for_step(self, step: int) -> None:
         """Waits until the run has done this step."""
-        wait_until(lambda: len(self.steps()) >= step, f"step {step} of {self.folder}", 90)
+        wait_until(lambda: len(self.steps()) >= step, f"step {step} of {self.folder}")

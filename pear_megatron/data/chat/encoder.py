@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pear_megatron.data.chat.conversation import Conversation, Encoded
-from pear_megatron.data.chat.ends import find_end, special_texts
-from pear_megatron.data.chat.fit import Fitter
+from pear_megatron.data.chat.ends import special_texts
 from pear_megatron.data.chat.marks import check_marks, marked_contexts
 from pear_megatron.data.chat.messages import (
     Message,
     check_order,
     is_assistant,
     is_empty,
+    parts_of,
     read_messages,
-    without_nulls,
 )
-from pear_megatron.data.chat.template import Setting, Template
-from pear_megatron.data.chat.turns import TurnWriter, not_doubled
+from pear_megatron.data.chat.renderers import Renderer, Renderers
+from pear_megatron.data.chat.turns import not_doubled
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import short
 
@@ -37,6 +35,7 @@ class _Turn:
     number: int
     context: str
     written: str
+    before: list[int]
     response: list[int]
 
 
@@ -69,14 +68,14 @@ class ChatEncoder:
         multi_turn: MultiTurn = "auto",
     ) -> None:
         self._tokenizer = tokenizer
-        self._own_template = chat_template
-        self._kwargs = dict(chat_template_kwargs or {})
         self._multi_turn = multi_turn
-        self._renderers: dict[str, tuple[Fitter, TurnWriter]] = {}
         self._special = special_texts(tokenizer)
+        first = tokenizer.convert_ids_to_tokens(self._ids("a"))[0]
+        self._space_first = first.startswith("\u2581")
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = set(tokenizer.all_special_ids) | {i for i, token in added if token.special}
         self.notes: Counter[str] = Counter()
+        self._renderers = Renderers(tokenizer, chat_template, chat_template_kwargs or {}, self.notes)
 
     def encode(self, conversation: Conversation) -> list[Encoded]:
         """The conversation's trajectories, one unless it is split; RowProblem where that is not possible."""
@@ -84,16 +83,15 @@ class ChatEncoder:
             return [self._encode_raw(conversation)]
         messages = read_messages(conversation.messages)
         check_order(messages)
-        setting = self._setting(conversation)
-        fitter, writer = self._renderer(setting)
-        turns = self._turns(messages, setting, fitter, writer, conversation.truncated)
-        split = self._split(turns)
-        if len(turns) > 1 and self._multi_turn == "split":
-            whole = None
-        else:
-            whole = self._whole(messages, turns, setting, fitter, writer)
-        if whole is not None:
-            return [whole]
+        self._note_control_tokens(messages)
+        renderer = self._needed(conversation)
+        turns = self._turns(messages, renderer, conversation.truncated)
+        if turns[-1].place < len(messages) - 1:
+            self.notes["rows whose messages after the last turn that is learned from are left out"] += 1
+        if len(turns) == 1 or self._multi_turn != "split":
+            whole = self._whole(messages[: turns[-1].place + 1], turns, renderer)
+            if whole is not None:
+                return [whole]
         if self._multi_turn == "whole":
             raise RowProblem(
                 f"messages[{turns[-1].place}]: the chat template renders the turns before it differently once it is "
@@ -101,6 +99,7 @@ class ChatEncoder:
                 f"(--multi-turn split) or auto, a template with {{% generation %}} marks, {_GIVE_IDS}"
             )
         self.notes["rows split into their turns"] += 1
+        split = [_joined(turn.before, turn.response, turn.number) for turn in turns]
         self.notes["tokens added by splitting"] += sum(len(one.input_ids) for one in split[:-1])
         return split
 
@@ -125,19 +124,19 @@ class ChatEncoder:
         Raises:
             RowProblem: the answer is empty, or cannot be written.
         """
-        context, writer, setting = self._context(conversation)
+        context, renderer = self._context(conversation)
         if isinstance(answer, str):
-            return self._sampled_ids(self._raw(context, answer, writer, truncated, "response"))
+            return self._sampled_ids(self._raw(context, answer, renderer, truncated))
         (message,) = read_messages([answer], "answer")
         if not is_assistant(message) or is_empty(message):
             raise RowProblem(
                 f"answer = {short(answer)}; it must be an assistant message with text, thinking or calls"
             )
-        if writer is None:
+        if renderer is None:
             raise RowProblem(
                 f"answer: the tokenizer has no chat template to write a message; give one, {_GIVE_IDS}"
             )
-        return self._sampled_ids(writer.write(message, "answer[0]", setting, context, truncated=truncated))
+        return self._sampled_ids(renderer.turn(message, "answer[0]", context, truncated=truncated))
 
     def _encode_raw(self, conversation: Conversation) -> Encoded:
         response = conversation.response
@@ -147,18 +146,14 @@ class ChatEncoder:
             )
         if not response:
             raise RowProblem("response = '' is empty: there is no decision to learn from; drop the row")
-        context, writer, _ = self._context(conversation)
-        before = self._ids(context) if writer is not None else self._without_eos(context)
-        return _joined(
-            before,
-            self._sampled_ids(self._raw(context, response, writer, conversation.truncated, "response")),
-        )
+        context, renderer = self._context(conversation)
+        before = self._ids(context) if renderer is not None else self._without_eos(context)
+        raw = self._raw(context, response, renderer, conversation.truncated)
+        return _joined(before, self._sampled_ids(raw))
 
-    def _raw(
-        self, context: str, response: str, writer: TurnWriter | None, truncated: bool, field: str
-    ) -> str:
-        if writer is not None:
-            return writer.end_raw(not_doubled(context, response), field, truncated=truncated)
+    def _raw(self, context: str, response: str, renderer: Renderer | None, truncated: bool) -> str:
+        if renderer is not None:
+            return renderer.writer.end_raw(not_doubled(context, response), "response", truncated=truncated)
         eos = self._tokenizer.eos_token
         if truncated or (eos is not None and response.endswith(eos)):
             return response
@@ -166,101 +161,67 @@ class ChatEncoder:
             raise RowProblem(f"response: the tokenizer has no EOS token to end it; set one, {_GIVE_IDS}")
         return response + str(eos)
 
-    def _context(self, conversation: Conversation) -> tuple[str, TurnWriter | None, Setting]:
-        """(text up to the response, what writes a turn or None without a template, the setting)."""
-        setting = self._setting(conversation)
+    def _context(self, conversation: Conversation) -> tuple[str, Renderer | None]:
+        """(text up to the response, its renderer or None without a chat template)."""
         field, value = "messages", conversation.messages
         if value is None:
             field, value = "prompt", conversation.prompt
-            if isinstance(value, str):
-                if self._template(setting) is None:
-                    if setting != Setting():
-                        raise RowProblem(
-                            "tools, documents and chat_template_kwargs need a chat template; there is none"
-                        )
-                    return value, None, setting
-                value = [{"role": "user", "content": value}]
+        if isinstance(value, str) and field == "prompt":
+            renderer = self._renderers.of(conversation)
+            if renderer is None:
+                return value, None
+            value = [{"role": "user", "content": value}]
         messages = read_messages(value, field)
-        fitter, writer = self._renderer(setting)
-        return fitter.render(messages, setting, prompt=True, field=field), writer, setting
+        renderer = self._needed(conversation)
+        return renderer.context(messages, field), renderer
 
-    def _setting(self, conversation: Conversation) -> Setting:
-        given = conversation.chat_template_kwargs or {}
-        if not isinstance(given, Mapping):
-            raise RowProblem(f"chat_template_kwargs = {short(given)}; it must be an object")
-        kwargs = {**self._kwargs, **{name: value for name, value in given.items() if value is not None}}
-        return Setting(
-            _objects(conversation.tools, "tools"), _objects(conversation.documents, "documents"), kwargs
-        )
-
-    def _template(self, setting: Setting) -> str | None:
-        if self._own_template is not None:
-            return self._own_template
-        if not self._tokenizer.chat_template:
-            return None
-        return str(self._tokenizer.get_chat_template(tools=setting.tools))
-
-    def _renderer(self, setting: Setting) -> tuple[Fitter, TurnWriter]:
-        text = self._template(setting)
-        if text is None:
+    def _needed(self, conversation: Conversation) -> Renderer:
+        renderer = self._renderers.of(conversation)
+        if renderer is None:
             raise RowProblem(f"messages: the tokenizer has no chat template; take one that has, {_GIVE_IDS}")
-        if text not in self._renderers:
-            fitter = Fitter(Template(self._tokenizer, text))
-            eos = self._tokenizer.eos_token
-            content, calls = (find_end(fitter, self._special, eos, calls=calls) for calls in (False, True))
-            stops = dict.fromkeys(stop for stop in (content.stop, calls.stop, eos) if stop is not None)
-            self._renderers[text] = fitter, TurnWriter(fitter, (content, calls), stops, self.notes)
-        self._renderers[text][0].template.check_kwargs(setting.kwargs)
-        return self._renderers[text]
+        return renderer
 
-    def _turns(
-        self, messages: list[Message], setting: Setting, fitter: Fitter, writer: TurnWriter, truncated: bool
-    ) -> list[_Turn]:
+    def _turns(self, messages: list[Message], renderer: Renderer, truncated: bool) -> list[_Turn]:
         places = [k for k, message in enumerate(messages) if is_assistant(message)]
         turns = []
         for number, k in enumerate(places):
             if is_empty(messages[k]):
                 self.notes["assistant turns without text, thinking or calls, which are no decisions"] += 1
             elif messages[k]["weight"]:
-                context = fitter.render(messages[:k], setting, prompt=True)
+                context = renderer.context(messages[:k])
                 cut = truncated and k == places[-1]
-                written = writer.write(messages[k], f"messages[{k}]", setting, context, truncated=cut)
-                turns.append(_Turn(k, number, context, written, self._sampled_ids(written)))
+                written = renderer.turn(messages[k], f"messages[{k}]", context, truncated=cut)
+                before, response = self._ids(context), self._sampled_ids(written)
+                turns.append(_Turn(k, number, context, written, before, response))
         return turns
 
-    def _split(self, turns: list[_Turn]) -> list[Encoded]:
-        return [_joined(self._ids(turn.context), turn.response, turn.number) for turn in turns]
+    def _note_control_tokens(self, messages: list[Message]) -> None:
+        for message in messages:
+            if any(token in part.text for part in parts_of(message, "") for token in self._special):
+                self.notes["messages whose text contains a special token, which becomes that token"] += 1
 
-    def _whole(
-        self,
-        messages: list[Message],
-        turns: list[_Turn],
-        setting: Setting,
-        fitter: Fitter,
-        writer: TurnWriter,
-    ) -> Encoded | None:
+    def _whole(self, messages: list[Message], turns: list[_Turn], renderer: Renderer) -> Encoded | None:
         """The conversation as one trajectory, if that holds every turn in its context."""
-        messages = messages[: turns[-1].place + 1]
+        fitter, setting = renderer.fitter, renderer.setting
         try:
             text = fitter.render(messages, setting)
         except RowProblem:  # contexts and turns could be rendered, the conversation with its last turn cannot
             text = ""
-        contexts = [turn.context for turn in turns]
         if text and fitter.template.has_marks and self._multi_turn != "split":
             check_marks(fitter, messages, setting)
-            marked = marked_contexts(text, contexts, [turn.written for turn in turns], writer)
-            if marked is not None and (encoded := self._in_one(turns, marked, text)) is not None:
+            pairs = [(turn.context, turn.written) for turn in turns]
+            marked = marked_contexts(text, pairs, renderer.writer)
+            encoded = self._in_one(turns, [self._ids(one) for one in marked], text) if marked else None
+            if encoded is not None:
                 return encoded
-        return self._in_one(turns, contexts, text)
+        return self._in_one(turns, [turn.before for turn in turns], text)
 
-    def _in_one(self, turns: list[_Turn], contexts: list[str], text: str) -> Encoded | None:
-        input_ids = self._ids(contexts[-1]) + turns[-1].response
-        rendered = self._ids(text)
-        if rendered[: len(input_ids)] == input_ids:
-            input_ids = rendered  # with the white space behind the last turn
+    def _in_one(self, turns: list[_Turn], contexts: list[list[int]], text: str) -> Encoded | None:
+        input_ids = contexts[-1] + turns[-1].response
+        if len(turns) > 1 and (rendered := self._ids(text))[: len(input_ids)] == input_ids:
+            input_ids = rendered  # as the template has it, with the white space behind the last turn
         mask = [False] * len(input_ids)
-        for turn, context in zip(turns, contexts, strict=True):
-            before = self._ids(context)
+        for turn, before in zip(turns, contexts, strict=True):
             end = len(before) + len(turn.response)
             if input_ids[:end] != before + turn.response:
                 return None
@@ -272,11 +233,16 @@ class ChatEncoder:
 
     def _sampled_ids(self, text: str) -> list[int]:
         """Ids of a text that begins in the middle, where SentencePiece would put a space before it."""
-        newline = self._ids("\n")
-        after = self._ids("\n" + text)
-        if self._tokenizer.decode(self._ids("a")).startswith("a") or after[: len(newline)] != newline:
-            return self._ids(text)
-        return after[len(newline) :]
+        ids = self._ids(text)
+        if self._space_first:
+            newline, after = self._ids("\n"), self._ids("\n" + text)
+            if after[: len(newline)] == newline:
+                ids = after[len(newline) :]
+        if self._tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
+            self.notes[
+                "responses that the tokenizer changes, for it normalises or has no token for a character"
+            ] += 1
+        return ids
 
     def _without_eos(self, prompt: str) -> list[int]:
         context = list(self._tokenizer(prompt)["input_ids"])
@@ -285,23 +251,3 @@ class ChatEncoder:
 
 def _joined(context: list[int], response: list[int], turn: int | None = None) -> Encoded:
     return Encoded(context + response, [False] * len(context) + [True] * len(response), turn)
-
-
-def _objects(value: Any, name: str) -> list[Any] | None:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise RowProblem(
-                f"{name} = {short(value)} is a text that is no JSON; give a list of objects"
-            ) from None
-    if value is None or value == []:
-        return None
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise RowProblem(f"{name} = {short(value)}; it must be a list of objects")
-    for i, item in enumerate(value):
-        if name == "tools" and not isinstance((item.get("function") or item).get("name"), str):
-            raise RowProblem(
-                f"tools[{i}] = {short(item)}; it must be a JSON schema of a function with its name"
-            )
-    return list(without_nulls(value))

@@ -90,25 +90,28 @@ class Fitter:
         Raises:
             RowProblem: the template refuses the messages, or leaves a part of them out.
         """
-        text, _ = self.template.render(
-            self.form(messages, setting, prompt, field)(messages), setting, prompt=prompt
-        )
-        for k, message in enumerate(messages):
-            for part in parts_of(message, f"{field}[{k}]"):
+        places = places_of(messages, field)
+        form = self.form(messages, setting, prompt=prompt, places=places)
+        text, _ = self.template.render(form(messages), setting, prompt=prompt)
+        for place, message in zip(places, messages, strict=True):
+            for part in parts_of(message, place):
                 if not part.thinking and not stands_in(part.text, text):
                     raise RowProblem(
                         f"{part.name}: the chat template leaves the text out or changes it; {_CHANGE}"
                     )
         return text
 
-    def form(self, messages: list[Message], setting: Setting, prompt: bool, field: str = "messages") -> Form:
-        """The first form in which every part is rendered; RowProblem if there is none."""
+    def form(
+        self, messages: list[Message], setting: Setting, *, prompt: bool, places: list[str] | None = None
+    ) -> Form:
+        """The first form in which every part is rendered; RowProblem, with the message's place, if there is none."""
+        places = places or places_of(messages, "messages")
         words = _Words({})
-        shape, needed = _shape(messages, words, field)
+        shape, needed = _shape(messages, words, places)
         given = _shape_of_setting(setting, words)
         needed |= set(words.names) - _all_words(shape)
         key = json.dumps(
-            [shape, given.tools, given.documents, dict(given.kwargs), prompt, field], default=str
+            [shape, given.tools, given.documents, dict(given.kwargs), prompt, places], default=str
         )
         if key not in self._known:
             if len(self._known) >= MOST_KNOWN:
@@ -122,7 +125,7 @@ class Fitter:
     def marked(self, messages: list[Message], setting: Setting) -> list[tuple[str, bool, bool]]:
         """(name of a part, is it marked as generated, is it an assistant's) of every part but thinking."""
         words = _Words({})
-        shape, needed = _shape(messages, words, "messages")
+        shape, needed = _shape(messages, words, places_of(messages, "messages"))
         form = self.form(messages, setting, prompt=False)
         text, spans = self.template.render(form(shape), setting, marks=True)
         marked = "\n".join(text[start:end] for start, end in spans)
@@ -154,6 +157,11 @@ class Fitter:
         return f"{names[lost[0]]}: the chat template leaves it out; {_CHANGE}"
 
 
+def places_of(messages: list[Message], field: str) -> list[str]:
+    """``field[0]``, ``field[1]``, ..."""
+    return [f"{field}[{k}]" for k in range(len(messages))]
+
+
 def stands_in(text: str, rendering: str) -> bool:
     """Whether the text is in the rendering, but for white space at its ends; as JSON writes it counts too."""
     text = text.strip()
@@ -171,23 +179,23 @@ def _forms(messages: list[Message]) -> Iterator[Form]:
                 yield Form(is_list, is_null, are_json)
 
 
-def _shape(messages: list[Message], words: _Words, field: str) -> tuple[list[Message], set[str]]:
+def _shape(messages: list[Message], words: _Words, places: list[str]) -> tuple[list[Message], set[str]]:
     """(messages with words for texts, the words that must be rendered: all but thinking)."""
     shape, exempt = [], set()
-    for k, message in enumerate(messages):
+    for place, message in zip(places, messages, strict=True):
         role = "" if message["role"] in ("system", "user", "assistant") else f" (role {message['role']!r})"
         copy = {**message, "weight": 1}
         if "reasoning_content" in message:
             copy["reasoning_content"] = words.instead_of(message["reasoning_content"], "")
             exempt.add(copy["reasoning_content"])
-        copy["content"] = words.instead_of(message["content"], f"{field}[{k}].content{role}")
+        copy["content"] = words.instead_of(message["content"], f"{place}.content{role}")
         if is_assistant(message) and not any(
             p.name.endswith("content") and not p.thinking for p in parts_of(message, "")
         ):
             exempt.add(copy["content"])
         if calls := message.get("tool_calls"):
             copy["tool_calls"] = [
-                _shape_of_call(c, words, f"{field}[{k}].tool_calls[{i}]") for i, c in enumerate(calls)
+                _shape_of_call(c, words, f"{place}.tool_calls[{i}]") for i, c in enumerate(calls)
             ]
         shape.append(copy)
     return shape, set(words.names) - exempt

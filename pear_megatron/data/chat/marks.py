@@ -24,16 +24,17 @@ def check_marks(fitter: Fitter, messages: list[Message], setting: Setting) -> No
             )
 
 
-def marked_contexts(
-    text: str, contexts: list[str], written: list[str], writer: TurnWriter
-) -> list[str] | None:
+def marked_contexts(text: str, turns: list[tuple[str, str]], writer: TurnWriter) -> list[str] | None:
     """The text before each turn, where it is the turn's context and, at most, an empty think block.
 
     Such a block is what the generation prompt supplies when thinking is switched off. None where the text holds
     something else than a turn's context before it, or not the turn as it was written behind it.
+
+    Args:
+        turns: (context, what the policy wrote) of each.
     """
     found = []
-    for context, turn in zip(contexts, written, strict=True):
+    for context, turn in turns:
         body = turn[: len(turn) - writer.length_of_end(turn)]
         if not text.startswith(context):
             return None

@@ -12,6 +12,8 @@ from pear_megatron.data.errors import RowProblem
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
 _GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+_THINKS = re.compile(r"thinking|reasoning|thought")
 _GLOBALS = {"raise_exception", "strftime_now", "namespace", "range", "dict"}
 _GIVEN_BY_RENDERER = {"messages", "tools", "documents", "add_generation_prompt"}
 
@@ -37,7 +39,7 @@ class Template:
     def __init__(self, tokenizer: Any, text: str) -> None:
         self.text = text
         self.has_marks = bool(_GENERATION_MARK.search(text))
-        self.thinks_in_fields = "<think>" not in text and bool(re.search(r"\b(thinking|reasoning)", text))
+        self.thinks_in_fields = "<think>" not in text and bool(_THINKS.search(_COMMENT.sub("", text)))
         self._special: dict[str, Any] = dict(tokenizer.special_tokens_map)
 
     def render(
@@ -52,7 +54,7 @@ class Template:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[[_as_template_reads(message) for message in messages]],
                 tools=setting.tools,
                 documents=setting.documents,
@@ -63,28 +65,32 @@ class Template:
             )
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
             raise RowProblem(f"messages: the chat template refuses them: {error}; change the row") from error
-        return texts[0], spans[0] if spans else []
+        (text,), spans = rendered
+        return text, spans[0] if spans else []
 
     def check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         """RowProblem on an argument that the template never reads."""
         if not kwargs:
             return
-        read, undeclared = _variables(self.text)
+        read, expected = _variables(self.text)
         for name in kwargs:
             if name not in read or name in _GIVEN_BY_RENDERER:
-                own = sorted(undeclared - _GIVEN_BY_RENDERER - _GLOBALS - set(self._special))
+                own = sorted(expected - _GIVEN_BY_RENDERER - _GLOBALS - set(self._special))
                 known = f"it reads {', '.join(own)}" if own else "it reads none"
                 raise RowProblem(f"chat_template_kwargs: the chat template does not read {name!r}; {known}")
 
 
 def _variables(template: str) -> tuple[set[str], set[str]]:
-    """(names that it reads, those of them that it never sets)."""
+    """(names that it reads, those of them that it seems to expect from outside)."""
     from jinja2 import Environment, meta, nodes
 
     environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     tree = environment.parse(_GENERATION_TAGS.sub("", template))
     read = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
-    return read, meta.find_undeclared_variables(tree)
+    written = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    tests = [test.node for test in tree.find_all(nodes.Test) if test.name == "defined"]
+    asked = {node.name for node in tests if isinstance(node, nodes.Name)}
+    return read, meta.find_undeclared_variables(tree) & (asked | (read - written))
 
 
 def _as_template_reads(message: Message) -> Message:

@@ -61,8 +61,10 @@ class TurnWriter:
             self._notes[
                 "thinking written as <think>...</think>, for which the chat template has no place"
             ] += 1
-            thinking, content = "", f"<think>\n{thinking}\n</think>\n\n{content}"
-            written = self._rendered({**message, "content": content, "reasoning_content": ""}, where, setting)
+            answer = self._rendered({**message, "reasoning_content": ""}, where, setting)
+            answer = _CLOSED_BLOCK.sub("", _EMPTY_BLOCK.sub(r"\1", answer))
+            space = answer[: len(answer) - len(answer.lstrip())]
+            written = f"{space}<think>\n{_THINKING}\n</think>\n\n{answer.lstrip()}"
         if content.strip() and written.count(_CONTENT) != 1:
             raise RowProblem(f"{where}.content: the chat template leaves it out in this turn; change the row")
         if not thinking:
@@ -96,17 +98,14 @@ class TurnWriter:
     def _rendered(self, message: Message, where: str, setting: Setting) -> str:
         """The turn after a user's, with words for its texts, from the generation prompt on."""
         message = dict(message)
-        if message["content"].strip():
-            message["content"] = _CONTENT
-        if message.pop("reasoning_content", ""):
-            message["reasoning_content"] = _THINKING
+        message["content"] = _with_its_space(message["content"], _CONTENT)
+        if thinking := message.pop("reasoning_content", ""):
+            message["reasoning_content"] = _with_its_space(thinking, _THINKING)
         key = repr((message, setting))
         if key not in self._known:
             if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
-            form = self._fitter.form(
-                [_USER, message], setting, prompt=False, field=f"{where}, after messages"
-            )
+            form = self._fitter.form([_USER, message], setting, prompt=False, places=["", where])
             through, _ = self._fitter.template.render(form([_USER, message]), setting)
             context = self._fitter.render([_USER], setting, prompt=True)
             self._known[key] = _behind(context, through, where)
@@ -173,6 +172,10 @@ def _put(text: str, word: str, value: str) -> str:
     if not found:
         return text
     value = value[overlap(before[len(before.rstrip()) :], value) :]
-    if word == _THINKING:
-        value = value[: len(value) - overlap(value[len(value.rstrip()) :], after)]
-    return before + value + after
+    return before + value[: len(value) - overlap(value[len(value.rstrip()) :], after)] + after
+
+
+def _with_its_space(text: str, word: str) -> str:
+    """The word instead of the text, with the white space at the text's ends: what a template does to that is seen."""
+    bare = text.strip()
+    return text.replace(bare, word) if bare else text

@@ -108,8 +108,13 @@ def _build(
     parallel = ParallelConfig(
         tensor_model_parallel_size=tensor_parallel, pipeline_model_parallel_size=pipeline_parallel
     )
+    from megatron.core.utils import get_model_config
+
     started = torch.distributed.is_initialized()
     world = torch.distributed.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
     train = TrainConfig.model_validate({"global_batch_size": world, "precision": precision})
     layout = initialize(model, parallel, train)
-    return build_model(model, layout, train), layout
+    built = build_model(model, layout, train)
+    # Batches differ in shape: stages tell each other the shape before the tensor.
+    get_model_config(built).variable_seq_lengths = True
+    return built, layout

@@ -123,13 +123,18 @@ _MEGATRON_FILES = ("latest_checkpointed_iteration.txt", "metadata.json")
 
 
 def check_model_folder(model: str | Path) -> Path:
-    """The folder of a Hugging Face checkpoint.
+    """The folder of a Hugging Face checkpoint with its tokenizer.
 
     Raises:
-        EvalError: there is no such folder, or it holds a Megatron checkpoint, or no model.
+        EvalError: there is no such folder, or it holds a Megatron checkpoint, or no model, or no tokenizer.
     """
     folder = Path(model).expanduser()
     if (folder / "config.json").is_file():
+        if _tokenizer(folder) is None:
+            raise EvalError(
+                f"{folder} holds a model and no tokenizer; copy tokenizer.json and tokenizer_config.json of the model "
+                "that it was made from into it"
+            )
         return folder
     if not folder.is_dir():
         raise EvalError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -17,10 +16,11 @@ import yaml
 
 from pear_megatron.errors import RecipeError
 from pear_megatron.rl.nemo_rl.config import HOW_TO_GET, Composed, compose, find_checkout
-from pear_megatron.rl.nemo_rl.rules import Layout, data_sets, layout, problems
+from pear_megatron.rl.nemo_rl.preflight import ask_nemo_rl, nemo_rl_python
+from pear_megatron.rl.nemo_rl.rules import Layout, data_sets, ignored_faults, layout, size_faults
 from pear_megatron.rl.nemo_rl.starting_point import (
     StartingPoint,
-    fit_problems,
+    fit_faults,
     read_starting_point,
     stop_token_ids,
 )
@@ -50,7 +50,8 @@ class Launch:
     def shell(self) -> str:
         """One line for a shell, or for COMMAND of NeMo-RL's ray.sub."""
         variables = [f"{name}={value}" for name, value in self.environment.items()]
-        return f"cd {shlex.quote(str(self.root))} && {shlex.join(['env', *variables, *_python(), *self.arguments])}"
+        command = shlex.join(["env", *variables, *nemo_rl_python(), *self.arguments])
+        return f"cd {shlex.quote(str(self.root))} && {command}"
 
     def run(self) -> NoReturn:
         """Replaces this process by NeMo-RL.
@@ -58,7 +59,7 @@ class Launch:
         Raises:
             RecipeError: there is no uv, or no variable that NeMo-RL insists on.
         """
-        command = [*_python(), *self.arguments]
+        command = [*nemo_rl_python(), *self.arguments]
         if shutil.which(command[0]) is None:
             raise RecipeError(
                 f"{command[0]} is not installed, and NeMo-RL is started with it: run this in NeMo-RL's container, or "
@@ -72,12 +73,6 @@ class Launch:
         os.chdir(self.root)
         sys.stderr.flush()
         os.execvpe(command[0], command, {**os.environ, **self.environment})
-
-
-def _python() -> list[str]:
-    """How NeMo-RL's own scripts are started: by this interpreter in NeMo-RL's environment, else by uv."""
-    own = importlib.util.find_spec("nemo_rl") and importlib.util.find_spec("ray")
-    return [sys.executable] if own else ["uv", "run"]
 
 
 def prepare(recipe_path: Path, checkpoint: str | Path, overrides: list[str]) -> Launch:
@@ -106,31 +101,38 @@ def prepare(recipe_path: Path, checkpoint: str | Path, overrides: list[str]) -> 
     ours, notes, found = _filled(first, start, cache)
     recipe = compose(root, recipe_path, [*overrides, *ours])
     sizes = layout(recipe)
-    found += problems(recipe, root) + fit_problems(start, recipe, sizes) + _allocation(os.environ, sizes)
+    found += ignored_faults(recipe) + fit_faults(start, recipe, sizes) + _allocation(os.environ, sizes)
     run_folder = Path(recipe.get("checkpointing.checkpoint_dir"))
-    found += _resume_problems(run_folder, start, notes) if recipe.get("checkpointing.enabled") else []
+    found += _resume_faults(run_folder, start, notes) if recipe.get("checkpointing.enabled") else []
     found += _missing_data(recipe)
-    if found:
-        listed = "".join(f"\n  {problem}" for problem in found)
-        count = f"{len(found)} problem{'' if len(found) == 1 else 's'}"
-        raise RecipeError(f"{recipe_path} cannot start from {checkpoint}: {count}:{listed}")
     gym = recipe.get("env.should_use_nemo_gym")
     script = "./examples/nemo_gym/run_grpo_nemo_gym.py" if gym else "./examples/run_grpo.py"
     if not (root / script).is_file():
         raise RecipeError(f"{root} has no {script}; {HOW_TO_GET}")
     environment = {"NEMO_RL_DIR": str(root)} | ({_CACHE: str(cache)} if start.megatron is None else {})
     arguments = [script, "--config", str(recipe_path.resolve()), *overrides, *ours]
+    verdict = ask_nemo_rl(root, arguments, environment, recipe)
+    found += verdict.faults
+    if not verdict.looked:
+        found += size_faults(recipe, sizes)
+        notes.append(f"NeMo-RL itself has not checked this recipe: {verdict.unchecked}")
+    elif verdict.unchecked:
+        notes.append(f"NeMo-RL has checked this recipe but for a part: {verdict.unchecked}")
+    if found:
+        listed = "".join(f"\n  {fault}" for fault in found)
+        count = f"{len(found)} fault{'' if len(found) == 1 else 's'}"
+        raise RecipeError(f"{recipe_path} cannot start from {checkpoint}: {count}:{listed}")
     return Launch(root, arguments, environment, recipe, sizes, notes)
 
 
 def _filled(recipe: Composed, start: StartingPoint, cache: Path) -> tuple[list[str], list[str], list[str]]:
-    """The overrides that this start adds, notes, and problems."""
+    """The overrides that this start adds, notes, and faults."""
     ours = [_override("policy.model_name", start.hf)]
     notes: list[str] = []
     if start.megatron is not None:
         section = "++checkpointing.pretrained_checkpoint"
         ours += [_override(f"{section}.path", start.megatron), f"{section}.format=megatron_lm"]
-    elif reason := conversion_problem(start, cache):
+    elif reason := stale_conversion(start, cache):
         ours.append("policy.megatron_cfg.force_reconvert_from_hf=true")
         notes.append(f"NeMo-RL converts the checkpoint again: {reason}")
     for key in ("checkpointing.checkpoint_dir", "logger.log_dir"):  # NeMo-RL runs in its own folder
@@ -169,7 +171,7 @@ def _missing_data(recipe: Composed) -> list[str]:
 
 
 def _stop(recipe: Composed, start: StartingPoint, notes: list[str]) -> tuple[list[str], list[str]]:
-    """(overrides, problems) about the tokens that end an answer."""
+    """(overrides, faults) about the tokens that end an answer."""
     tokenizer = recipe.get("policy.tokenizer", {})
     if recipe.get("policy.generation.stop_token_ids") or "chat_template" in tokenizer:
         return [], []
@@ -200,7 +202,7 @@ def _cache(environment: Mapping[str, str], start: StartingPoint) -> Path:
     return start.hf.parent / "nemo_rl_conversions"
 
 
-def conversion_problem(start: StartingPoint, cache: Path) -> str | None:
+def stale_conversion(start: StartingPoint, cache: Path) -> str | None:
     """Why the conversion that NeMo-RL keeps for this path must not be used; None if it may, or there is none.
 
     NeMo-RL's cache goes by the path alone: it would train other weights that were at this path before.
@@ -241,7 +243,7 @@ def _allocation(environment: Mapping[str, str], sizes: Layout) -> list[str]:
     return found
 
 
-def _resume_problems(folder: Path, start: StartingPoint, notes: list[str]) -> list[str]:
+def _resume_faults(folder: Path, start: StartingPoint, notes: list[str]) -> list[str]:
     """NeMo-RL goes on with whatever run checkpoint_dir holds, also with one that began elsewhere."""
     steps = {
         int(path.name[5:]): path / "config.yaml"

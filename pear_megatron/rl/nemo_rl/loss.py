@@ -16,7 +16,7 @@ _PER_SEQUENCE = "effective_sample_size"
 
 
 class PearLoss:
-    """The reweighted SFT loss behind NeMo-RL's ``LossFunction`` (METHOD: Loss).
+    """The reweighted SFT loss behind NeMo-RL's ``LossFunction`` (docs/method.md, Loss).
 
     NeMo-RL hands it log-probs with sequence packing undone and tensor and context parallelism gathered, one
     sequence or a padded batch of them at a time; each row is one trajectory. With ``variant: none`` and without

@@ -155,10 +155,16 @@ def run(recipe: str, overrides: list[str]) -> None:
     config, pear, data = load(recipe, overrides)
     tokenizer = get_tokenizer(config.policy["tokenizer"])
     cache = prepare(data, require_behavior_logprobs=pear.variant != "none", vocab_size=len(tokenizer))
+    trajectories = TrajectoryDataset.open(cache)
+    if weighted := trajectories.meta["counts"].get("token_weights"):
+        raise RecipeError(
+            f"pear_data: {weighted} rows have token_weights, which NeMo-RL's loop does not know; take them out, or "
+            "train with python -m pear_megatron.train"
+        )
     config.logger["log_dir"] = get_next_experiment_dir(config.logger["log_dir"])
     init_ray()
     policy, _, loader, _, nll, logger, checkpointer, state, config = setup(
-        config, tokenizer, NemoRlTrajectories(TrajectoryDataset.open(cache)), None
+        config, tokenizer, NemoRlTrajectories(trajectories), None
     )
     batches = _Loader(loader)
     divisible_by = config.policy["make_sequence_length_divisible_by"]

@@ -13,7 +13,7 @@ from typing import Any
 from pear_megatron.errors import RecipeError
 from pear_megatron.recipe.hf_config import read_config
 from pear_megatron.rl.nemo_rl.config import Composed
-from pear_megatron.rl.nemo_rl.rules import Layout
+from pear_megatron.rl.nemo_rl.rules import Layout, size_of
 
 _INDEX = "model.safetensors.index.json"
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -103,7 +103,7 @@ def _check_weights(folder: Path) -> None:
         raise RecipeError(f"{folder} has a config.json and no .safetensors files; name a whole checkpoint")
 
 
-def fit_problems(start: StartingPoint, recipe: Composed, sizes: Layout) -> list[str]:
+def fit_faults(start: StartingPoint, recipe: Composed, sizes: Layout) -> list[str]:
     """Every reason why this recipe cannot run from this checkpoint; empty if none is known.
 
     Args:
@@ -111,12 +111,12 @@ def fit_problems(start: StartingPoint, recipe: Composed, sizes: Layout) -> list[
         recipe: composed, with policy.model_name already the checkpoint's.
         sizes: its layout.
     """
-    return _layout_problems(start, recipe, sizes) + _length_problems(start, recipe) + _tokenizer_problems(
+    return _layout_faults(start, recipe, sizes) + _length_faults(start, recipe) + _tokenizer_faults(
         start, recipe
     )  # fmt: skip
 
 
-def _layout_problems(start: StartingPoint, recipe: Composed, sizes: Layout) -> list[str]:
+def _layout_faults(start: StartingPoint, recipe: Composed, sizes: Layout) -> list[str]:
     config, found = start.config, []
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     groups = config.get("num_key_value_heads") or heads
@@ -139,11 +139,9 @@ def _layout_problems(start: StartingPoint, recipe: Composed, sizes: Layout) -> l
     return found
 
 
-def _length_problems(start: StartingPoint, recipe: Composed) -> list[str]:
-    longest, limit = (
-        recipe.get("policy.max_total_sequence_length"),
-        start.config.get("max_position_embeddings"),
-    )
+def _length_faults(start: StartingPoint, recipe: Composed) -> list[str]:
+    longest = size_of(recipe, "policy.max_total_sequence_length")
+    limit = start.config.get("max_position_embeddings")
     if limit and longest > limit and not recipe.get("policy.hf_config_overrides"):
         return [
             f"policy.max_total_sequence_length {longest} exceeds the model's context of {limit} "
@@ -152,9 +150,9 @@ def _length_problems(start: StartingPoint, recipe: Composed) -> list[str]:
     return []
 
 
-def _tokenizer_problems(start: StartingPoint, recipe: Composed) -> list[str]:
+def _tokenizer_faults(start: StartingPoint, recipe: Composed) -> list[str]:
     name = recipe.get("policy.tokenizer.name")
-    folder = Path(name)
+    folder = Path(str(name))
     if not folder.is_dir():
         return [
             f"policy.tokenizer.name {name} is not a folder; leave it out: the checkpoint's own tokenizer is the one "

@@ -44,7 +44,9 @@ def _answer(body: Mapping[str, Any]) -> Answer:
         raise RowProblem(
             f"{_FORMAT}: {place}.content = {short(parts)}; it must be a list of output_text, not empty"
         )
-    texts, recorded, values = "", [], []
+    texts = ""
+    recorded: list[str] = []
+    values: list[float | None] = []
     for j, part in enumerate(parts):
         name = f"{place}.content[{j}]"
         if (

@@ -38,25 +38,28 @@ _FORBIDDING = (
     "bad_words_ids",
     "allowed_token_ids",
     "suppress_tokens",
+    "custom_logit_processor",
+    "logits_processors",
+)
+# Structured decoding masks the logits in the engine's model runner: even vLLM's raw log-probs come after it.
+_MASKING = (
     "guided_json",
     "guided_regex",
     "guided_choice",
     "guided_grammar",
     "guided_decoding",
     "structured_outputs",
-    "custom_logit_processor",
-    "logits_processors",
 )
+_ASKING_FOR_A_FORM = (
+    "response_format",
+    "text",
+    "tool_choice",
+)  # requests that servers answer by structured decoding
 # Common words, which mean structured decoding only among sampling parameters.
 _GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag", "grammar")
 _TRACE_OF_TOP_P = "rollout_top_p_token_ids"  # slime keeps what top-p left
-_AFTER_LOGGING = (
-    *_SHAPING,
-    "top_k",
-    _TRACE_OF_TOP_P,
-    "do_sample",
-    "use_beam_search",
-)  # of raw log-probs, everywhere
+_BEFORE_LOGGING = (*_MASKING, *_GRAMMARS, *_ASKING_FOR_A_FORM)
+_BEFORE_LOGGING_IN_SGLANG = (*_BEFORE_LOGGING, *_PENALTIES, *_FORBIDDING)
 _MODES = ("raw_logprobs", "processed_logprobs")
 
 
@@ -66,7 +69,7 @@ def check_sampling(fields: Mapping[str, Any], *, raw: bool, engine: str | None =
     Args:
         fields: the row, with the request and the answer where the format keeps them.
         raw: the user says that the engine logged the model's own log-probs; a row's ``logprobs_mode`` goes first.
-        engine: ``sglang`` if it wrote the log-probs: what it calls original has penalties and bias in.
+        engine: ``sglang`` if it wrote the log-probs: what it calls original has penalties and bias in as well.
     """
     places = dict(_places(fields, ""))
     raw = _says_raw(places, raw)
@@ -76,14 +79,17 @@ def check_sampling(fields: Mapping[str, Any], *, raw: bool, engine: str | None =
         for key, value in place.items()
         if value is not None and _changes(key, value, name)
     ]
-    if raw and engine == "sglang":
-        changed = [(key, said) for key, said in changed if key not in _AFTER_LOGGING]
+    if raw:
+        before = _BEFORE_LOGGING_IN_SGLANG if engine == "sglang" else _BEFORE_LOGGING
+        changed = [(key, said) for key, said in changed if key in before]
         if changed:
             raise RowProblem(
-                f"{_listed(changed)}: SGLang changes the logits by this before it logs them, its original log-probs "
-                "(SGLANG_RETURN_ORIGINAL_LOGPROB) too; sample without it, or score with --model"
+                f"{_listed(changed)}: {'SGLang' if engine == 'sglang' else 'the engine'} changes the logits by this "
+                "before it logs them, so that its raw log-probs are not the model's own either; sample without it, or "
+                "score with --model"
             )
-    if changed and not raw:
+        return
+    if changed:
         raise RowProblem(
             f"{_listed(changed)}: log-probs must be those of the policy at temperature 1 over its whole vocabulary, "
             "and recorded ones are that only if the engine logs raw ones (vLLM's logprobs_mode raw_logprobs, its "
@@ -130,7 +136,7 @@ def _changes(key: str, value: Any, place: str) -> bool:
                 f"{_joined(place, key)} = {short(value)} is no number; write the one that was used"
             )
         return 0 < value < _WHOLE_VOCABULARY if key == "top_k" else value != _NEUTRAL[key]
-    if key in _FORBIDDING or key == _TRACE_OF_TOP_P:
+    if key in _FORBIDDING or key in _MASKING or key == _TRACE_OF_TOP_P:
         return bool(value)
     if key in _GRAMMARS:
         return bool(value) and place.rpartition(".")[2] in _SAMPLING_PLACES

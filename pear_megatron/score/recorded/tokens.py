@@ -94,7 +94,13 @@ class Tokens:
         if "\ufffd" in joined or any(token.startswith("bytes:") for token in recorded):
             parsed = {name: message[name] for name in _PARSED if message.get(name)}
             answer = {"role": "assistant", **parsed}
-            ids = encoder.response_ids(request.conversation, answer, truncated=truncated)
+            try:
+                ids = encoder.response_ids(request.conversation, answer, truncated=truncated)
+            except RowProblem as problem:
+                what = "tool calls" if calls else "reasoning"
+                raise RowProblem(
+                    f"the answer has {what}, and the chat template cannot write it again ({problem}); {RECORD_IDS}"
+                ) from problem
             joined = tokenizer.decode(ids)
         else:
             ids = encoder.response_ids(request.conversation, joined, truncated=True)
@@ -150,7 +156,9 @@ class Tokens:
         """A policy may stop at another special token than the chat template's; the recorded one is right."""
         tokenizer, encoder = self._needed("the response is text")
         last = tokenizer.convert_tokens_to_ids(recorded[-1]) if recorded else None
-        return [*ids[:-1], last] if last in encoder.special_ids and ids[-1] in encoder.special_ids else ids
+        if last is None or last not in encoder.special_ids or ids[-1] not in encoder.special_ids:
+            return ids
+        return [*ids[:-1], last]
 
     def _needed(self, why: str) -> tuple[Any, ChatEncoder]:
         if self._tokenizer is None or self.encoder is None:

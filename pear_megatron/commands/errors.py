@@ -1,0 +1,28 @@
+"""say_errors: what every command does when what the user gave it is wrong."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec
+
+import typer
+
+from pear_megatron.errors import PearError
+from pear_megatron.ranks import report_error
+
+_Arguments = ParamSpec("_Arguments")
+
+
+def say_errors(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+    """The command, with errors of the user's making as one line on standard error, and exit code 1."""
+
+    @functools.wraps(command)
+    def run(*args: _Arguments.args, **options: _Arguments.kwargs) -> None:
+        try:
+            command(*args, **options)
+        except (PearError, ImportError) as error:
+            report_error(error)
+            raise typer.Exit(1) from error
+
+    return run

@@ -1,0 +1,81 @@
+"""The comparison's table, as page, terminal and Markdown show it: means, and differences from the baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pear_megatron.evaluate.statistics import Estimate
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One estimate as text.
+
+    Attributes:
+        mean: with a sign where it is a difference.
+        interval: ``[low, high]``, 95 %; empty where one seed has none.
+        clear: whether it is a difference whose interval does not contain 0.
+    """
+
+    mean: str
+    interval: str
+    clear: bool
+
+    def __str__(self) -> str:
+        return f"{self.mean} {self.interval}".rstrip()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm: an entry for each title of the table; ``differences`` is None for the baseline."""
+
+    arm: str
+    means: list[Entry]
+    differences: list[Entry] | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a comparison came to."""
+
+    num_seeds: int
+    baseline: str
+    titles: list[str]
+    rows: list[Row]
+
+
+def make_table(results: dict[str, Any]) -> Table:
+    """The table of the content of results.json (``Outcome.as_json``)."""
+    titles: dict[str, str] = results["measures"]
+    one_seed = len(results["seeds"]) == 1
+
+    def entries(estimates: dict[str, dict[str, float]], *, signed: bool) -> list[Entry]:
+        known = {
+            key: "pass@" in key or not one_seed for key in titles
+        }  # of one seed only problems give intervals
+        return [show(Estimate(**estimates[key]), key, signed=signed, known=known[key]) for key in titles]
+
+    rows = []
+    for arm, content in results["arms"].items():
+        against = content["against_baseline"]
+        differences = entries(against, signed=True) if against is not None else None
+        rows.append(Row(arm, entries(content["measures"], signed=False), differences))
+    return Table(len(results["seeds"]), results["baseline"], list(titles.values()), rows)
+
+
+def show(estimate: Estimate, key: str, *, signed: bool, known: bool) -> Entry:
+    """A measure's estimate as text.
+
+    Args:
+        estimate: of a mean, or of a difference.
+        key: the measure's.
+        signed: it is a difference.
+        known: whether there is an interval.
+    """
+    digits = 1 if key == "take_off" else 3
+    mean, low, high = (
+        f"{value:{'+' if signed else ''}.{digits}f}" for value in (estimate.mean, estimate.low, estimate.high)
+    )
+    clear = signed and known and (estimate.low > 0 or estimate.high < 0)
+    return Entry(mean, f"[{low}, {high}]" if known else "", clear)

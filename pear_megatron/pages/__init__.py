@@ -1,0 +1,1 @@
+"""What people look at: HTML pages from templates, and figures, in one style."""

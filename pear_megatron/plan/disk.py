@@ -1,0 +1,78 @@
+"""run_disk: bytes that a run's checkpoints and its export take, from the recipe alone.
+
+A checkpoint holds, per parameter, the weight in the training precision and the optimizer's state in float32: AdamW's
+two moments, and a float32 weight of its own where training is in bf16 or the optimizer is the distributed one. The
+vocabulary is padded in a checkpoint and not in an export.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pear_megatron.plan.parameters import model_parameters, padded_vocab_size
+from pear_megatron.recipe import Recipe
+
+_MOMENTS = 8
+_MASTER_WEIGHT = 4
+
+
+@dataclass(frozen=True)
+class RunDisk:
+    """Bytes of a run's checkpoints.
+
+    Attributes:
+        weights, optimizer: of one checkpoint.
+        kept: how many checkpoints stay at the end; None = all of an unknown number.
+        most: how many there are at once, at most: a new one is whole before an old one goes; None as well.
+        export: of the Hugging Face folder that ``pear-megatron export`` makes of one.
+    """
+
+    weights: int
+    optimizer: int
+    kept: int | None
+    most: int | None
+    export: int
+
+    @property
+    def checkpoint(self) -> int:
+        """One checkpoint."""
+        return self.weights + self.optimizer
+
+
+def run_disk(recipe: Recipe, steps: int | None) -> RunDisk:
+    """What a run of the recipe writes.
+
+    Args:
+        recipe: what is to be trained.
+        steps: of the run; None = not known.
+    """
+    model, bf16 = recipe.model, recipe.train.precision == "bf16"
+    copies = 1 if model.share_embeddings_and_output_weights else 2
+    padded = padded_vocab_size(model.vocab_size, recipe.parallel.tensor_model_parallel_size)
+    stored = model_parameters(model) + copies * (padded - model.vocab_size) * model.hidden_size
+    weight = 2 if bf16 else 4
+    master = bf16 or recipe.parallel.use_distributed_optimizer
+    kept, most = count_checkpoints(recipe.checkpoint.save_interval, recipe.checkpoint.keep_last, steps)
+    return RunDisk(
+        weights=stored * weight,
+        optimizer=stored * (_MOMENTS + (_MASTER_WEIGHT if master else 0)),
+        kept=kept,
+        most=most,
+        export=model_parameters(model) * weight,
+    )
+
+
+def count_checkpoints(
+    interval: int | None, keep_last: int | None, steps: int | None
+) -> tuple[int | None, int | None]:
+    """(checkpoints that stay, and that are there at once at most), of a run that saves each ``interval`` steps.
+
+    It saves at its end as well. None where all are kept (``keep_last`` None) and the steps are not known.
+    """
+    if interval is None:
+        return 1, 1
+    written = None if steps is None else -(-steps // interval)
+    if keep_last is None:
+        return written, written
+    most = keep_last + 1
+    return (keep_last, most) if written is None else (min(keep_last, written), min(most, written))

@@ -1,0 +1,283 @@
+"""Rows that users gave, with the tokens that were sampled between [[ ]]."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_tokenizers import Families, shown
+
+from pear_megatron.data.chat import ChatEncoder, Conversation
+from pear_megatron.data.errors import RowProblem
+
+ROWS = Path(__file__).parent / "rows"
+ASK = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+BAR = "\uff5c"
+R1_ASK = f"<bos><{BAR}User{BAR}>{{}}<{BAR}Assistant{BAR}>"
+R1_EOS = f"<{BAR}end▁of▁sentence{BAR}>"
+BLOCK = "<think>\n\n</think>\n\n"
+
+
+def row(file: str, index: int = 0) -> dict[str, Any]:
+    line = (ROWS / f"{file}.jsonl").read_text().splitlines()[index]
+    fields: dict[str, Any] = json.loads(line)
+    return {name: value for name, value in fields.items() if name != "id"}
+
+
+def encode(families: Families, name: str, fields: dict[str, Any], **options: Any) -> list[str]:
+    """The trajectories' texts with their decisions marked, without white space behind the last."""
+    tokenizer = families(name)
+    encoded = ChatEncoder(tokenizer, **options).encode(Conversation(**fields))
+    return [shown(tokenizer, one).removesuffix("\n") for one in encoded]
+
+
+CASES = {
+    ("qwen3", "parts", 0): [ASK.format("Name a colour.") + "[[Blue.<|im_end|>]]"],
+    ("qwen3", "multi", 0): [
+        ASK.format("2+2?") + "[[<think>\nadd\n</think>\n\n4<|im_end|>]]",
+        ASK.format("2+2?")
+        + "4<|im_end|>\n"
+        + ASK.format("3+3?")
+        + "[[<think>\nadd again\n</think>\n\n6<|im_end|>]]",
+    ],
+    ("qwen3", "tools", 0): [
+        ASK.format("Weather in Paris?")
+        + '[[<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>]]\n'
+        + ASK.format("<tool_response>\n22 C\n</tool_response>")
+        + "[[It is 22 C.<|im_end|>]]"
+    ],
+    ("qwen3_training", "weight", 0): [
+        ASK.format("Hi")
+        + f"{BLOCK}BAD ANSWER<|im_end|>\n"
+        + ASK.format("Again")
+        + f"{BLOCK}[[good answer<|im_end|>]]"
+    ],
+    ("qwen3_training", "emptyturn", 0): [
+        ASK.format("Hi") + f"{BLOCK}<|im_end|>\n" + ASK.format("Hm") + f"{BLOCK}[[Hello.<|im_end|>]]"
+    ],
+    ("llama3_training", "trail", 0): [
+        "<bos><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>"
+        "\n\n[[  spaced answer \n<|eot_id|>]]",
+        "<bos><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>"
+        "\n\nspaced answer<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHm<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n[[ends with newlines\n\n<|eot_id|>]]",
+    ],
+    **{
+        ("deepseek_r1_distill", "single_think", i): [
+            R1_ASK.format("2+2?") + f"<think>\n[[add\n</think>\n\n4{R1_EOS}]]"
+        ]
+        for i in range(4)
+    },
+    **{
+        ("qwen3", "single_think", i): [ASK.format("2+2?") + "[[<think>\nadd\n</think>\n\n4<|im_end|>]]"]
+        for i in (0, 1, 3)
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "file", "index"), CASES)
+def test_row_becomes_what_was_sampled(name: str, file: str, index: int, families: Families) -> None:
+    assert encode(families, name, row(file, index)) == CASES[name, file, index]
+
+
+def test_tools_of_a_row_are_in_its_prompt(families: Families) -> None:
+    (text,) = encode(families, "qwen2_5", row("tools_col"))
+    prompt, _, answer = text.partition("[[")
+    assert '{"type": "function", "function": {"name": "get_weather"}}' in prompt
+    assert answer == "Hello.<|im_end|>]]"
+    with pytest.raises(RowProblem, match=r"tools\[0\]\.function\.name: the chat template leaves it out"):
+        encode(families, "llama3", row("tools_col"))
+
+
+def test_call_that_the_template_leaves_out_is_refused_by_name(families: Families) -> None:
+    with pytest.raises(
+        RowProblem, match=r"messages\[1\]\.tool_calls\[0\]\.function\.name: the chat template leaves"
+    ):
+        encode(families, "smollm2", row("tools"))
+
+
+def test_part_that_is_no_text_is_refused_by_name(families: Families) -> None:
+    fields = row("parts")
+    fields["messages"][0]["content"].append({"type": "image_url", "image_url": {"url": "a.png"}})
+    with pytest.raises(RowProblem, match=r"messages\[0\]\.content\[1\] = .*'image_url'.* is no text part"):
+        encode(families, "qwen3", fields)
+
+
+@pytest.mark.parametrize(
+    "name", ["smollm2", "qwen2_5_training", "qwen3_training", "llama3_training", "gemma_training"]
+)
+def test_decisions_end_where_the_policy_stopped(name: str, families: Families) -> None:
+    for text in encode(families, name, row("trail")):
+        for decisions in text.split("[[")[1:]:
+            written, _, behind = decisions.partition("]]")
+            assert written.rpartition("<")[0] in ("  spaced answer \n", "ends with newlines\n\n")
+            assert behind.startswith("\n") or not behind
+
+
+def test_empty_turn_is_no_decision_and_said_so(families: Families) -> None:
+    encoder = ChatEncoder(families("qwen3"))
+    (encoded,) = encoder.encode(Conversation(**row("emptyturn")))
+    assert shown(families("qwen3"), encoded).count("[[") == 1
+    assert encoder.notes["assistant turns without text, thinking or calls, which are no decisions"] == 1
+    with pytest.raises(RowProblem, match="every assistant turn is an empty response; drop"):
+        encoder.encode(Conversation(messages=row("emptyturn")["messages"][:2]))
+
+
+def test_character_without_a_token_is_said(families: Families) -> None:
+    encoder = ChatEncoder(families("smollm2"))
+    encoder.encode(Conversation(prompt="Hi", response="plain \U0001f642"))
+    assert not encoder.notes
+    encoder.encode(Conversation(prompt="Hi", response="control \x13 character"))
+    assert list(encoder.notes) == [
+        "responses that the tokenizer changes, for it normalises or has no token for a character"
+    ]
+
+
+def test_role_that_the_template_does_not_know_is_refused(families: Families) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "critic", "content": "Bad."}]
+    messages.append({"role": "assistant", "content": "Hello"})
+    with pytest.raises(
+        RowProblem, match=r"messages\[1\]\.content \(role 'critic'\): the chat template leaves it out"
+    ):
+        encode(families, "qwen3", {"messages": messages})
+
+
+def test_splitting_says_what_it_costs(families: Families) -> None:
+    encoder = ChatEncoder(families("qwen3"))
+    first, second = encoder.encode(Conversation(**row("multi")))
+    assert (first.turn, second.turn) == (0, 1)
+    assert encoder.notes["rows split into their turns"] == 1
+    assert encoder.notes["tokens added by splitting"] == len(first.input_ids)
+
+
+def test_whole_is_refused_where_one_row_cannot_hold_all_contexts(families: Families) -> None:
+    with pytest.raises(RowProblem, match=r"messages\[3\]: .* data\.multi_turn=split \(--multi-turn split\)"):
+        encode(families, "qwen3", row("multi"), multi_turn="whole")
+
+
+def test_split_makes_every_turn_a_trajectory(families: Families) -> None:
+    encoder = ChatEncoder(families("qwen2_5"), multi_turn="split")
+    fields = row("multi")["messages"]
+    assert [one.turn for one in encoder.encode(Conversation(messages=fields))] == [0, 1]
+    assert [one.turn for one in encoder.encode(Conversation(messages=fields[:2]))] == [None]
+    fields[1]["weight"] = 0
+    assert [one.turn for one in encoder.encode(Conversation(messages=fields))] == [None]
+
+
+RAW = {
+    "ended": ({"response": "4<|im_end|>"}, ASK.format("2+2?") + "[[4<|im_end|>]]"),
+    "not ended": ({"response": " 4\n"}, ASK.format("2+2?") + "[[ 4\n<|im_end|>]]"),
+    "truncated": ({"response": "4 beca", "truncated": True}, ASK.format("2+2?") + "[[4 beca]]"),
+    "thinking switched off": (
+        {"response": "4", "chat_template_kwargs": {"enable_thinking": False}},
+        ASK.format("2+2?") + f"{BLOCK}[[4<|im_end|>]]",
+    ),
+    "messages for a prompt": (
+        {
+            "prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": "2+2?"}],
+            "response": "4",
+        },
+        "<|im_start|>system\nAdd.<|im_end|>\n" + ASK.format("2+2?") + "[[4<|im_end|>]]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_response_is_raw(kind: str, families: Families) -> None:
+    fields, expected = RAW[kind]
+    assert encode(families, "qwen3", {"prompt": "2+2?", **fields}) == [expected]
+
+
+def test_stop_token_in_the_middle_is_refused(families: Families) -> None:
+    with pytest.raises(RowProblem, match=r"response contains '<\|im_end\|>', the token that ends a turn"):
+        encode(families, "qwen3", {"prompt": "Hi", "response": "a<|im_end|>\n<|im_start|>user\nb"})
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a<|im_end|>b"}]
+    with pytest.raises(RowProblem, match=r"messages\[1\]\.content contains '<\|im_end\|>'"):
+        encode(families, "qwen3", {"messages": messages})
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    {
+        "gptoss": ["<|return|>"],
+        "glm4moe": ["<|user|>"],
+        "phi3": ["<|end|>"],
+        "cohere2": ["<|END_RESPONSE|>", "<|END_OF_TURN_TOKEN|>"],
+        "gemma3": ["<end_of_turn>"],
+        "idefics3": ["<end_of_utterance>"],
+        "deepseekv3": [R1_EOS],
+    }.items(),
+)
+def test_turn_ends_as_the_template_says(name: str, ends: list[str], families: Families) -> None:
+    tokenizer = families(name)
+    (encoded,) = ChatEncoder(tokenizer).encode(Conversation(prompt="Hi", response="Hello"))
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids[-len(ends) :]) == ends
+
+
+def test_call_ends_with_the_token_that_hands_over_to_the_tool(families: Families) -> None:
+    (first, second) = encode(families, "glm4moe", row("tools"))
+    assert first.endswith("</tool_call><|observation|>]]")
+    assert second.endswith("[[\nIt is 22 C.<|user|>]]")
+    (both,) = encode(families, "gptoss", row("tools"))
+    assert both.count("<|call|>]]") == 1
+    assert both.endswith("<|return|>]]")
+
+
+def test_unknown_template_argument_is_refused(families: Families) -> None:
+    fields = {"prompt": "Hi", "response": "b", "chat_template_kwargs": {"enable_thinkin": False}}
+    with pytest.raises(RowProblem, match=r"does not read 'enable_thinkin'; it reads enable_thinking"):
+        encode(families, "qwen3", fields)
+
+
+def test_arguments_of_the_row_go_over_those_of_the_encoder(families: Families) -> None:
+    off = {"enable_thinking": False}
+    fields = {"prompt": "Hi", "response": "b"}
+    assert BLOCK in encode(families, "qwen3", fields, chat_template_kwargs=off)[0]
+    fields |= {"chat_template_kwargs": {"enable_thinking": True}}
+    assert BLOCK not in encode(families, "qwen3", fields, chat_template_kwargs=off)[0]
+
+
+def test_documents_are_in_the_prompt_or_the_row_is_refused(families: Families) -> None:
+    fields = {
+        "prompt": "Capital?",
+        "response": "Lima",
+        "documents": [{"title": "Peru", "text": "Its capital: Lima."}],
+    }
+    template = (
+        "{% for d in documents %}{{ d.title }}: {{ d.text }}\n{% endfor %}" + families.templates["llama3"]
+    )
+    assert encode(families, "llama3", fields, chat_template=template)[0].startswith(
+        "Peru: Its capital: Lima.\n"
+    )
+    with pytest.raises(RowProblem, match=r"documents\[0\]\.title: the chat template leaves it out"):
+        encode(families, "llama3", fields)
+
+
+def test_generation_marks_are_checked(families: Families) -> None:
+    marked = families.templates["llama3_training"]
+    assert marked.count("{%- generation %}") == 1
+    everything = "{% generation %}" + families.templates["llama3"] + "{% endgeneration %}"
+    fields = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    with pytest.raises(
+        RowProblem, match=r"messages\[0\]\.content: the chat template has it in its \{% generation %\}"
+    ):
+        encode(families, "llama3", fields, chat_template=everything)
+    nothing = families.templates["llama3"] + "{% generation %}{% endgeneration %}"
+    with pytest.raises(
+        RowProblem, match=r"messages\[1\]\.content: the chat template leaves it out of its \{% gener"
+    ):
+        encode(families, "llama3", fields, chat_template=nothing)
+
+
+def test_recorded_answers_are_encoded_as_rows_are(families: Families) -> None:
+    encoder = ChatEncoder(families("qwen3"))
+    ask = Conversation(messages=[{"role": "user", "content": "2+2?"}])
+    answer = {"role": "assistant", "content": "4", "reasoning_content": "add"}
+    (encoded,) = encoder.encode(Conversation(messages=[*ask.messages, answer]))
+    context, response = encoder.generation_prompt(ask), encoder.response_ids(ask, answer, truncated=False)
+    assert context + response == encoded.input_ids
+    assert len(response) == sum(encoded.loss_mask)
+    assert encoder.response_ids(ask, "<think>\nadd\n</think>\n\n4", truncated=False) == response
+    assert encoder.response_ids(ask, answer, truncated=True) == response[:-1]

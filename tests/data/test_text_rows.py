@@ -1,0 +1,289 @@
+"""Rows of text through the whole loader: turns as trajectories, what goes along with them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sample_rows import CHATML_THAT_FORGETS, a_row, write_jsonl
+
+from pear_megatron.data import DataConfig, DataError, Trajectory, TrajectoryDataset, prepare, tokenizer_hash
+from tests.byte_tokenizer import CHATML
+
+Config = Callable[..., DataConfig]
+Row = dict[str, Any]
+
+THINKING = [
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "<think>add</think>4"},
+    {"role": "user", "content": "3+3?"},
+    {"role": "assistant", "content": "<think>again</think>6"},
+]
+WITH_TOOLS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% if documents %}{{ documents | tojson }}{% endif %}"
+    "{% if shout %}!{% endif %}" + CHATML
+)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path, byte_tokenizer: Callable[..., Any]) -> Callable[[str], Any]:
+    """Saves a byte tokenizer with a template; ``name_or_path`` is its folder."""
+
+    def make(template: str = CHATML) -> Any:
+        made = byte_tokenizer(template)
+        folder = tmp_path / f"tokenizer-{abs(hash(template))}"
+        made.save_pretrained(folder)
+        made.name_or_path = str(folder)
+        return made
+
+    return make
+
+
+def load(
+    config: Config, file: Path, tokenizer: Any, *, behavior: bool = False, **options: Any
+) -> TrajectoryDataset:
+    settings = {"tokenizer": tokenizer.name_or_path, "seq_length": 512, **options}
+    return TrajectoryDataset.open(prepare(config(file, **settings), require_behavior_logprobs=behavior))
+
+
+def shown(tokenizer: Any, trajectory: Trajectory) -> str:
+    """Its text from the last user's message on, decisions in [[ ]]."""
+    ids, mask = trajectory.input_ids.tolist(), trajectory.loss_mask
+    first, last = int(np.argmax(mask)), int(np.flatnonzero(mask)[-1])
+    assert mask[first : last + 1].all()
+    return f"{tokenizer.decode(ids[:first])}[[{tokenizer.decode(ids[first : last + 1])}]]"
+
+
+def test_each_turn_of_a_thinking_conversation_is_a_trajectory_as_it_was_sampled(
+    tmp_path: Path, config: Config, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    forgets = tokenizer(CHATML_THAT_FORGETS)
+    rows = [{"id": "m", "messages": THINKING, "reward": -0.5}, {"messages": THINKING[:2]}]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    dataset = load(config, file, forgets)
+    assert [t.id for t in dataset] == ["m#0", "m#1", f"{file}:2"]
+    assert [t.reward for t in dataset] == [-0.5, -0.5, 1.0]
+    assert shown(forgets, dataset[0]).endswith(
+        "2+2?<|im_end|>\n<|im_start|>assistant\n[[<think>add</think>4<|im_end|>]]"
+    )
+    assert shown(forgets, dataset[1]).endswith(
+        "assistant\n4<|im_end|>\n<|im_start|>user\n3+3?<|im_end|>\n<|im_start|>assistant\n"
+        "[[<think>again</think>6<|im_end|>]]"
+    )
+    counts = dataset.meta["counts"]
+    assert (counts["split_rows"], counts["split_trajectories"], counts["trajectories"]) == (1, 2, 3)
+    one, two = len(dataset[0].input_ids), len(dataset[1].input_ids)
+    assert (counts["split_tokens"], counts["split_whole_tokens"]) == (one + two, two)
+    said = (
+        f"1 rows were split into 2 trajectories, one per assistant turn: {one + two} tokens instead of {two}"
+    )
+    assert said in caplog.text
+    caplog.clear()
+    load(config, file, forgets)  # from the cache: said again
+    assert said in caplog.text
+
+
+def test_multi_turn_says_which_rows_are_split(tmp_path: Path, config: Config, tokenizer: Any) -> None:
+    plain, forgets = tokenizer(CHATML), tokenizer(CHATML_THAT_FORGETS)
+    file = write_jsonl(tmp_path / "a.jsonl", [{"id": "m", "messages": THINKING}])
+    assert [t.id for t in load(config, file, plain)] == ["m"]
+    assert [t.id for t in load(config, file, plain, multi_turn="split")] == ["m#0", "m#1"]
+    with pytest.raises(DataError, match=r"a\.jsonl:1: messages\[3\]: .*data\.multi_turn=split"):
+        load(config, file, forgets, multi_turn="whole")
+
+
+def test_ids_of_turns_are_unique_as_well(tmp_path: Path, config: Config, tokenizer: Any) -> None:
+    rows = [{"id": "m", "messages": THINKING}, {"id": "m#1", "prompt": "a", "response": "b"}]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: id = 'm#1' is duplicated: .*a\.jsonl:1 has it too"):
+        load(config, file, tokenizer(CHATML_THAT_FORGETS))
+
+
+def test_one_list_of_log_probs_is_cut_where_one_row_holds_all_contexts(
+    tmp_path: Path, config: Config, tokenizer: Any
+) -> None:
+    plain = tokenizer(CHATML)
+    (whole,) = load(config, write_jsonl(tmp_path / "plain.jsonl", [{"messages": THINKING}]), plain)
+    logprobs = np.where(whole.loss_mask, -0.01 * (1 + np.arange(len(whole.input_ids))), 0.0)
+    row = {"id": "m", "messages": THINKING, "behavior_logprobs": logprobs.tolist()}
+    file = write_jsonl(tmp_path / "a.jsonl", [row])
+    turns = list(load(config, file, plain, behavior=True, multi_turn="split"))
+    assert [t.id for t in turns] == ["m#0", "m#1"]
+    assert sum(t.loss_mask.sum() for t in turns) == whole.loss_mask.sum()
+    for turn in turns:
+        n = len(turn.input_ids)
+        np.testing.assert_array_equal(turn.input_ids, whole.input_ids[:n])
+        expected = np.where(turn.loss_mask, logprobs[:n], 0).astype(np.float32)
+        np.testing.assert_array_equal(turn.behavior_logprobs, expected)
+
+    with pytest.raises(DataError) as caught:
+        load(config, file, tokenizer(CHATML_THAT_FORGETS), behavior=True)
+    assert "behavior_logprobs is one list, and the conversation becomes 2 trajectories" in str(caught.value)
+    assert "pear-megatron score" in str(caught.value)
+
+
+def test_every_field_of_a_text_row_reaches_the_template(
+    tmp_path: Path, config: Config, tokenizer: Any
+) -> None:
+    made = tokenizer(WITH_TOOLS)
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]
+    documents = [{"title": "Paris", "text": "A city."}]
+    rows: list[Row] = [
+        {"messages": THINKING[:2], "tools": tools},
+        {"messages": THINKING[:2], "tools": json.dumps(tools)},
+        {"prompt": THINKING[:1], "response": "4", "documents": documents},
+        {"prompt": "2+2?", "response": "4", "chat_template_kwargs": {"shout": True}},
+        {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+        {"messages": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+    ]
+    dataset = load(config, write_jsonl(tmp_path / "a.jsonl", rows), made)
+    texts = [shown(made, trajectory) for trajectory in dataset]
+    assert "get_weather" in texts[0]
+    assert texts[0] == texts[1]
+    assert "A city." in texts[2]
+    assert texts[3] == "!" + texts[4]
+    assert texts[4] == texts[5] == "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n[[4<|im_end|>]]"
+
+
+def test_a_template_from_a_file_and_its_arguments_replace_the_tokenizers(
+    tmp_path: Path, config: Config, tokenizer: Any
+) -> None:
+    plain = tokenizer(CHATML)
+    template = tmp_path / "loud.jinja"
+    template.write_text(WITH_TOOLS)
+    rows = [
+        {"prompt": "a", "response": "b"},
+        {"prompt": "a", "response": "b", "chat_template_kwargs": {"shout": False}},
+    ]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    options = {"chat_template": str(template), "chat_template_kwargs": {"shout": True}}
+    loud, quiet = load(config, file, plain, **options)
+    assert shown(plain, loud) == "!" + shown(plain, quiet)  # a row's own arguments go first
+
+    for wrong in (tmp_path / "nowhere.jinja", tmp_path):
+        with pytest.raises(DataError, match=r"data\.chat_template = .* cannot be read"):
+            load(config, file, plain, chat_template=str(wrong))
+    with pytest.raises(DataError, match=r"data\.chat_template is set and data\.tokenizer is not"):
+        prepare(config(file, chat_template=str(template)))
+
+
+def test_tokens_of_another_template_or_other_arguments_are_refused(
+    tmp_path: Path, config: Config, tokenizer: Any
+) -> None:
+    plain = tokenizer(CHATML)
+    template = tmp_path / "loud.jinja"
+    template.write_text(WITH_TOOLS)
+    kwargs = {"shout": True}
+    hashes = {
+        tokenizer_hash(plain),
+        tokenizer_hash(plain, WITH_TOOLS),
+        tokenizer_hash(plain, WITH_TOOLS, kwargs),
+        tokenizer_hash(plain, None, kwargs),
+    }
+    assert len(hashes) == 4
+    assert tokenizer_hash(plain) == tokenizer_hash(plain, None, {}) == tokenizer_hash(plain, CHATML)
+
+    scored = a_row(tokenizer_hash=tokenizer_hash(plain, WITH_TOOLS, kwargs))
+    file = write_jsonl(tmp_path / "scored.jsonl", [scored])
+    same = {"chat_template": str(template), "chat_template_kwargs": kwargs}
+    assert len(load(config, file, plain, behavior=True, **same)) == 1
+    for other in ({}, {"chat_template": str(template)}, {**same, "chat_template_kwargs": {"shout": False}}):
+        with pytest.raises(DataError) as caught:
+            load(config, file, plain, behavior=True, **other)
+        for name in ("data.tokenizer", "data.chat_template", "data.chat_template_kwargs"):
+            assert name in str(caught.value)
+
+
+def test_the_cache_is_made_again_for_another_template_or_another_multi_turn(
+    tmp_path: Path, config: Config, tokenizer: Any
+) -> None:
+    plain = tokenizer(CHATML)
+    template = tmp_path / "loud.jinja"
+    template.write_text(WITH_TOOLS)
+    file = write_jsonl(tmp_path / "a.jsonl", [{"messages": THINKING[:2]}])
+    variants: list[Row] = [
+        {},
+        {"multi_turn": "split"},
+        {"chat_template": str(template)},
+        {"chat_template": str(template), "chat_template_kwargs": {"shout": True}},
+    ]
+    settings = {"tokenizer": plain.name_or_path, "seq_length": 512}
+    folders = {
+        prepare(config(file, **settings, **variant), require_behavior_logprobs=False) for variant in variants
+    }
+    assert len(folders) == len(variants)
+    before = prepare(config(file, **settings, **variants[2]), require_behavior_logprobs=False)
+    template.write_text("?" + WITH_TOOLS)
+    assert prepare(config(file, **settings, **variants[2]), require_behavior_logprobs=False) != before
+
+
+def test_a_cut_response_has_no_end_of_turn(tmp_path: Path, config: Config, tokenizer: Any) -> None:
+    plain = tokenizer(CHATML)
+    rows = [
+        {"messages": THINKING[:2], "truncated": True},
+        {"prompt": "2+2?", "response": "<think>add</think>4", "truncated": True},
+    ]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    for trajectory in load(config, file, plain, truncated="keep"):
+        assert shown(plain, trajectory).endswith("assistant\n[[<think>add</think>4]]")
+        assert trajectory.loss_mask[-1]
+
+
+def test_an_overlong_turn_is_dropped_alone(tmp_path: Path, config: Config, tokenizer: Any) -> None:
+    forgets = tokenizer(CHATML_THAT_FORGETS)
+    messages = [*THINKING[:2], {"role": "user", "content": "x" * 300}, THINKING[3]]
+    file = write_jsonl(tmp_path / "a.jsonl", [{"id": "m", "messages": messages}])
+    dataset = load(config, file, forgets, seq_length=200, overlong="drop")
+    assert [t.id for t in dataset] == ["m#0"]
+    assert dataset.meta["counts"]["dropped_overlong"] == 1
+    with pytest.raises(DataError, match=r"messages, assistant turn 1, has \d+ tokens, over-long"):
+        load(config, file, forgets, seq_length=200)
+
+
+def test_an_empty_turn_is_no_decision_and_said_so(
+    tmp_path: Path, config: Config, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = tokenizer(CHATML)
+    messages = [THINKING[0], {"role": "assistant", "content": ""}, *THINKING[2:]]
+    (trajectory,) = load(config, write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}]), plain)
+    assert shown(plain, trajectory).endswith("[[<think>again</think>6<|im_end|>]]")
+    assert "no decisions: 1" in caplog.text
+
+
+BAD = {
+    "tools beside ids": (a_row(tools=[]), ["tools beside input_ids changes nothing", "'metadata'"]),
+    "arguments beside ids": (a_row(chat_template_kwargs={"a": 1}), ["chat_template_kwargs beside input_ids"]),
+    "token_weights of text": (
+        {"prompt": "a", "response": "b", "token_weights": [1.0]},
+        ["token_weights belongs to tokens, and prompt is text", "pear-megatron score"],
+    ),
+    "arguments that are no object": (
+        {"prompt": "a", "response": "b", "chat_template_kwargs": [1]},
+        ["chat_template_kwargs = [1] is a list; it must be an object"],
+    ),
+    "arguments that are no JSON": (
+        {"prompt": "a", "response": "b", "chat_template_kwargs": "{a}"},
+        ["chat_template_kwargs = '{a}' is no JSON"],
+    ),
+    "tools that are no list": ({"prompt": "a", "response": "b", "tools": "get"}, ["tools = 'get'"]),
+    "misspelt": (
+        {"prompt": "a", "response": "b", "chat_template_kwarg": {}},
+        ["unknown field 'chat_template_kwarg'; did you mean 'chat_template_kwargs'?"],
+    ),
+    "ShareGPT, bad": ({"conversations": [{"from": "human"}]}, ["conversations[0]"]),
+    "prompt that is a number": ({"prompt": 3, "response": "b"}, ["prompt = 3 is a int"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_text_field_is_named(kind: str, tmp_path: Path, config: Config, tokenizer: Any) -> None:
+    row, expected = BAD[kind]
+    file = write_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(DataError) as caught:
+        load(config, file, tokenizer(CHATML))
+    for part in [f"{file}:1: ", *expected]:
+        assert part in str(caught.value)

@@ -1,0 +1,109 @@
+"""inspect computes what training computes: same arrays, same op, same numbers as the first step logs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pear_megatron import PearConfig
+from pear_megatron.data import Trajectory
+from pear_megatron.inspect.alternatives import alternatives
+from pear_megatron.inspect.measure import make_pack, weigh
+from pear_megatron.ops import reference
+from tests.distributed import run_ranks
+from tests.megatron.ranks import SMALL, train_runs
+from tests.structured import VOCAB_SIZE, make_rows, write_rows
+
+
+def trajectories(count: int = 70, seed: int = 0) -> tuple[list[Trajectory], list[np.ndarray]]:
+    """More than one collated part; decisions with gaps; mixed rewards."""
+    generator = np.random.default_rng(seed)
+    made, policy = [], []
+    for i in range(count):
+        n = int(generator.integers(4, 30))
+        mask = generator.random(n) < 0.6
+        mask[0], mask[-1] = False, True
+        lb = np.where(mask, -generator.exponential(1.0, n), 0).astype(np.float32)
+        ids = generator.integers(0, 50, n).astype(np.int32)
+        made.append(Trajectory(f"t{i}", ids, mask, lb, float(generator.choice([1.0, 0.0, -0.5]))))
+        policy.append(np.where(mask, lb + generator.normal(-0.1, 0.2, n), 7.0).astype(np.float32))
+    return made, policy
+
+
+def test_arrays_are_the_decisions_in_order() -> None:
+    made, policy = trajectories()
+    pack = make_pack(made, policy)
+    masks = [t.loss_mask for t in made]
+    assert np.array_equal(pack.lp, np.concatenate([lp[m] for lp, m in zip(policy, masks, strict=True)]))
+    assert np.array_equal(pack.lb, np.concatenate([t.behavior_logprobs[t.loss_mask] for t in made]))
+    assert pack.num_decisions.tolist() == [int(m.sum()) for m in masks]
+    assert pack.position.tolist() == [k for m in masks for k in range(int(m.sum()))]
+    assert pack.reward.tolist() == [t.reward for t in made]
+
+
+@pytest.mark.parametrize("variant", ["token", "block", "sequence"])
+def test_weights_are_the_references(variant: str) -> None:
+    made, policy = trajectories(count=9)
+    config = PearConfig.model_validate({"variant": variant, "baseline": "sequence_mean"})
+    pack = make_pack(made, policy)
+    expected, _ = reference.weights(pack.logprobs, pack.behavior_logprobs, pack.mask, pack.cu_seqlens, config)
+    np.testing.assert_allclose(weigh(pack, config).weight, expected[pack.mask].numpy(), rtol=1e-5)
+
+
+def test_statistics_by_sign_are_those_of_the_trajectories_alone() -> None:
+    made, policy = trajectories()
+    both = weigh(make_pack(made, policy), PearConfig())
+    for negative, statistics in ((True, both.negative), (False, both.positive)):
+        chosen = [i for i, t in enumerate(made) if (t.reward < 0) == negative]
+        alone = weigh(make_pack([made[i] for i in chosen], [policy[i] for i in chosen]), PearConfig())
+        assert statistics == pytest.approx(alone.statistics, rel=1e-5)
+    share = both.effective_sample_size.mean()
+    assert share == pytest.approx(both.statistics["effective_sample_size"], rel=1e-5)
+
+
+def test_alternatives_begin_with_the_given_settings_and_are_what_they_say() -> None:
+    made, policy = trajectories()
+    pack, given = make_pack(made, policy), PearConfig(gamma=0.9)
+    settings = alternatives(pack, given)
+    assert settings[0].overrides == ""
+    assert settings[0].statistics == weigh(pack, given).statistics
+    assert len({setting.overrides for setting in settings}) == len(settings)
+    for setting in settings[1:]:
+        changes = dict(part.removeprefix("pear.").split("=") for part in setting.overrides.split())
+        values = {k: json.loads(v) if v.startswith("[") else v for k, v in changes.items()}
+        config = PearConfig.model_validate(given.model_dump() | values)
+        assert config != given
+        assert weigh(pack, config).statistics == setting.statistics
+
+
+def rank_inspect(rank: int, data: Path, model: Path, output: Path, overrides: list[str]) -> None:
+    from pear_megatron.inspect.run import run
+    from pear_megatron.inspect.settings import read_settings
+    from tests.megatron.ranks import be_quiet
+    from tests.megatron.runs import TINY
+
+    be_quiet()
+    settings = read_settings(
+        [str(data)], overrides, recipe=TINY, model=str(model), tokenizer=None, seq_length=1
+    )
+    run(settings, model=str(model), scored=False, output=output, max_trajectories=512, seed=0)
+
+
+def test_numbers_are_those_that_trainings_first_step_logs(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "data.jsonl", make_rows(20, seed=2))
+    model = [f"model.vocab_size={VOCAB_SIZE}", "train.global_batch_size=16"]
+    policy, run = tmp_path / "policy", tmp_path / "run"
+    train_runs(1, data, {policy: [*model, "train.max_steps=12", "optimizer.lr=1e-2", "pear.variant=none"]})
+    pear = ["pear.variant=block", "pear.baseline=sequence_mean"]
+    logged = train_runs(1, data, {run: [*model, *pear, f"checkpoint.pretrained={policy}"]})[run][0]
+    overrides = [*SMALL, *model, *pear, f"output_dir={tmp_path}"]
+    run_ranks(1, rank_inspect, data, policy, tmp_path / "page.html", overrides)
+    found = json.loads((tmp_path / "page.json").read_text())["statistics"]["all"]
+    assert logged["decisions"] == 20 * 56
+    assert found == pytest.approx({name: logged[f"pear/{name}"] for name in found}, rel=1e-4, abs=1e-6)
+    assert abs(found["log_ratio"]) > 0.01
+    assert torch.isfinite(torch.tensor(list(found.values()))).all()

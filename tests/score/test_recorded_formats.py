@@ -1,0 +1,262 @@
+"""What else each generator writes: several answers, tool calls, reasoning, other shapes of the same."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pear_megatron.data.errors import Problems, RowProblem
+from pear_megatron.data.files import read_rows
+from tests.score.recorded_cases import (
+    LOGPROBS,
+    MESSAGES,
+    RESPONSE,
+    case,
+    check_tokens,
+    prompt_ids,
+    read,
+    tokenizer,
+)
+
+TOOLS = [{"type": "function", "function": {"name": "find", "description": "Finds.", "parameters": {}}}]
+
+
+def answer_of(text: str, **message: Any) -> dict[str, Any]:
+    """vLLM's chat answer that was sampled as ``text``: its tokens as texts, without ids."""
+    ids = tokenizer()(text, add_special_tokens=False)["input_ids"]
+    content = [{"token": tokenizer().decode([i]), "logprob": -0.5} for i in ids]
+    choice = {
+        "message": {"role": "assistant", **message},
+        "logprobs": {"content": content},
+        "finish_reason": "stop",
+    }
+    return {"messages": MESSAGES, "response": {"choices": [choice]}}
+
+
+def test_sglang_answer_may_be_the_row_itself() -> None:
+    row = case("sglang")
+    (found,) = read({**row.pop("response"), **row})
+    check_tokens(found)
+
+
+def test_sglang_prompt_comes_from_the_request_where_the_answer_has_only_its_end() -> None:
+    row = case("sglang")
+    meta = row["response"]["meta_info"]
+    meta["input_token_logprobs"] = meta["input_token_logprobs"][-1:]
+    with pytest.raises(RowProblem, match=r"meta_info\.prompt_tokens = 36, but this row has 1"):
+        read(row)
+    for request in (
+        {"request": {"input_ids": prompt_ids()}},
+        {"input_ids": prompt_ids()},
+        {"messages": MESSAGES},
+    ):
+        (found,) = read({**{name: v for name, v in row.items() if name != "prompt"}, **request})
+        check_tokens(found)
+
+
+def test_sglang_scores_a_whole_trajectory() -> None:
+    ids = prompt_ids() + RESPONSE
+    entries = [[None, ids[0], None], *([-1.0, i, None] for i in ids[1:36])]
+    entries += [[value, i, "?"] for value, i in zip(LOGPROBS, RESPONSE, strict=True)]
+    meta = {
+        "finish_reason": {"type": "length", "length": 1},
+        "prompt_tokens": 47,
+        "input_token_logprobs": entries,
+    }
+    row = {
+        "input_ids": ids,
+        "loss_mask": [0] * 36 + [1] * 11,
+        "response": {"text": "", "meta_info": meta},
+    }
+    (found,) = read(row, with_tokenizer=False)
+    np.testing.assert_array_equal(found.trajectory.behavior_logprobs[36:], np.float32(LOGPROBS))
+    assert found.truncated is None
+    meta["input_token_logprobs"] = [*entries[1:], entries[0]]
+    with pytest.raises(RowProblem, match=r"input_token_logprobs\[0\] is of token"):
+        read(row)
+
+
+@pytest.mark.parametrize("kind", ["length", "abort"])
+def test_a_cut_response_is_marked(kind: str) -> None:
+    row = case("sglang")
+    row["response"]["meta_info"]["finish_reason"] = {"type": kind}
+    assert read(row)[0].truncated is True
+    row = case("vllm_offline")
+    row["outputs"][0]["finish_reason"] = kind
+    assert read(row)[0].truncated is True
+    row["outputs"][0]["finish_reason"] = "who knows"
+    with pytest.raises(RowProblem, match="finish_reason = 'who knows'"):
+        read(row)
+
+
+@pytest.mark.parametrize("status", ["truncated", "aborted", "failed"])
+def test_slime_samples_that_were_not_completed_are_marked(status: str) -> None:
+    assert read({**case("slime"), "status": status})[0].truncated is True
+    with pytest.raises(RowProblem, match="status = 'pending'"):
+        read({**case("slime"), "status": "pending"})
+
+
+def test_slime_dump_gives_all_its_samples_and_only_trained_tokens_are_decisions() -> None:
+    tools = {**case("slime"), "loss_mask": [1] * 5 + [0] * 3 + [1] * 3}
+    first, second = read({"rollout_id": 3, "samples": [case("slime"), tools]})
+    check_tokens(first)
+    assert second.trajectory.loss_mask[36:].tolist() == [True] * 5 + [False] * 3 + [True] * 3
+    assert first.trajectory.id != second.trajectory.id
+    with pytest.raises(RowProblem, match=r"samples\[1\]: temperature = 0\.7"):
+        read({"samples": [case("slime"), {**tools, "metadata": {}, "temperature": 0.7}]})
+
+
+def test_slime_samples_of_a_parquet_file(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([case("slime")]), tmp_path / "a.parquet")
+    (row,) = read_rows(tmp_path / "a.parquet", Problems(), strict=False)
+    (found,) = read({k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.fields.items()})
+    check_tokens(found)
+
+
+def test_verl_agent_loops_are_read_and_its_text_dump_is_refused_by_name() -> None:
+    loop = {
+        "prompt_ids": prompt_ids(),
+        "response_ids": RESPONSE,
+        "response_mask": [1] * 11,
+        "response_logprobs": LOGPROBS,
+        "reward_score": 0.5,
+    }
+    (found,) = read(loop)
+    check_tokens(found)
+    assert found.trajectory.reward == 0.5
+    with pytest.raises(RowProblem, match="rollout_data_dir holds text alone"):
+        read({"input": "a", "output": "b", "gts": "c", "score": 1.0, "step": 3})
+    with pytest.raises(RowProblem, match="as padding does"):
+        read({**loop, "prompt_ids": [0, 0, *prompt_ids()]})
+
+
+def test_vllm_log_probs_may_be_flat() -> None:
+    row = case("vllm_offline")
+    row["outputs"][0]["logprobs"] = LOGPROBS
+    check_tokens(read(row)[0])
+    flat = {
+        "start_indices": list(range(0, 22, 2)),
+        "end_indices": list(range(2, 24, 2)),
+        "token_ids": [i for token_id in RESPONSE for i in (token_id, 9999)],
+        "logprobs": [value for logprob in LOGPROBS for value in (logprob, -0.05)],
+    }
+    row["outputs"][0]["logprobs"] = flat
+    check_tokens(read(row)[0])
+    flat["token_ids"][0] = 7
+    with pytest.raises(RowProblem, match=r"outputs\[0\]\.logprobs\[0\] is of token 7"):
+        read(row)
+
+
+def test_vllm_scores_a_whole_trajectory() -> None:
+    ids = prompt_ids() + RESPONSE
+    values = [-1.0] * 36 + LOGPROBS
+    entries = [None, *({str(i): {"logprob": v}} for i, v in list(zip(ids, values, strict=True))[1:])]
+    row = {"input_ids": ids, "loss_mask": [0] * 36 + [1] * 11, "response": case("vllm_offline")}
+    row["response"]["prompt_logprobs"] = entries
+    np.testing.assert_array_equal(read(row)[0].trajectory.behavior_logprobs[36:], np.float32(LOGPROBS))
+
+
+def test_several_answers_have_a_reward_each_or_none() -> None:
+    row = case("n2")
+    assert [one.trajectory.id for one in read(row)] == ["c1#0", "c1#1"]
+    assert [one.trajectory.reward for one in read({**row, "reward": [1, -0.5]})] == [1.0, -0.5]
+    with pytest.raises(RowProblem, match="reward = 1, but the row has 2 answers"):
+        read({**row, "reward": 1})
+    with pytest.raises(RowProblem, match="reward has 3 entries and the row 2 answers"):
+        read({**row, "reward": [1, 2, 3]})
+    for choice, reward in zip(row["response"]["choices"], (0.25, 0.75), strict=True):
+        choice["reward"] = reward
+    assert [one.trajectory.reward for one in read(row)] == [0.25, 0.75]
+    del row["response"]["choices"][1]["reward"]
+    with pytest.raises(RowProblem, match="some answers have a reward of their own"):
+        read(row)
+
+
+def test_a_damaged_answer_among_several_is_named() -> None:
+    row = case("n2")
+    row["response"]["choices"][1]["logprobs"]["content"].pop(3)
+    with pytest.raises(RowProblem, match="answer 1 of 2: "):
+        read(row)
+
+
+def test_sglang_gives_several_answers_as_a_list() -> None:
+    row = case("sglang")
+    del row["reward"]
+    row["response"] = [row["response"], copy.deepcopy(row["response"])]
+    assert [one.trajectory.id for one in read(row)] == ["s1#0", "s1#1"]
+
+
+def test_parsed_tool_calls_and_reasoning_are_read_as_they_were_sampled() -> None:
+    call = {"type": "function", "function": {"name": "find", "arguments": '{"a": 1}'}}
+    sampled = '<tool_call>\n{"arguments":{"a":1}, "name":"find"}\n</tool_call><|im_end|>'
+    (found,) = read(answer_of(sampled, content=None, tool_calls=[call]))
+    decisions = found.trajectory.input_ids[found.trajectory.loss_mask]
+    assert tokenizer().decode(decisions) == sampled
+    sampled = "<think>\nwell\n</think>\n\nBlue<|im_end|>"
+    (found,) = read(answer_of(sampled, content="Blue", reasoning_content="well"))
+    decisions = found.trajectory.input_ids[found.trajectory.loss_mask]
+    assert tokenizer().decode(decisions) == sampled
+
+
+def test_what_the_log_probs_do_not_cover_is_named() -> None:
+    call = {"type": "function", "function": {"name": "find", "arguments": "{}"}}
+    with pytest.raises(RowProblem, match="the answer's tool call 'find' is not among its tokens"):
+        read(answer_of("Blue<|im_end|>", content="Blue", tool_calls=[call]))
+    with pytest.raises(RowProblem, match="the answer's reasoning 'well' is not among its tokens"):
+        read(answer_of("Blue<|im_end|>", content="Blue", reasoning_content="well"))
+    hidden = answer_of("Blue<|im_end|>", content="Blue")
+    details = {"reasoning_tokens": 90}
+    hidden["response"]["usage"] = {"completion_tokens": 92, "completion_tokens_details": details}
+    with pytest.raises(RowProblem, match=r"usage\.completion_tokens = 92.*do not cover its reasoning"):
+        read(hidden)
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ({"type": "reasoning", "summary": []}, "the answer has reasoning, which its log-probs do not cover"),
+        ({"type": "function_call", "name": "f", "arguments": "{}"}, "the answer has tool calls"),
+        ({"type": "web_search_call"}, "only one message can be read"),
+    ],
+)
+def test_responses_with_more_than_a_message_are_refused_by_name(item: dict[str, Any], words: str) -> None:
+    row = case("oai_responses")
+    row["response"]["output"].insert(0, item)
+    with pytest.raises(RowProblem, match=words):
+        read(row)
+
+
+def test_responses_prompt_may_be_the_requests_input() -> None:
+    row = case("oai_responses")
+    row["response"]["output"][0]["content"][0]["text"] = "Blue, I think. 🙂 Ünï"
+    row["body"] = {"input": "Name a colour."}
+    del row["messages"]
+    check_tokens(read(row)[0])
+    row["body"] = {"input": [{"role": "user", "content": [{"type": "input_text", "text": "Name a colour."}]}]}
+    check_tokens(read(row)[0])
+    row["body"]["input"][0]["content"] = [{"type": "input_image", "image_url": "x"}]
+    with pytest.raises(RowProblem, match=r"input\[0\]\.content\[0\] = .* is no text"):
+        read(row)
+
+
+def test_tools_of_the_request_are_in_the_prompt() -> None:
+    answer = answer_of("Blue<|im_end|>", content="Blue")
+    plain, with_tools = read(answer)[0], read({**answer, "tools": TOOLS})[0]
+    assert "Finds." in tokenizer().decode(with_tools.trajectory.input_ids)
+    assert len(with_tools.trajectory.input_ids) > len(plain.trajectory.input_ids)
+    in_body = {"response": answer["response"], "body": {"messages": MESSAGES, "tools": TOOLS}}
+    assert read(in_body)[0].trajectory.input_ids.tolist() == with_tools.trajectory.input_ids.tolist()
+    with pytest.raises(RowProblem, match="chat_template_kwargs: the chat template does not read 'enable'"):
+        read({**answer, "chat_template_kwargs": {"enable": 1}})
+
+
+def test_another_stop_token_than_the_templates_is_kept() -> None:
+    other = tokenizer().decode([0])
+    (found,) = read(answer_of("Blue" + other, content="Blue"))
+    assert found.trajectory.input_ids[-1] == 0
