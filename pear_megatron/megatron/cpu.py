@@ -117,8 +117,9 @@ def _silence_streams() -> None:
 
         wait_stream = wait_event = synchronize = record_event = record = nothing
 
-    torch.cuda.synchronize = torch.cuda.set_device = nothing
-    torch.cuda.empty_cache = torch.cuda.reset_peak_memory_stats = nothing
+    # A function of its own for each: torch.compile tells torch's functions apart by their identity.
+    for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats"):
+        setattr(torch.cuda, name, lambda *args, **kwargs: None)
     torch.cuda.Stream = torch.cuda.Event = Stream  # type: ignore
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(torch.cuda, name, lambda *args, **kwargs: 0)
