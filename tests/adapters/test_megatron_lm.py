@@ -54,7 +54,12 @@ def pretrain(processes: int, output: Path, *arguments: str) -> tuple[int, str]:
         + [f"--nproc-per-node={processes}", str(PROGRAM)]
         + f"{MODEL} {TRAINING} {ON_CPU} --tensorboard-dir {output / 'tensorboard'}".split()
         + list(arguments),
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+            "OMP_NUM_THREADS": "1",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -100,6 +105,11 @@ def test_losses_and_gradient_norms_are_those_of_our_trainer(
         "--load", str(ours["start"]), "--finetune", "--no-load-optim", "--no-load-rng",
     )  # fmt: skip
     assert code == 0, "\n".join(re.findall(r"^.*(?:Error|error|File).*$", said, re.M)[:40])
-    for theirs, key in (("loss", "loss"), ("nll", "nll"), ("pear/weight", "pear/weight"), ("grad-norm", "grad_norm")):
+    for theirs, key in (
+        ("loss", "loss"),
+        ("nll", "nll"),
+        ("pear/weight", "pear/weight"),
+        ("grad-norm", "grad_norm"),
+    ):
         expected = [row[key] for row in ours["rows"]]
         assert scalars(tmp_path, theirs) == pytest.approx(expected, rel=1e-5), theirs
