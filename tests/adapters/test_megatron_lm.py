@@ -1,4 +1,4 @@
-"""Megatron-LM's own loop (megatron-core 0.19's ``megatron.training``) trains with PEAR as this package's trainer does."""
+"""Megatron-LM's own loop (``megatron.training``, megatron-core 0.19) trains with PEAR as our trainer does."""
 
 from __future__ import annotations
 
@@ -49,11 +49,10 @@ OURS = [
 
 def pretrain(processes: int, output: Path, *arguments: str) -> tuple[int, str]:
     """Runs the example's program under torchrun -> its exit code and what it said."""
+    torchrun = f"-W ignore -m torch.distributed.run --standalone --nproc-per-node={processes}".split()
+    settings = f"{MODEL} {TRAINING} {ON_CPU} --tensorboard-dir {output / 'tensorboard'}".split()
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-        + [f"--nproc-per-node={processes}", str(PROGRAM)]
-        + f"{MODEL} {TRAINING} {ON_CPU} --tensorboard-dir {output / 'tensorboard'}".split()
-        + list(arguments),
+        [sys.executable, *torchrun, str(PROGRAM), *settings, *arguments],
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
