@@ -146,6 +146,9 @@ def _batches(
 
 
 def _vocab_size(args: argparse.Namespace) -> int:
+    given = args.pear_vocab_size or args.vocab_size
+    if given:
+        return given
     from megatron.training import get_tokenizer
 
-    return args.pear_vocab_size or args.vocab_size or get_tokenizer().vocab_size
+    return get_tokenizer().vocab_size
