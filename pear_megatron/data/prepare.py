@@ -156,7 +156,7 @@ def describe_split(counts: Mapping[str, int]) -> str:
 
 def _announce(counts: Mapping[str, int], notes: Mapping[str, int]) -> None:
     if split := describe_split(counts):
-        logger.warning("data: %s; data.multi_turn says which rows", split)
+        logger.warning("data: %s; data.multi_turn decides whether", split)
     for note, count in notes.items():
         logger.warning("data: %s: %s", note, f"{count:,}")
     if counts["dropped_truncated"] or counts["dropped_overlong"]:
