@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pear_megatron"
 # Files outside pear_megatron/megatron that import megatron, and why.
 MEETS_MEGATRON = {
+    "adapters/megatron_lm.py": "megatron.training, the loop that it plugs into",
     "hf/bridge.py": "Megatron-Bridge, for architectures that this package does not know",
 }
 

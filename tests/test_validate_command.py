@@ -57,7 +57,7 @@ def test_the_first_trajectory_is_shown_with_its_decisions_in_brackets(
     assert FIRST in said
     assert "m#0: " in said
     assert "[[6" not in said
-    assert "1 rows were split into 2 trajectories" in said
+    assert "1 row was split into 2 trajectories" in said
     assert "prompts and responses, no padding" in said
 
 

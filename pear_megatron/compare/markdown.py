@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pear_megatron.compare.table import Entry, make_table
+from pear_megatron.compare.table import make_table
 
 
 def markdown_table(results: dict[str, Any]) -> str:
@@ -26,11 +25,10 @@ def markdown_table(results: dict[str, Any]) -> str:
         "| --- |" + " ---: |" * len(table.titles),
     ]
     for row in table.rows:
-        differences: Sequence[Entry | None] = row.differences or [None] * len(row.means)
-        cells = [
-            f"{mean}<br>**{difference}**" if difference is not None and difference.clear else str(mean)
-            for mean, difference in zip(row.means, differences, strict=True)
-        ]
+        cells = [str(mean) for mean in row.means]
+        for i, difference in enumerate(row.differences or []):
+            if difference.clear:
+                cells[i] += f"<br>**{difference}**"
         lines.append(f"| {row.arm} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -17,6 +17,7 @@ def page(outcome: Outcome) -> str:
     return render(
         "compare.html",
         facts=_facts(outcome),
+        baseline=outcome.recipe.baseline,
         table=table,
         means=[(row.arm, row.means) for row in table.rows],
         differences=[(row.arm, row.differences) for row in table.rows if row.differences is not None],

@@ -55,9 +55,8 @@ def _tuning(recipe: CompareRecipe) -> dict[str, dict[float, float]]:
 def print_table(outcome: Outcome) -> None:
     """Means, and below each the difference from the baseline."""
     found = make_table(outcome.as_json())
-    table = Table(
-        title=f"{found.num_seeds} seed(s); 95 % intervals; second lines: difference from {found.baseline}, paired"
-    )
+    against = f"difference from {outcome.recipe.baseline}, paired"
+    table = Table(title=f"{found.num_seeds} seed(s); 95 % intervals; second lines: {against}")
     table.add_column("arm")
     for title in found.titles:
         table.add_column(title, justify="right")

@@ -40,7 +40,6 @@ class Table:
     """What a comparison came to."""
 
     num_seeds: int
-    baseline: str
     titles: list[str]
     rows: list[Row]
 
@@ -51,9 +50,8 @@ def make_table(results: dict[str, Any]) -> Table:
     one_seed = len(results["seeds"]) == 1
 
     def entries(estimates: dict[str, dict[str, float]], *, signed: bool) -> list[Entry]:
-        known = {
-            key: "pass@" in key or not one_seed for key in titles
-        }  # of one seed only problems give intervals
+        # One seed has intervals only where a measure has problems.
+        known = {key: "pass@" in key or not one_seed for key in titles}
         return [show(Estimate(**estimates[key]), key, signed=signed, known=known[key]) for key in titles]
 
     rows = []
@@ -61,7 +59,7 @@ def make_table(results: dict[str, Any]) -> Table:
         against = content["against_baseline"]
         differences = entries(against, signed=True) if against is not None else None
         rows.append(Row(arm, entries(content["measures"], signed=False), differences))
-    return Table(len(results["seeds"]), results["baseline"], list(titles.values()), rows)
+    return Table(len(results["seeds"]), list(titles.values()), rows)
 
 
 def show(estimate: Estimate, key: str, *, signed: bool, known: bool) -> Entry:

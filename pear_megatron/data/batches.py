@@ -13,7 +13,15 @@ from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.ops.context_parallel import check_shards, shard_positions
 
 _NO_LABEL = -100  # what Megatron and torch ignore
-_PER_POSITION = ("tokens", "labels", "loss_mask", "behavior_logprobs", "position_ids", "token_weights")
+_PER_POSITION = (
+    "tokens",
+    "labels",
+    "loss_mask",
+    "behavior_logprobs",
+    "position_ids",
+    "padding_mask",
+    "token_weights",
+)
 
 
 class Trajectories(Protocol):
@@ -37,6 +45,7 @@ class PackedBatch:
         loss_mask: bool [B, S], aligned with ``labels``.
         behavior_logprobs: float32 [B, S], aligned with ``labels``, 0 off the decisions.
         position_ids: int64 [B, S], from 0 in every segment.
+        padding_mask: bool [B, S], True on padding (Megatron's convention: a mixture of experts does not route it).
         cu_seqlens: int32 [n + 1], the segments' ends over B*S; ``cu_seqlens[-1] == B * S``.
         reward: float32 [n], one per segment, 1 on padding.
         trajectory_index: int64 [n], the dataset's index, -1 on padding.
@@ -49,6 +58,7 @@ class PackedBatch:
     loss_mask: torch.Tensor
     behavior_logprobs: torch.Tensor
     position_ids: torch.Tensor
+    padding_mask: torch.Tensor
     cu_seqlens: torch.Tensor
     reward: torch.Tensor
     trajectory_index: torch.Tensor
@@ -114,6 +124,7 @@ def collate(
     loss_mask = np.zeros(shape, dtype=bool)
     behavior = np.zeros(shape, dtype=np.float32)
     position_ids = np.zeros(shape, dtype=np.int64)
+    padding_mask = np.ones(shape, dtype=bool)
     token_weights: np.ndarray | None = None
     lengths, rewards, indices = [], [], []
     for r, row in enumerate(rows):
@@ -129,6 +140,7 @@ def collate(
             tokens[here] = trajectory.input_ids[:-1]
             labels[here] = np.where(decisions, trajectory.input_ids[1:], _NO_LABEL)
             loss_mask[here] = decisions
+            padding_mask[here] = False
             behavior[here] = np.where(decisions, trajectory.behavior_logprobs[1:], 0.0)
             if trajectory.token_weights is not None:
                 if token_weights is None:
@@ -152,6 +164,7 @@ def collate(
         loss_mask=torch.from_numpy(loss_mask),
         behavior_logprobs=torch.from_numpy(behavior),
         position_ids=torch.from_numpy(position_ids),
+        padding_mask=torch.from_numpy(padding_mask),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
         reward=torch.tensor(rewards, dtype=torch.float32),
         trajectory_index=torch.tensor(indices, dtype=torch.int64),

@@ -147,16 +147,16 @@ def describe_split(counts: Mapping[str, int]) -> str:
     """How many rows were split into their turns, and what that costs; empty where none was."""
     if not counts.get("split_rows"):
         return ""
-    tokens, whole = counts["split_tokens"], counts["split_whole_tokens"]
+    rows, tokens, whole = (counts[name] for name in ("split_rows", "split_tokens", "split_whole_tokens"))
     return (
-        f"{counts['split_rows']:,} rows were split into {counts['split_trajectories']:,} trajectories, one per "
-        f"assistant turn: {tokens:,} tokens instead of {whole:,} ({tokens / whole:.2f} x)"
+        f"{rows:,} {'row was' if rows == 1 else 'rows were'} split into {counts['split_trajectories']:,} trajectories, "
+        f"one per assistant turn: {tokens:,} tokens instead of {whole:,} ({tokens / whole:.2f} x)"
     )
 
 
 def _announce(counts: Mapping[str, int], notes: Mapping[str, int]) -> None:
     if split := describe_split(counts):
-        logger.warning("data: %s; data.multi_turn decides whether", split)
+        logger.warning("data: %s; see data.multi_turn", split)
     for note, count in notes.items():
         logger.warning("data: %s: %s", note, f"{count:,}")
     if counts["dropped_truncated"] or counts["dropped_overlong"]:

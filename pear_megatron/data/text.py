@@ -136,14 +136,10 @@ class TextReader:
 
 
 def _tokenized(encoder: ChatEncoder, conversation: Conversation) -> list[Tokenized]:
-    found = []
-    for one in encoder.encode(conversation):
-        ids, mask = np.array(one.input_ids, dtype=np.int64), np.array(one.loss_mask, dtype=bool)
-        if conversation.truncated:  # nothing stands behind what was cut off
-            end = int(np.flatnonzero(mask)[-1]) + 1
-            ids, mask = ids[:end], mask[:end]
-        found.append(Tokenized(ids, mask, one.turn))
-    return found
+    return [
+        Tokenized(np.array(one.input_ids, dtype=np.int64), np.array(one.loss_mask, dtype=bool), one.turn)
+        for one in encoder.encode(conversation)
+    ]
 
 
 def conversation_of(fields: Mapping[str, Any], form: tuple[str, ...]) -> Conversation:

@@ -8,9 +8,11 @@ every layout can be tested on a laptop. On a machine with a GPU this module does
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,6 +38,32 @@ def enable() -> bool:
         with _without_compiler():
             _disable_cuda_rng()
         _enabled = True
+    return True
+
+
+def enable_training() -> bool:
+    """``enable``, and the same for ``megatron.training`` (in megatron-core's wheel from 0.19 on).
+
+    Returns:
+        True if this process runs Megatron-Core on CPU.
+    """
+    if not enable():
+        return False
+    from megatron.core.datasets import utils
+    from megatron.training import initialize, training
+
+    original = initialize.initialize_megatron
+
+    def initialize_on_cpu(*args: Any, **kwargs: Any) -> Any:
+        # It makes process groups only where it counts GPUs.
+        count, torch.cuda.device_count = torch.cuda.device_count, lambda: 1
+        try:
+            return original(*args, allow_no_cuda=True, **kwargs)
+        finally:
+            torch.cuda.device_count = count
+
+    training.initialize_megatron = initialize_on_cpu
+    utils.compile_helpers = lambda: None  # of indexed data sets, which are not used
     return True
 
 
@@ -84,10 +112,23 @@ def _silence_streams() -> None:
         return None
 
     class Stream:
-        wait_stream = wait_event = synchronize = record_event = nothing
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            return None
 
-    torch.cuda.synchronize = nothing
-    torch.cuda.empty_cache = nothing
+        wait_stream = wait_event = synchronize = record_event = record = nothing
+
+    # A function of its own for each: torch.compile tells torch's functions apart by their identity.
+    for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats"):
+        setattr(torch.cuda, name, lambda *args, **kwargs: None)
+    torch.cuda.Stream = torch.cuda.Event = Stream  # type: ignore
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        setattr(torch.cuda, name, lambda *args, **kwargs: 0)
+    torch.cuda.memory_stats = lambda *args, **kwargs: collections.defaultdict(int)  # type: ignore
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.cuda.get_device_properties = lambda *args, **kwargs: SimpleNamespace(  # type: ignore
+        name="CPU", major=8, minor=0, total_memory=0
+    )
     torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: Stream()  # type: ignore
     torch.cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()  # type: ignore
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = nothing

@@ -1,7 +1,7 @@
 """PEAR's forward step: what a Megatron training loop calls for every micro-batch.
 
-``PearForwardStep`` is what ``get_forward_backward_func()`` takes as ``forward_step_func``; it works in
-this package's loop, in Megatron-LM's and in Megatron-Bridge's. Where mcore has
+``PearForwardStep`` is what ``get_forward_backward_func()`` takes as ``forward_step_func``: this package's loop
+calls it, and so do the loops that ``pear_megatron.adapters`` has an adapter for. Where mcore has
 ``GPTModel.forward(output_processor=...)`` (0.19+) the loss is computed there, straight from the output
 layer's [s, b, V/tp] logits; otherwise from the logits that the model returns for ``labels=None``. With
 ``output_chunk_tokens`` there are no logits but those of a chunk of tokens (output_chunks.py).
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pear_megatron.config import PearConfig
 from pear_megatron.data.batches import PackedBatch
+from pear_megatron.errors import RecipeError
 from pear_megatron.loss import loss_of_logprobs, pear_loss
 from pear_megatron.megatron.model import wraps_precision
 from pear_megatron.megatron.output_chunks import (
@@ -33,14 +34,27 @@ def _flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.view(-1)
 
 
+def _groups_of(model: Any) -> tuple[torch.distributed.ProcessGroup, torch.distributed.ProcessGroup]:
+    """The tensor- and the context-parallel group that a model was built with, or else Megatron's own."""
+    from megatron.core import parallel_state
+    from megatron.core.utils import get_attr_wrapped_model
+
+    try:
+        groups = get_attr_wrapped_model(model, "pg_collection", allow_none=False)
+        return groups.tp, groups.cp
+    except (RuntimeError, AttributeError):
+        return parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
+
+
 class PearForwardStep:
     """``forward_step_func`` for Megatron-Core's schedules, under ``calculate_per_token_loss=True``.
 
     Args:
         config: how the loss is reweighted.
         vocab_size: real tokens; columns beyond are Megatron's padding.
-        tp_group: tensor-parallel group of the model.
-        cp_group: ranks that share each sequence in zigzag chunks; the batches are this rank's shards.
+        tp_group: tensor-parallel group of the model; None = what the model says when the first batch comes.
+        cp_group: ranks that share each sequence in zigzag chunks; the batches are this rank's shards. None =
+            what the model says.
         packed_attention: ``mask`` gives the model a block-diagonal attention mask (any layer spec);
             ``thd`` gives Transformer Engine ``PackedSeqParams`` and one flat row of tokens.
         use_output_processor: None = where mcore has it.
@@ -49,7 +63,8 @@ class PearForwardStep:
 
     Raises:
         ValueError: output_chunk_tokens without the output processor.
-        RecipeError: when called, output_chunk_tokens with a model that it does not work with.
+        RecipeError: when called: output_chunk_tokens with a model that it does not work with, or a model
+            whose config does not say ``calculate_per_token_loss``.
     """
 
     def __init__(
@@ -74,28 +89,35 @@ class PearForwardStep:
         self.packed_attention = packed_attention
         self.use_output_processor = use_output_processor
         self.output_chunk_tokens = output_chunk_tokens
+        self._routes = self._predicts_further = False
+        self._met = False
 
     def __call__(
-        self, data_iterator: Iterator[PackedBatch], model: Any
-    ) -> tuple[Tensor, Callable[[Tensor], LossOutput]]:
-        """Runs the model on the next micro-batch; returns its output and the loss function for it."""
+        self, data_iterator: Iterator[PackedBatch], model: Any, return_schedule_plan: bool = False
+    ) -> tuple[Any, Callable[[Tensor], LossOutput]]:
+        """Runs the model on the next micro-batch; returns its output and the loss function for it.
+
+        With ``return_schedule_plan`` (Megatron's overlap of expert-parallel communication) the model's schedule
+        plan stands for the output.
+        """
         batch = next(data_iterator)
-        if self.use_output_processor is None:
-            self.use_output_processor = supports_output_processor(model)
-        if self.output_chunk_tokens is not None:
-            require_output_processor(model)
+        if not self._met:
+            self._meet(model)
         inputs = self._inputs(batch)
+        run = model.build_schedule_plan if return_schedule_plan else model
         if wraps_precision(model):
             inputs["fp32_output"] = False  # the loss reads bf16 logits; a float32 copy is not needed
         if not self.use_output_processor:
-            return model(**inputs), lambda logits: self.loss(logits, batch)
+            return run(**inputs), lambda logits: self.loss(logits, batch)
 
         results: list[LossOutput] = []
 
-        def processor(*, hidden_states: Tensor, output_layer: Any, output_weight: Any, **_: Any) -> Tensor:
+        def processor(
+            *, hidden_states: Tensor, output_layer: Any, output_weight: Any, scale_logits: Any, **_: Any
+        ) -> Tensor:
             if self.output_chunk_tokens is None:
                 logits, _bias = output_layer(hidden_states, weight=output_weight)  # [s, b, V/tp]
-                results.append(self.loss(logits.transpose(0, 1), batch))
+                results.append(self.loss(scale_logits(logits).transpose(0, 1), batch))
             else:
                 logprobs = logprobs_in_chunks(
                     hidden_states,
@@ -109,8 +131,29 @@ class PearForwardStep:
                 results.append(self.loss_of_logprobs(logprobs, batch))
             return results[0][0]
 
-        output = model(**inputs, output_processor=processor)
+        output = run(**inputs, output_processor=processor)
         return output, lambda loss_sum: (loss_sum, *results[0][1:])
+
+    def _meet(self, model: Any) -> None:
+        """What the first batch asks of the model: its groups, and whether the loop divides as it must."""
+        from megatron.core.utils import get_model_config
+
+        model_config = get_model_config(model)
+        if not model_config.calculate_per_token_loss:
+            raise RecipeError(
+                "the model's config has calculate_per_token_loss false: every micro-batch would count alike, however "
+                "few decisions it holds; set it to true (Megatron-LM: --calculate-per-token-loss)"
+            )
+        tp_group, cp_group = _groups_of(model)
+        self.tp_group = tp_group if self.tp_group is None else self.tp_group
+        self.cp_group = cp_group if self.cp_group is None else self.cp_group
+        if self.use_output_processor is None:
+            self.use_output_processor = supports_output_processor(model)
+        if self.output_chunk_tokens is not None:
+            require_output_processor(model)
+        self._routes = model_config.num_moe_experts is not None
+        self._predicts_further = bool(getattr(model_config, "mtp_num_layers", None))
+        self._met = True
 
     def loss(self, logits: Tensor, batch: PackedBatch) -> LossOutput:
         """pear_loss of a micro-batch: [B, S, V/tp] logits (or one flat row) -> Megatron's loss tuple."""
@@ -143,6 +186,15 @@ class PearForwardStep:
         )
 
     def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        inputs = self._attention(batch)
+        shape = inputs["input_ids"].shape
+        if self._routes:
+            inputs["padding_mask"] = batch.padding_mask.view(shape)
+        if self._predicts_further:  # the multi-token heads' own loss, which goes its own way
+            inputs |= {"labels": batch.labels.view(shape), "loss_mask": batch.loss_mask.view(shape)}
+        return inputs
+
+    def _attention(self, batch: PackedBatch) -> dict[str, Any]:
         if self.packed_attention == "mask":
             return {
                 "input_ids": batch.tokens,

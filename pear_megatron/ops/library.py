@@ -19,7 +19,16 @@ with_cuda: bool = _C.with_cuda
 cpu_instruction_set: str = _C.cpu_instruction_set()
 
 LOGPROB_STATISTICS = 3
-WEIGHT_STATISTICS = 7
+# Rows of the statistics of weights, in the order of WeightStatistic in csrc/ops.h.
+WEIGHT_STATISTICS = (
+    "log_ratio",
+    "ratio_clipped_low",
+    "ratio_clipped_high",
+    "weight_at_floor",
+    "weight_at_ceiling",
+    "weight",
+    "effective_sample_size",
+)
 
 
 @torch.library.register_fake("pear_megatron::logprob_forward")
@@ -84,4 +93,4 @@ def _(
     subtract_mean: bool,
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(logprobs), logprobs.new_empty((WEIGHT_STATISTICS, 2))
+    return torch.empty_like(logprobs), logprobs.new_empty((len(WEIGHT_STATISTICS), 2))

@@ -5,20 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from pear_megatron.config import PearConfig
+from pear_megatron.ops.library import WEIGHT_STATISTICS as STATISTICS
 from pear_megatron.ops.library import ops
 
-_VARIANTS = {"none": 0, "token": 1, "block": 2, "sequence": 3}
+__all__ = ["STATISTICS", "pear_weights"]
 
-# Rows of the statistics, in the order of WeightStatistic in csrc/ops.h.
-STATISTICS = (
-    "log_ratio",
-    "ratio_clipped_low",
-    "ratio_clipped_high",
-    "weight_at_floor",
-    "weight_at_ceiling",
-    "weight",
-    "effective_sample_size",
-)
+_VARIANTS = {"none": 0, "token": 1, "block": 2, "sequence": 3}
 
 
 def pear_weights(

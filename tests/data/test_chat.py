@@ -204,3 +204,16 @@ def test_smollm2_conversation_from_its_gguf_folder(smollm2_dir: Path, tmp_path: 
     (trajectory,) = TrajectoryDataset.open(prepare(made, vocab_size=49152))
     assert trajectory.input_ids.tolist() == encoded.input_ids
     assert trajectory.loss_mask.tolist() == encoded.loss_mask
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_named() -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    core = Tokenizer(models.WordLevel({"one": 0, "two": 1, "<end>": 2}))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    encoder = ChatEncoder(transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>"))
+    (encoded,) = encoder.encode(Conversation(prompt="one", response="two"))
+    assert encoded.input_ids == [0, 1, 2]
+    with pytest.raises(RowProblem, match=r"cannot encode 'three.*input_ids\+loss_mask"):
+        encoder.encode(Conversation(prompt="one", response="three"))

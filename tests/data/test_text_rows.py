@@ -78,9 +78,7 @@ def test_each_turn_of_a_thinking_conversation_is_a_trajectory_as_it_was_sampled(
     assert (counts["split_rows"], counts["split_trajectories"], counts["trajectories"]) == (1, 2, 3)
     one, two = len(dataset[0].input_ids), len(dataset[1].input_ids)
     assert (counts["split_tokens"], counts["split_whole_tokens"]) == (one + two, two)
-    said = (
-        f"1 rows were split into 2 trajectories, one per assistant turn: {one + two} tokens instead of {two}"
-    )
+    said = f"1 row was split into 2 trajectories, one per assistant turn: {one + two} tokens instead of {two}"
     assert said in caplog.text
     caplog.clear()
     load(config, file, forgets)  # from the cache: said again

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from pear_megatron.cli import app
 from pear_megatron.data import load_tokenizer, tokenizer_hash
-from tests.byte_tokenizer import save_byte_tokenizer
+from tests.byte_tokenizer import CHATML, save_byte_tokenizer
 from tests.inspect.scored_rows import Inspect, scored
 from tests.megatron.runs import TINY
 from tests.structured import make_rows, write_rows
@@ -181,3 +181,20 @@ def test_an_output_that_cannot_be_written_is_said(inspect: Inspect, tmp_path: Pa
 
 def test_help_has_an_example() -> None:
     assert "Example: pear-megatron inspect" in CliRunner().invoke(app, ["inspect", "--help"]).stdout
+
+
+def test_text_rows_take_the_template_and_turns_of_the_command_line(inspect: Inspect, tmp_path: Path) -> None:
+    folder = save_byte_tokenizer(tmp_path / "tokenizer")
+    messages = [{"role": role, "content": "hi"} for role in ("user", "assistant")] * 2
+    data = write_rows(tmp_path / "data.jsonl", [{"id": "m", "messages": messages}])
+    template = tmp_path / "loud.jinja"
+    template.write_text("{% if shout %}!!{% endif %}" + CHATML)
+    common = (data, "--tokenizer", folder, "--chat-template", template)
+    whole = inspect(*common, "--chat-template-kwargs", '{"shout": true}')
+    split = inspect(*common, "--multi-turn", "split")
+    for found, trajectories in ((whole, 1), (split, 2)):
+        assert found.exit_code == 0, found.stderr
+        assert found.numbers["counts"]["trajectories"] == trajectories
+    wrong = inspect(*common, "--chat-template-kwargs", "shout")
+    assert wrong.exit_code == 1
+    assert "--chat-template-kwargs" in wrong.stderr

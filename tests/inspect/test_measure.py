@@ -88,7 +88,7 @@ def rank_inspect(rank: int, data: Path, model: Path, output: Path, overrides: li
 
     be_quiet()
     settings = read_settings(
-        [str(data)], overrides, recipe=TINY, model=str(model), tokenizer=None, seq_length=1
+        [str(data)], overrides, recipe=TINY, model=str(model), tokenizer=None, seq_length=1, text={}
     )
     run(settings, model=str(model), scored=False, output=output, max_trajectories=512, seed=0)
 

@@ -31,7 +31,7 @@ def rank_inspect(rank: int, model: Path, jobs: list[tuple[Path, Path]]) -> list[
     said = []
     for data, output in jobs:
         settings = read_settings(
-            [str(data)], [], recipe=None, model=str(model), tokenizer=None, seq_length=TOKENS
+            [str(data)], [], recipe=None, model=str(model), tokenizer=None, seq_length=TOKENS, text={}
         )
         try:
             run(settings, model=str(model), scored=False, output=output, max_trajectories=99, seed=0)

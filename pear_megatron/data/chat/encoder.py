@@ -70,8 +70,7 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._multi_turn = multi_turn
         self._special = special_texts(tokenizer)
-        first = tokenizer.convert_ids_to_tokens(self._ids("a"))[0]
-        self._space_first = first.startswith("\u2581")
+        self._space_first = self._puts_a_space_first()
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = set(tokenizer.all_special_ids) | {i for i, token in added if token.special}
         self.notes: Counter[str] = Counter()
@@ -229,7 +228,17 @@ class ChatEncoder:
         return Encoded(input_ids, mask)
 
     def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        try:
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        except Exception as error:  # what the tokenizers library raises has no class of its own
+            raise RowProblem(f"the tokenizer cannot encode {short(text)}: {error}; {_GIVE_IDS}") from error
+
+    def _puts_a_space_first(self) -> bool:
+        try:
+            first = self._tokenizer.convert_ids_to_tokens(self._ids("a"))[:1]
+        except RowProblem:  # a vocabulary of whole words, without "a"
+            return False
+        return any(token.startswith("\u2581") for token in first)
 
     def _sampled_ids(self, text: str) -> list[int]:
         """Ids of a text that begins in the middle, where SentencePiece would put a space before it."""

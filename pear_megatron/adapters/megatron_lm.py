@@ -1,0 +1,151 @@
+"""PEAR in Megatron-LM's own loop: ``megatron.training.pretrain`` of megatron-core 0.19 and later.
+
+    from pear_megatron.adapters import megatron_lm as pear
+
+    args = parse_and_validate_args(extra_args_provider=pear.add_arguments, args_defaults=pear.DEFAULTS)
+    pretrain(config, pear.datasets, ModelType.encoder_or_decoder, pear.forward_step(args))
+
+examples/megatron_lm/pretrain_pear.py is that program whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+
+from pear_megatron.adapters.offline_data import OfflineBatches, open_trajectories
+from pear_megatron.config import PearConfig
+from pear_megatron.data import DataConfig
+from pear_megatron.errors import RecipeError
+from pear_megatron.megatron.forward_step import PearForwardStep
+
+log = logging.getLogger("pear_megatron")
+
+DEFAULTS = {"dataloader_type": "external"}
+_PREFIX = "pear_"
+# Megatron's arguments that the loss needs, what they must be, and why.
+_NEEDED: tuple[tuple[str, Any, str], ...] = (
+    ("calculate_per_token_loss", True, "packed rows hold different numbers of decisions, and every one counts alike"),
+    ("dataloader_type", "external", "the micro-batches come from --pear-data"),
+    ("sft", False, "its evaluation averages means of micro-batches, which hold different numbers of decisions"),
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """``extra_args_provider``: PEAR's settings (--pear-variant, ...) and its data, beside Megatron-LM's own."""
+    group = parser.add_argument_group(title="PEAR")
+    group.add_argument("--pear-data", nargs="+", required=True, metavar="FILE", help="scored trajectories")
+    group.add_argument("--pear-validation-data", nargs="+", metavar="FILE", help="for evaluations")
+    group.add_argument("--pear-data-cache", metavar="FOLDER", help="default: beside the first file")
+    group.add_argument("--pear-tokenizer", metavar="FOLDER", help="for rows of text; default: none")
+    group.add_argument(
+        "--pear-vocab-size",
+        type=int,
+        help="tokens that are real; columns beyond are padding. Default: --vocab-size, or else the tokenizer's",
+    )
+    for name, field in PearConfig.model_fields.items():
+        options: dict[str, Any] = {"default": field.default}
+        if get_origin(field.annotation) is Literal:
+            options["choices"] = get_args(field.annotation)
+        elif get_origin(field.annotation) is tuple:
+            options |= {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+        else:
+            options["type"] = field.annotation
+        option = f"--{_PREFIX}{name}".replace("_", "-")
+        group.add_argument(option, help=f"PearConfig.{name}; default: {field.default}", **options)
+    return parser
+
+
+def pear_config(args: argparse.Namespace) -> PearConfig:
+    """The loss that the arguments ask for; pydantic's ValidationError (a ValueError) where they do not fit."""
+    return PearConfig(**{name: getattr(args, _PREFIX + name) for name in PearConfig.model_fields})
+
+
+def forward_step(args: argparse.Namespace) -> PearForwardStep:
+    """``forward_step_func`` for ``pretrain``, from the validated arguments.
+
+    Raises:
+        RecipeError: Megatron's arguments do not go with the loss; says which and why.
+    """
+    for name, needed, why in _NEEDED:
+        if getattr(args, name, needed) != needed:
+            option = f"--{name}".replace("_", "-")
+            wanted = f"{option} {needed}" if isinstance(needed, str) else option
+            raise RecipeError(f"PEAR needs {wanted if needed else f'no {option}'}: {why}")
+    flat = args.transformer_impl == "transformer_engine" and args.bf16
+    if flat and args.micro_batch_size != 1:
+        raise RecipeError(
+            f"--micro-batch-size {args.micro_batch_size}: Transformer Engine takes a packed micro-batch as a single "
+            "row; give 1 and a longer --seq-length"
+        )
+    return PearForwardStep(
+        pear_config(args), vocab_size=_vocab_size(args), packed_attention="thd" if flat else "mask"
+    )
+
+
+def datasets(
+    num_samples: tuple[int | None, ...], vp_stage: int | None = None
+) -> tuple[OfflineBatches, OfflineBatches | None, None]:
+    """``train_valid_test_dataset_provider``: this rank's micro-batches of --pear-data and --pear-validation-data.
+
+    Raises:
+        DataError: what is wrong with the files, by file and line.
+        RecipeError: sizes that do not divide, or evaluations without data.
+    """
+    from megatron.training import get_args
+
+    args = get_args()
+    train = _batches(
+        args, args.pear_data, args.global_batch_size, consumed_samples=args.consumed_train_samples
+    )
+    if args.rank == 0:
+        epochs = (args.train_iters or 0) / train.steps_per_epoch
+        log.warning(
+            "PEAR: an epoch is %d iterations; %.2f epochs are asked for", train.steps_per_epoch, epochs
+        )
+    if not args.eval_iters:
+        return train, None, None
+    if args.pear_validation_data is None:
+        raise RecipeError(
+            f"--eval-iters {args.eval_iters} without --pear-validation-data; name held-out trajectories, or give "
+            "--eval-iters 0"
+        )
+    size = args.eval_global_batch_size
+    return train, _batches(args, args.pear_validation_data, size, period=args.eval_iters), None
+
+
+datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, and makes its own part
+
+
+def _batches(
+    args: argparse.Namespace, files: list[str], global_batch_size: int, **options: Any
+) -> OfflineBatches:
+    from megatron.core import parallel_state
+
+    config = DataConfig(
+        train=files, seq_length=args.seq_length, tokenizer=args.pear_tokenizer, cache_dir=args.pear_data_cache
+    )
+    plain = args.pear_variant == "none"
+    training = "consumed_samples" in options
+    return OfflineBatches(
+        open_trajectories(config, needs_logprobs=not plain, vocab_size=_vocab_size(args)),
+        seq_length=args.seq_length,
+        global_batch_size=global_batch_size,
+        micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        seed=args.seed,
+        device=torch.device(torch.cuda.current_device()),
+        **options,
+    )
+
+
+def _vocab_size(args: argparse.Namespace) -> int:
+    from megatron.training import get_tokenizer
+
+    return args.pear_vocab_size or args.vocab_size or get_tokenizer().vocab_size
