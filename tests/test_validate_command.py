@@ -120,3 +120,20 @@ def test_a_terminal_gets_colours_instead_of_brackets(tmp_path: Path) -> None:
     )
     assert "[[" not in out.getvalue()
     assert "\x1b[30;42m[red]b<|im_end|>\x1b[0m" in out.getvalue()
+
+
+def test_errors_name_the_options_of_the_command_and_not_the_keys_of_a_recipe(tmp_path: Path) -> None:
+    row = {"id": "a", "prompt": "Hi", "response": "Hello"}
+    said = validate(data(tmp_path, row), "--plain-sft", ok=False)
+    assert "prompt is text and --tokenizer is not set" in said
+    assert "data.tokenizer" not in said
+    said = validate(data(tmp_path, row), "--plain-sft", "--tokenizer", tmp_path / "none", ok=False)
+    assert "--tokenizer = " in said
+    assert "data.tokenizer" not in said
+    assert "check the path" in validate(tmp_path / "none.jsonl", "--plain-sft", ok=False)
+
+
+def test_an_over_long_row_is_refused_with_the_option_that_takes_it(tmp_path: Path) -> None:
+    row = {"id": "a", "input_ids": list(range(9)), "loss_mask": [0, *[1] * 8]}
+    said = validate(data(tmp_path, row), "--plain-sft", "--seq-length", 4, ok=False)
+    assert "over-long for --seq-length = 4" in said

@@ -79,6 +79,7 @@ def inspect(
     for file in (output, output.with_suffix(".json")):
         if file.is_file() and not overwrite:
             raise RecipeError(f"{file} is there; name another --output, or replace it with --overwrite")
+    from pear_megatron.data.options import FILE_OPTIONS, in_options
     from pear_megatron.inspect.run import run
     from pear_megatron.inspect.settings import read_settings
 
@@ -91,11 +92,12 @@ def inspect(
         seq_length=seq_length,
         text=text_settings(multi_turn, chat_template, chat_template_kwargs),
     )
-    run(
-        settings,
-        model=model,
-        scored=scored,
-        output=output,
-        max_trajectories=max_trajectories,
-        seed=seed,
-    )
+    with in_options(FILE_OPTIONS if config is None else {}):
+        run(
+            settings,
+            model=model,
+            scored=scored,
+            output=output,
+            max_trajectories=max_trajectories,
+            seed=seed,
+        )

@@ -49,16 +49,18 @@ def validate(
     between [[ ]] in a pipe. Exit code 1 if they are broken.
     """
     from pear_megatron.data import DataConfig, TrajectoryDataset, load_tokenizer, prepare
+    from pear_megatron.data.options import FILE_OPTIONS, in_options
 
     with tempfile.TemporaryDirectory(prefix="pear-validate-") as folder:
         text = text_settings(multi_turn, chat_template, chat_template_kwargs)
         config = DataConfig(train=data, seq_length=seq_length, tokenizer=tokenizer, cache_dir=folder, **text)
-        prepared = prepare(
-            config,
-            require_behavior_logprobs=not plain_sft,
-            vocab_size=vocab_size,
-            progress=sys.stderr.isatty(),
-        )
+        with in_options(FILE_OPTIONS):
+            prepared = prepare(
+                config,
+                require_behavior_logprobs=not plain_sft,
+                vocab_size=vocab_size,
+                progress=sys.stderr.isatty(),
+            )
         dataset = TrajectoryDataset.open(prepared)
         shown = _chosen(dataset, show, identity)
         console = Console()

@@ -9,23 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pear_megatron.data.errors import DataError, Problems, RowProblem
+from pear_megatron.data.errors import Problems, RowProblem
 from pear_megatron.data.files import expand_files, read_rows
+from pear_megatron.data.options import TEXT_OPTIONS, in_options
 from pear_megatron.data.tokenizer import load_tokenizer
 from pear_megatron.megatron.checkpoint.model_folder import read_model_facts
 from pear_megatron.progress import reading_progress
 from pear_megatron.score.manifest import FORMAT_VERSION, digest_inputs
 from pear_megatron.score.rows import Purpose, RowReader, ScoreRow
 
-# Words of the loader's messages, which speak of a recipe's keys, as options of this command.
-_AS_OPTIONS = {
-    "data.multi_turn=split (--multi-turn split)": "--multi-turn split",
-    "data.multi_turn": "--multi-turn",
-    "data.chat_template_kwargs": "--chat-template-kwargs",
-    "data.chat_template": "--chat-template",
-    "data.train": "--data",
-    "data.tokenizer": "--tokenizer",
-}
+_OPTIONS = {**TEXT_OPTIONS, "data.train": "--data"}
 NOTE = "note: "  # before what a count says in words
 
 
@@ -139,7 +132,7 @@ class Source:
 
     def _reader(self, counts: Counter[str]) -> RowReader:
         settings = self._settings
-        try:
+        with in_options(_OPTIONS):
             return RowReader(
                 settings.purpose,
                 counts,
@@ -151,31 +144,15 @@ class Source:
                 origin={"model": self._model_name, "backend": settings.backend},
                 raw_logprobs=settings.raw_logprobs,
             )
-        except DataError as error:
-            raise _in_options(error) from error
 
 
 def _tokenizer(name: str | None) -> Any:
     if name is None:
         return None
-    try:
+    with in_options(_OPTIONS):
         return load_tokenizer(name)
-    except DataError as error:
-        raise _in_options(error) from error
 
 
 def _raise_if_any(problems: Problems) -> None:
-    try:
+    with in_options(_OPTIONS):
         problems.raise_if_any()
-    except DataError as error:
-        raise _in_options(error) from error
-
-
-def _in_options(error: DataError) -> DataError:
-    """The error with this command's options where the loader's messages name a recipe's keys."""
-    said = []
-    for problem in error.problems:
-        for key, option in _AS_OPTIONS.items():
-            problem = problem.replace(key, option)
-        said.append(problem)
-    return DataError(said, error.total, error.listed)

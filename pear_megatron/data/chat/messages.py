@@ -12,6 +12,12 @@ from pear_megatron.data.fields import short
 
 Message = dict[str, Any]
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+# What servers write beside the content that no chat template reads, and the way out.
+_UNREAD = {
+    "function_call": "write it as tool_calls",
+    "refusal": "the policy's words go into the content",
+    "audio": "only text can be trained on; drop the row",
+}
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -132,10 +138,15 @@ def _read_message(value: Any, where: str) -> Message:
         raise RowProblem(f"{where} = {short(value)}; it must be an object with a role")
     calls = value.get("tool_calls")
     message = without_nulls({key: inner for key, inner in value.items() if key != "tool_calls"})
+    for key, way_out in _UNREAD.items():
+        if message.get(key):
+            raise RowProblem(f"{where}.{key} = {short(message[key])} would be left out; {way_out}")
     message["content"] = _text(
         message.get("content"), f"{where}.content", needed=value["role"] != "assistant"
     )
     if thinking := _thinking(message, where):
+        if value["role"] == "assistant" and message["content"].lstrip().startswith("<think>"):
+            raise RowProblem(f"{where} has thinking both in its content, as <think>, and beside it; keep one")
         message["reasoning_content"] = thinking
     if calls:
         if not isinstance(calls, list):

@@ -46,6 +46,18 @@ def test_thinking_is_one_field(name: str) -> None:
 
 
 BAD = {
+    "old form of a call": (
+        {"role": "assistant", "content": "4", "function_call": {"name": "f", "arguments": "{}"}},
+        r"messages\[0\]\.function_call = .* would be left out; write it as tool_calls",
+    ),
+    "refusal": (
+        {"role": "assistant", "content": None, "refusal": "No."},
+        r"messages\[0\]\.refusal = 'No\.' would be left out; the policy's words go into the content",
+    ),
+    "thinking twice": (
+        {"role": "assistant", "content": "<think>add</think>4", "reasoning_content": "add"},
+        "both in its content, as <think>, and beside it; keep one",
+    ),
     "unknown sender": (
         {"from": "narrator", "value": "x"},
         r"messages\[0\]\.from = 'narrator'; it is one of human",
