@@ -115,6 +115,7 @@ def random_batch(tokens: int, vocab_size: int, device: torch.device) -> CausalBa
         loss_mask=mask,
         behavior_logprobs=(-12 - torch.rand(1, tokens)).where(mask, 0.0),
         position_ids=(torch.arange(tokens) % length).view(1, -1),
+        padding_mask=torch.zeros(1, tokens, dtype=torch.bool),
         cu_seqlens=torch.arange(0, tokens + 1, length, dtype=torch.int32),
         reward=torch.ones(4),
         trajectory_index=torch.arange(4),

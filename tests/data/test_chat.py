@@ -217,3 +217,9 @@ def test_a_word_that_the_tokenizer_does_not_know_is_named() -> None:
     assert encoded.input_ids == [0, 1, 2]
     with pytest.raises(RowProblem, match=r"cannot encode 'three.*input_ids\+loss_mask"):
         encoder.encode(Conversation(prompt="one", response="three"))
+
+
+def test_a_prompt_that_ends_with_the_assistant_is_refused(byte_tokenizer: Tokenizers) -> None:
+    prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(RowProblem, match=r"prompt\[1\] is an assistant message"):
+        ChatEncoder(byte_tokenizer()).encode(Conversation(prompt=prompt, response="c"))

@@ -171,6 +171,11 @@ class ChatEncoder:
                 return value, None
             value = [{"role": "user", "content": value}]
         messages = read_messages(value, field)
+        if field == "prompt" and messages and is_assistant(messages[-1]):
+            raise RowProblem(
+                f"prompt[{len(messages) - 1}] is an assistant message, and the response would begin another assistant "
+                "turn behind it; end the prompt with a user or tool message, or give messages"
+            )
         renderer = self._needed(conversation)
         return renderer.context(messages, field), renderer
 
@@ -208,6 +213,7 @@ class ChatEncoder:
             text = ""
         if text and fitter.template.has_marks and self._multi_turn != "split":
             check_marks(fitter, messages, setting)
+        if text and fitter.template.has_marks and self._multi_turn == "whole":
             pairs = [(turn.context, turn.written) for turn in turns]
             marked = marked_contexts(text, pairs, renderer.writer)
             encoded = self._in_one(turns, [self._ids(one) for one in marked], text) if marked else None

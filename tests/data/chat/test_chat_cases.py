@@ -52,10 +52,10 @@ CASES = {
         ASK.format("Hi")
         + f"{BLOCK}BAD ANSWER<|im_end|>\n"
         + ASK.format("Again")
-        + f"{BLOCK}[[good answer<|im_end|>]]"
+        + "[[good answer<|im_end|>]]"
     ],
     ("qwen3_training", "emptyturn", 0): [
-        ASK.format("Hi") + f"{BLOCK}<|im_end|>\n" + ASK.format("Hm") + f"{BLOCK}[[Hello.<|im_end|>]]"
+        ASK.format("Hi") + f"{BLOCK}<|im_end|>\n" + ASK.format("Hm") + "[[Hello.<|im_end|>]]"
     ],
     ("llama3_training", "trail", 0): [
         "<bos><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>"
