@@ -8,7 +8,7 @@ import pytest
 
 from pear_megatron.recipe import RecipeError, differing_keys, load_recipe, to_yaml
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "sft"
+RECIPES = Path(__file__).parents[2] / "recipes" / "sft"
 TINY = RECIPES / "tiny.yaml"
 
 
