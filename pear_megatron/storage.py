@@ -7,9 +7,10 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pear_megatron.errors import PearError, RecipeError
 
@@ -95,3 +96,36 @@ def show_bytes(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.3g} TB" if size < 999.5 else f"{size:,.0f} TB"
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two sets of settings."""
+    keys: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys += differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+def check_same_settings(
+    folder: str, old: Mapping[str, Any], new: Mapping[str, Any], *, may_change: tuple[str, ...], way_out: str
+) -> None:
+    """Refuses to continue in a folder what was begun with other settings.
+
+    Args:
+        folder: what the message calls it.
+        old, new: the settings of what is there, and those asked for now.
+        may_change: keys, or beginnings of keys, that make it no other.
+        way_out: the end of the message.
+
+    Raises:
+        RecipeError: names the keys that differ.
+    """
+    changed = [key for key in differing_keys(old, new) if not key.startswith(may_change)]
+    if changed:
+        raise RecipeError(
+            f"{folder} holds a run with other settings ({', '.join(changed)} differ); {way_out}"
+        )

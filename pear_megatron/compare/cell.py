@@ -10,9 +10,9 @@ from typing import Any
 
 from pear_megatron.compare.recipe import CompareRecipe, folder_name
 from pear_megatron.errors import RecipeError
-from pear_megatron.recipe import Recipe, differing_keys, load_recipe
+from pear_megatron.recipe import Recipe, load_recipe
 from pear_megatron.rl.engine import find_engine
-from pear_megatron.storage import write_atomically
+from pear_megatron.storage import check_same_settings, write_atomically
 
 RL_ENGINE = "trl"
 _FILE = "cell.json"
@@ -110,13 +110,13 @@ class Cell:
         """
         described, path = self.describe(), self.folder / _FILE
         if path.is_file():
-            keys = differing_keys(json.loads(path.read_text()), described)
-            changed = [key for key in keys if not key.startswith(_MAY_CHANGE)]
-            if changed:
-                raise RecipeError(
-                    f"{self.folder} holds a run with other settings ({', '.join(changed)} differ); choose another "
-                    "output_dir, or remove that folder to run it anew"
-                )
+            check_same_settings(
+                str(self.folder),
+                json.loads(path.read_text()),
+                described,
+                may_change=_MAY_CHANGE,
+                way_out="choose another output_dir, or remove that folder to run it anew",
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(described, indent=1) + "\n")
 

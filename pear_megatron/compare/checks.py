@@ -12,7 +12,8 @@ from pear_megatron.compare.cell import Cell, cells_of, tuning_cells
 from pear_megatron.compare.outcome import CellResult, read_metrics
 from pear_megatron.compare.recipe import CompareRecipe
 from pear_megatron.errors import PearError, RecipeError
-from pear_megatron.recipe import ParallelConfig, check_layout, differing_keys
+from pear_megatron.recipe import ParallelConfig, check_layout
+from pear_megatron.storage import differing_keys
 
 _BATCHES = ("data.", "train.global_batch_size", "train.num_epochs", "train.max_steps")
 

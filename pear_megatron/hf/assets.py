@@ -14,9 +14,9 @@ import yaml
 from pydantic import ValidationError
 
 from pear_megatron.errors import RecipeError
-from pear_megatron.recipe import ModelConfig, differing_keys
+from pear_megatron.recipe import ModelConfig
 from pear_megatron.recipe.sections import head_size, query_groups
-from pear_megatron.storage import write_atomically
+from pear_megatron.storage import differing_keys, write_atomically
 
 MODEL_FILE = "model.yaml"
 ASSETS = "hf"

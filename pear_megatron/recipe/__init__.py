@@ -2,7 +2,7 @@
 
 from pear_megatron.errors import RecipeError
 from pear_megatron.recipe.check import check_layout
-from pear_megatron.recipe.load import differing_keys, load_recipe, to_yaml
+from pear_megatron.recipe.load import load_recipe, to_yaml
 from pear_megatron.recipe.sections import (
     CheckpointConfig,
     ClusterConfig,
@@ -25,7 +25,6 @@ __all__ = [
     "RecipeError",
     "TrainConfig",
     "check_layout",
-    "differing_keys",
     "load_recipe",
     "to_yaml",
 ]

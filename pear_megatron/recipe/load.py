@@ -179,15 +179,3 @@ def _describe(error: ValidationError) -> str:
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, as a run writes it to ``output_dir/config.yaml``."""
     return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json")))
-
-
-def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ between two resolved recipes."""
-    keys: list[str] = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            keys += differing_keys(a, b, f"{prefix}{key}.")
-        elif a != b:
-            keys.append(f"{prefix}{key}")
-    return keys

@@ -12,8 +12,8 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pear_megatron.recipe import Recipe, RecipeError, differing_keys, to_yaml
-from pear_megatron.storage import write_atomically
+from pear_megatron.recipe import Recipe, to_yaml
+from pear_megatron.storage import check_same_settings, write_atomically
 from pear_megatron.train.weights_and_biases import WandbLog
 
 log = logging.getLogger("pear_megatron")
@@ -46,14 +46,14 @@ def check_same_run(folder: Path, recipe: Recipe) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         return
-    old = yaml.safe_load(path.read_text())
-    keys = [k for k in differing_keys(old, recipe.model_dump(mode="json")) if not k.startswith(_MAY_CHANGE)]
-    if keys:
-        raise RecipeError(
-            f"output_dir {folder} holds a run with other settings ({', '.join(keys)} differ); "
-            "choose another output_dir (checkpoint.pretrained starts from this run's weights), or remove that "
-            "folder to start anew"
-        )
+    check_same_settings(
+        f"output_dir {folder}",
+        yaml.safe_load(path.read_text()),
+        recipe.model_dump(mode="json"),
+        may_change=_MAY_CHANGE,
+        way_out="choose another output_dir (checkpoint.pretrained starts from this run's weights), or remove that "
+        "folder to start anew",
+    )
 
 
 class RunFolder:

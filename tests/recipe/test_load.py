@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pear_megatron.recipe import RecipeError, differing_keys, load_recipe, to_yaml
+from pear_megatron.recipe import RecipeError, load_recipe, to_yaml
+from pear_megatron.storage import differing_keys
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "sft"
 TINY = RECIPES / "tiny.yaml"

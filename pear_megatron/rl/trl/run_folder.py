@@ -11,10 +11,8 @@ from typing import Any
 import yaml
 from transformers import TrainerCallback
 
-from pear_megatron.errors import RecipeError
-from pear_megatron.recipe import differing_keys
 from pear_megatron.rl.trl.recipe import TrlRecipe
-from pear_megatron.storage import digest, write_atomically
+from pear_megatron.storage import check_same_settings, digest, write_atomically
 
 # What may change when a run is continued; anything else makes it another run.
 _MAY_CHANGE = ("grpo.max_num_steps", "checkpointing.", "policy.train_micro_batch_size", "policy.model_name")
@@ -50,13 +48,13 @@ class TrlRunFolder:
         described = {**recipe.model_dump(mode="json"), "weights": weights}
         path = folder / "config.yaml"
         if path.exists() and self._has_begun():
-            keys = differing_keys(yaml.safe_load(path.read_text()), described)
-            changed = [key for key in keys if not key.startswith(_MAY_CHANGE)]
-            if changed:
-                raise RecipeError(
-                    f"--output {folder} holds a run with other settings ({', '.join(changed)} differ; weights = the "
-                    "checkpoint's); choose another --output, or remove that folder to start anew"
-                )
+            check_same_settings(
+                f"--output {folder}",
+                yaml.safe_load(path.read_text()),
+                described,
+                may_change=_MAY_CHANGE,
+                way_out="weights are the checkpoint's; choose another --output, or remove that folder to start anew",
+            )
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, yaml.safe_dump(described, sort_keys=False))
 
