@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import threading
 import time
@@ -59,9 +58,13 @@ def run_stage(
     Raises:
         StageError: a process failed; quotes the end of the log.
     """
+    from torch.distributed import TCPStore
+
     log.parent.mkdir(parents=True, exist_ok=True)
     earlier = log.stat().st_size if log.exists() else 0
-    port = _free_port()
+    # Held open here, as torchrun holds it: a port that is only known to be free may be somebody else's soon.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if ranks else None
+    port = store.port if store else 0
     processes = [
         _CONTEXT.Process(
             target=_run, args=(function, arguments, log, threads, _torchrun_environment(rank, ranks, port))
@@ -118,14 +121,9 @@ def _torchrun_environment(rank: int, ranks: int | None, port: int) -> dict[str, 
         "WORLD_SIZE": ranks,
         "LOCAL_WORLD_SIZE": ranks,
         "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
     }
     return {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _end_with_parent() -> None:
