@@ -155,5 +155,5 @@ def test_another_tokenizer_or_chat_template_is_refused(tmp_path: Path, change: s
     data = write_rows(tmp_path / "data.jsonl", rows)
     (message,) = failures(1, data, tmp_path / "run", *MODEL, f"data.tokenizer={ours}", "model.vocab_size=300")
     assert f"{data}:1: tokenizer_hash" in message
-    assert "made these token ids" in message
+    assert "a foreign tokenizer, chat_template or chat_template_kwargs made these token ids" in message
     assert json.dumps(str(ours))[1:-1] in message
