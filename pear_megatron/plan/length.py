@@ -74,7 +74,9 @@ def length_from_data(recipe: Recipe, *, progress: bool = False) -> RunLength:
         tokens=int(dataset.lengths.sum()),
         steps_per_epoch=per_epoch,
         steps=steps,
-        flops=training_flops(recipe.model, positions.tolist()) * steps / per_epoch,
+        flops=training_flops(recipe.model, positions.tolist(), frozen=recipe.lora is not None)
+        * steps
+        / per_epoch,
         trajectories=len(dataset),
         decisions=int(dataset.num_decisions.sum()),
     )
@@ -92,5 +94,8 @@ def length_from_tokens(recipe: Recipe, tokens: int) -> RunLength:
         tokens=tokens,
         steps_per_epoch=per_epoch,
         steps=steps,
-        flops=training_flops(recipe.model, [recipe.data.seq_length]) * rows * steps / per_epoch,
+        flops=training_flops(recipe.model, [recipe.data.seq_length], frozen=recipe.lora is not None)
+        * rows
+        * steps
+        / per_epoch,
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pear_megatron.plan.activations import Activations, activations
 from pear_megatron.plan.gpus import GIB
-from pear_megatron.plan.parameters import rank_parameters, word_embedding_parameters
+from pear_megatron.plan.parameters import adapter_parameters, rank_parameters, word_embedding_parameters
 from pear_megatron.recipe import Recipe
 
 _CONTEXT = 3 * GIB  # CUDA's and NCCL's own memory, workspaces of cuBLAS and Transformer Engine
@@ -22,8 +22,9 @@ class StageMemory:
     """Peak memory of one rank of a pipeline stage, in bytes.
 
     Attributes:
-        weights, gradients, optimizer: of the parameters the rank holds; gradients and all optimizer state
-            (float32 weights included, for bf16 training) are float32.
+        weights, gradients, optimizer: of the parameters the rank holds, the last two of those that it trains (under
+            LoRA, the adapters'); gradients and all optimizer state (float32 weights included, for bf16 training)
+            are float32.
         activations: kept for backward, of every micro-batch in flight.
         logits, loss: of one micro-batch; 0 before the last stage.
         working: what is alive besides at the worst moment: recomputed layers, gradients of activations.
@@ -69,7 +70,10 @@ def _stage(recipe: Recipe, dp_size: int, stage: int) -> StageMemory:
     model, parallel, bf16 = recipe.model, recipe.parallel, recipe.train.precision == "bf16"
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     last = stage == pp - 1
-    count = rank_parameters(model, tp, pp, stage)
+    count = trained = rank_parameters(model, tp, pp, stage)
+    if recipe.lora is not None:
+        trained = adapter_parameters(model, recipe.lora, tp, pp)
+        count += trained
     shards = dp_size * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
     sizes = activations(recipe)
     num_microbatches = recipe.train.global_batch_size // (recipe.train.micro_batch_size * dp_size)
@@ -80,7 +84,7 @@ def _stage(recipe: Recipe, dp_size: int, stage: int) -> StageMemory:
     if last:
         kept += 2 * sizes.hidden  # the final norm's input and output
         at_loss = sizes.logits + sizes.loss + sizes.output_backward
-        if pp == 1 and model.share_embeddings_and_output_weights:
+        if pp == 1 and recipe.lora is None and model.share_embeddings_and_output_weights:
             # The output layer's gradient waits for the embedding's.
             at_layer += (2 if bf16 else 4) * word_embedding_parameters(model, tp)
     logits, loss = (sizes.logits, sizes.loss) if last else (0, 0)
@@ -89,8 +93,8 @@ def _stage(recipe: Recipe, dp_size: int, stage: int) -> StageMemory:
         stage=stage,
         parameters=count,
         weights=count * (2 if bf16 else 4),
-        gradients=count * 4,
-        optimizer=-(-count * (12 if bf16 else 8) // shards),
+        gradients=trained * 4,
+        optimizer=-(-trained * (12 if bf16 else 8) // shards),
         activations=kept,
         logits=logits,
         loss=loss,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -55,6 +55,29 @@ class ModelConfig(StrictModel):
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by num_query_groups {groups}"
             )
+        return self
+
+
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoraConfig(StrictModel):
+    """LoRA: the model's weights are frozen, and each projection named gets ``alpha / rank * B A`` beside it.
+
+    Attributes:
+        rank: rows of A and columns of B.
+        alpha: see above.
+        target_modules: projections, by their Hugging Face names; every layer has them.
+    """
+
+    rank: int = Field(default=32, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    target_modules: tuple[Projection, ...] = Field(default=get_args(Projection), min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.target_modules)) != len(self.target_modules):
+            raise ValueError(f"target_modules names a projection twice: {', '.join(self.target_modules)}")
         return self
 
 
@@ -206,12 +229,14 @@ class Recipe(StrictModel):
     Attributes:
         output_dir: folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/.
         seed: of initial weights and data order.
+        lora: train adapters beside frozen weights; None = train all weights.
         model, parallel, train, optimizer, checkpoint, logging, cluster, data, pear: see their classes.
     """
 
     output_dir: str
     seed: int = Field(default=1234, ge=0)
     model: ModelConfig
+    lora: LoraConfig | None = None
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -231,6 +256,16 @@ class Recipe(StrictModel):
         if self.model.hf and self.checkpoint.pretrained:
             raise ValueError(
                 "model.hf and checkpoint.pretrained both name weights to start from; give one of them"
+            )
+        if self.lora is not None and not (self.model.hf or self.checkpoint.pretrained):
+            raise ValueError(
+                "lora trains adapters of a model that is there; give model.hf or checkpoint.pretrained, or leave "
+                "lora out"
+            )
+        if self.lora is not None and self.model.activation != "swiglu":
+            raise ValueError(
+                f"lora needs the projections of a Llama-like model, and model.activation is {self.model.activation}; "
+                "leave lora out"
             )
         return self
 

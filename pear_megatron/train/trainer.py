@@ -18,6 +18,7 @@ from pear_megatron.megatron.checkpoint.paths import checkpoint_path
 from pear_megatron.megatron.checkpoint.saver import CheckpointSaver
 from pear_megatron.megatron.forward_step import PearForwardStep
 from pear_megatron.megatron.layout import Layout, packed_attention
+from pear_megatron.megatron.lora import add_adapters
 from pear_megatron.megatron.model import build_chunks, wrap_ddp
 from pear_megatron.megatron.optimizer import build_optimizer, build_scheduler
 from pear_megatron.megatron.output_chunks import require_output_processor
@@ -74,11 +75,14 @@ class Trainer:
             recipe.train.global_batch_size, layout.dp_size, recipe.train.micro_batch_size
         )
 
-        self.model: list[Any] = wrap_ddp(build_chunks(recipe.model, layout, recipe.train), recipe.parallel)
+        chunks = build_chunks(recipe.model, layout, recipe.train)
         if recipe.train.output_chunk_tokens is not None:
-            require_output_processor(self.model[0])
-        if not saved:
-            start_model(recipe, layout, self.model)
+            require_output_processor(chunks[0])
+        if not saved or recipe.lora:
+            start_model(recipe, layout, chunks)
+        if recipe.lora:
+            add_adapters(chunks, recipe.model, recipe.lora, layout, seed=recipe.seed)
+        self.model: list[Any] = wrap_ddp(chunks, recipe.parallel)
         self.optimizer = build_optimizer(recipe, self.model)
         self.scheduler = build_scheduler(recipe, self.optimizer, self.total_steps)
         self.step = 0
@@ -93,7 +97,11 @@ class Trainer:
             output_chunk_tokens=recipe.train.output_chunk_tokens,
         )
         self.throughput = Throughput(
-            recipe.model, recipe.cluster, world_size=layout.world_size, device=layout.device
+            recipe.model,
+            recipe.cluster,
+            world_size=layout.world_size,
+            device=layout.device,
+            frozen=recipe.lora is not None,
         )
 
     def train(self) -> bool:
