@@ -24,11 +24,12 @@ from pear_megatron.megatron.optimizer import build_optimizer, build_scheduler
 from pear_megatron.megatron.output_chunks import require_output_processor
 from pear_megatron.megatron.schedule import run_schedule
 from pear_megatron.recipe import Recipe
+from pear_megatron.report import WeightWatch
 from pear_megatron.storage import digest
 from pear_megatron.train import resume
 from pear_megatron.train.alignment_check import check_alignment
 from pear_megatron.train.dataset import open_dataset
-from pear_megatron.train.guards import WeightWatch, raise_bad_gradient, raise_not_finite, warn_of_collapse
+from pear_megatron.train.guards import raise_bad_gradient, raise_not_finite
 from pear_megatron.train.position import DataPosition
 from pear_megatron.train.run_folder import RunFolder
 from pear_megatron.train.start import start_model
@@ -166,7 +167,6 @@ class Trainer:
             metrics, stop_asked = self._train_step()
             if run is not None:
                 run.log_step(metrics)
-                warn_of_collapse(metrics, self.recipe)
                 watch(metrics)
             self.saver.poll()
             if interval is not None and self.step % interval == 0:
