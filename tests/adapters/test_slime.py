@@ -1,0 +1,115 @@
+"""slime's own loop trains with PEAR as the one-rank loss says: its rollout manager, actor, loss dispatch and report.
+
+Needs SLIME_DIR, a checkout of slime, and what slime imports (ray, httpx, wandb, omegaconf, ...).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pear_megatron import PearConfig
+from pear_megatron.data import DataConfig, TrajectoryDataset, collate, prepare
+from pear_megatron.loss import REPORT_KEYS, pear_loss
+from tests.adapters import slime_ranks
+from tests.distributed import run_ranks
+
+CHECKOUT = os.environ.get("SLIME_DIR", "")
+_NEEDED = ("megatron.training", "ray", "httpx", "wandb", "omegaconf", "transformers")
+
+
+def _is_missing(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is None
+    except ModuleNotFoundError:
+        return True
+
+
+pytestmark = [
+    pytest.mark.skipif(not CHECKOUT, reason="SLIME_DIR names no checkout of slime"),
+    pytest.mark.skipif(
+        any(map(_is_missing, _NEEDED)), reason=f"slime imports {', '.join(_NEEDED)}, and not all are installed"
+    ),
+]
+
+BATCHES = "--rollout-batch-size 12 --global-batch-size 6 --num-rollout 3 --use-dynamic-batch-size"
+LAYOUTS = {
+    "one rank": (1, 1, 1, "--max-tokens-per-gpu 64"),
+    "TP 2": (2, 2, 1, "--max-tokens-per-gpu 64"),
+    "CP 2": (2, 1, 2, "--max-tokens-per-gpu 40"),
+    "DP 2": (2, 1, 1, "--max-tokens-per-gpu 48"),
+    "TP 2, CP 2": (4, 2, 2, "--max-tokens-per-gpu 40"),
+    "CP 2, DP 2": (4, 1, 2, "--max-tokens-per-gpu 24"),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return slime_ranks.write_rows(tmp_path_factory.mktemp("data") / "data.jsonl", 20)
+
+
+def train(data: Path, folder: Path, world: int, tp: int, cp: int, options: str, **pear: Any) -> list[dict[str, Any]]:
+    settings = {"pear_data": str(data), **{f"pear_{name}": value for name, value in pear.items()}}
+    given = (CHECKOUT, folder, settings, tp, cp, *BATCHES.split(), *options.split())
+    return run_ranks(world, slime_ranks.train_a_rollout, *given)
+
+
+def expected(data: Path, indices: list[int], config: PearConfig) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Of a step: the gradients of the one-rank loss over its decisions, and the report's means."""
+    dataset = TrajectoryDataset.open(
+        prepare(DataConfig(train=[str(data)], seq_length=64), vocab_size=slime_ranks.VOCABULARY)
+    )
+    length = int(sum(dataset.lengths[i] - 1 for i in indices))
+    batch = collate(dataset, [indices], length)
+    embedding, output = (w.requires_grad_() for w in slime_ranks.weights())
+    logits = embedding[batch.tokens] @ output[: slime_ranks.VOCABULARY].T
+    loss, decisions, report = pear_loss(
+        logits, batch.labels, batch.behavior_logprobs, batch.loss_mask, batch.cu_seqlens, config, reward=batch.reward
+    )
+    (loss / decisions).backward()
+    assert embedding.grad is not None and output.grad is not None
+    means = {key: float(total / count) for key, (total, count) in report.items()}
+    return {"embedding.weight": embedding.grad, "output_layer.weight": output.grad}, means
+
+
+def steps_of_rollout_1(data: Path) -> list[list[int]]:
+    """Rows of the second rollout: places 12 to 23 of the endless order of 20, and so the first epoch's end."""
+    names = [json.loads(line)["id"] for line in data.read_text().splitlines()]
+    assert len(names) == 20
+    orders = [torch.from_numpy(_permutation(20, epoch)) for epoch in (0, 1)]
+    places = torch.cat(orders)[12:24].tolist()
+    return [places[:6], places[6:]]
+
+
+def _permutation(count: int, epoch: int) -> Any:
+    import numpy as np
+
+    return np.random.Generator(np.random.PCG64([42, epoch])).permutation(count)  # slime's default seed
+
+
+@pytest.mark.parametrize("variant", ["token", "sequence", "none"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_and_report_are_those_of_the_one_rank_loss(
+    layout: str, variant: str, data: Path, tmp_path: Path
+) -> None:
+    if variant != "token" and layout not in ("one rank", "TP 2, CP 2"):
+        pytest.skip("the variants differ in the weights alone: two layouts are enough")
+    world, tp, cp, options = LAYOUTS[layout]
+    pear = {"variant": variant, "negative_scale": 2.0, "log_ratio_clip": [-0.3, 0.3]}
+    ranks = train(data, tmp_path, world, tp, cp, options, **pear)
+    for step, indices in enumerate(steps_of_rollout_1(data)):
+        gradients, means = expected(data, indices, PearConfig(**pear))
+        for rank in ranks:
+            for name, whole in gradients.items():
+                mine = whole.chunk(tp)[rank["tp_rank"]] if name == "output_layer.weight" else whole
+                torch.testing.assert_close(rank["gradients"][step][name], mine, rtol=1e-5, atol=1e-7)
+        reported = ranks[0]["reported"][step]
+        assert reported["train/step"] == 2 + step
+        for key in REPORT_KEYS:
+            assert reported[f"train/{key}"] == pytest.approx(means[key], rel=1e-5, abs=1e-6), key
