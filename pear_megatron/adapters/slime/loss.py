@@ -115,13 +115,13 @@ def loss_function(
         RecipeError: the rollout did not pass ``postprocess_rollout_data``.
         ValueError: the micro-batch is not what slime's get_batch makes of samples, or see ``pear_loss``.
     """
-    from megatron.core import parallel_state as mpu
-
     if _steps is None or batch.get(_REWARDS) is None:
         raise RecipeError(
             "PEAR needs --rollout-data-postprocess-path pear_megatron.adapters.slime.postprocess_rollout_data: it "
             "carries the rewards to the loss"
         )
+    from megatron.core import parallel_state as mpu
+
     cp_size = mpu.get_context_parallel_world_size()
     layout = Layout.of(
         batch["total_lengths"],

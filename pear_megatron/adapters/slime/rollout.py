@@ -41,10 +41,10 @@ def generate_rollout(
         RecipeError: bad settings; arguments under which slime would lose trajectories or change the loss.
         DataError: what is wrong with the files, by file and line; trajectories that are too long.
     """
-    from slime.utils.types import Sample
-
     if evaluation:
         raise RecipeError("offline trajectories cannot be generated for an evaluation; leave --eval-interval out")
+    from slime.utils.types import Sample
+
     return [[Sample(status=Sample.Status.COMPLETED, **sample)] for sample in samples(args, rollout_id)]
 
 
@@ -53,9 +53,9 @@ def samples(args: argparse.Namespace, rollout_id: int) -> list[dict[str, Any]]:
     config = settings(args)
     check_data_arguments(args)
     check_loss_arguments(args)
+    size, known = args.rollout_batch_size, len(_opened)
     dataset = _dataset(config, *_length_limit(args), args.vocab_size)
-    size = args.rollout_batch_size
-    if rollout_id == getattr(args, "start_rollout_id", 0):
+    if len(_opened) > known:
         epochs = (args.num_rollout or 0) * size / len(dataset)
         log.warning("PEAR: an epoch is %.4g rollouts; %.4g epochs are asked for", len(dataset) / size, epochs)
     places = range(rollout_id * size, (rollout_id + 1) * size)
