@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import json
+import logging
 import os
 import random
 import sys
@@ -78,7 +79,9 @@ def write_rows(path: Path, count: int, *, longest: int = 40, seed: int = 0) -> P
     rng = random.Random(seed)
     rows = []
     for i in range(count):
-        turns = [(0, rng.randint(1, 6)), (1, rng.randint(2, 12))] * rng.randint(1, 2) + [(0, rng.randint(0, 3))]
+        turns = [(0, rng.randint(1, 6)), (1, rng.randint(2, 12))] * rng.randint(1, 2) + [
+            (0, rng.randint(0, 3))
+        ]
         mask = [turn for turn, tokens in turns for _ in range(tokens)][:longest]
         row = {
             "id": f"row-{i}",
@@ -103,7 +106,14 @@ def parse(folder: Path, settings: dict[str, Any], *options: str) -> Any:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(model))
     (folder / "pear.yaml").write_text(json.dumps(settings))
-    files = ["--hf-checkpoint", str(folder), "--ref-load", str(folder), "--custom-config-path", str(folder / "pear.yaml")]
+    files = [
+        "--hf-checkpoint",
+        str(folder),
+        "--ref-load",
+        str(folder),
+        "--custom-config-path",
+        str(folder / "pear.yaml"),
+    ]
     given, sys.argv = sys.argv, ["train.py", *MODEL.split(), *PEAR.split(), *files, *options]
     try:
         return arguments.parse_args()
@@ -131,7 +141,12 @@ def _model(tp: int, cp: int) -> Any:
             embedding, output = weights()
             self.embedding = torch.nn.Embedding.from_pretrained(embedding, freeze=False)
             self.output_layer = tensor_parallel.ColumnParallelLinear(
-                HIDDEN, PADDED, config=config, init_method=torch.nn.init.zeros_, bias=False, gather_output=False
+                HIDDEN,
+                PADDED,
+                config=config,
+                init_method=torch.nn.init.zeros_,
+                bias=False,
+                gather_output=False,
             )
             rank = parallel_state.get_tensor_model_parallel_rank()
             self.output_layer.weight.data.copy_(output.chunk(tp)[rank])
@@ -151,6 +166,17 @@ def _model(tp: int, cp: int) -> Any:
     return DistributedDataParallel(config, ddp, Bigram(config))
 
 
+class _Said(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
 class _Recorder:
     """In the optimizer's place: keeps the gradient of every step, as Megatron has it after all reductions."""
 
@@ -166,14 +192,21 @@ class _Recorder:
         pass
 
     def step(self) -> tuple[bool, float, None]:
-        self.gradients.append(
-            {name: p.main_grad.clone() for name, p in self.model.module.named_parameters()}
-        )
+        self.gradients.append({name: p.main_grad.clone() for name, p in self.model.module.named_parameters()})
         return True, 0.0, None
 
 
-def train_a_rollout(rank: int, checkout: str, folder: Path, settings: dict[str, Any], tp: int, cp: int, *options: str) -> Any:
-    """slime's way from ``generate`` to the step, for rollout 1 -> gradients and report of each step, what was said."""
+def train_a_rollout(
+    rank: int,
+    checkout: str,
+    folder: Path,
+    settings: dict[str, Any],
+    number: int,
+    tp: int,
+    cp: int,
+    *options: str,
+) -> dict[str, Any]:
+    """slime's way from ``generate`` to the step, for one rollout -> gradients and report of each step, warnings."""
     use_checkout(checkout)
     world = torch.distributed.get_world_size()
     here = folder / f"rank-{rank}"
@@ -217,15 +250,21 @@ def train_a_rollout(rank: int, checkout: str, folder: Path, settings: dict[str, 
     actor.args, actor.role = args, "actor"
     actor.model = [_model(tp, cp)]
     actor.optimizer, actor.opt_param_scheduler = _Recorder(actor.model[0]), MagicMock()
-    actor.weights_backuper, actor.prof, actor.weight_updater = MagicMock(backup_tags=()), MagicMock(), MagicMock()
+    actor.weights_backuper, actor.prof, actor.weight_updater = (
+        MagicMock(backup_tags=()),
+        MagicMock(),
+        MagicMock(),
+    )
     actor.rollout_data_postprocess = load_function(args.rollout_data_postprocess_path)
     actors.train_metric_utils.log_perf_data = MagicMock()
 
     Timer().start("train_wait")
-    actor.train(1, manager.generate(1))
+    said: list[str] = []
+    logging.getLogger("pear_megatron").addHandler(_Said(said))
+    actor.train(number, manager.generate(number))
     return {
         "gradients": actor.optimizer.gradients,
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
         "reported": [values for values in reported if "train/step" in values],
-        "rollout": [values for values in reported if "rollout/step" in values],
+        "said": said,
     }

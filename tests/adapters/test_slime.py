@@ -34,7 +34,8 @@ def _is_missing(module: str) -> bool:
 pytestmark = [
     pytest.mark.skipif(not CHECKOUT, reason="SLIME_DIR names no checkout of slime"),
     pytest.mark.skipif(
-        any(map(_is_missing, _NEEDED)), reason=f"slime imports {', '.join(_NEEDED)}, and not all are installed"
+        any(map(_is_missing, _NEEDED)),
+        reason=f"slime imports {', '.join(_NEEDED)}, and not all are installed",
     ),
 ]
 
@@ -54,9 +55,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return slime_ranks.write_rows(tmp_path_factory.mktemp("data") / "data.jsonl", 20)
 
 
-def train(data: Path, folder: Path, world: int, tp: int, cp: int, options: str, **pear: Any) -> list[dict[str, Any]]:
+def train(data: Path, folder: Path, layout: str, *, number: int = 1, **pear: Any) -> list[dict[str, Any]]:
+    """What every rank has of a rollout."""
+    world, tp, cp, options = LAYOUTS[layout]
     settings = {"pear_data": str(data), **{f"pear_{name}": value for name, value in pear.items()}}
-    given = (CHECKOUT, folder, settings, tp, cp, *BATCHES.split(), *options.split())
+    given = (CHECKOUT, folder, settings, number, tp, cp, *BATCHES.split(), *options.split())
     return run_ranks(world, slime_ranks.train_a_rollout, *given)
 
 
@@ -87,7 +90,9 @@ def slices_of_slime(rank: int, checkout: str) -> int:
                         slice_log_prob_with_cp(t[-r:].float(), n, r)
                         for t, n, r in zip(tokens, *lengths, strict=True)
                     ]
-                    assert torch.equal(torch.cat(tokens)[layout.following][layout.scoring].float(), torch.cat(scored))
+                    assert torch.equal(
+                        torch.cat(tokens)[layout.following][layout.scoring].float(), torch.cat(scored)
+                    )
                     compared += 1
     return compared
 
@@ -96,7 +101,9 @@ def test_slimes_slices_are_the_layout() -> None:
     assert run_ranks(1, slices_of_slime, CHECKOUT)[0] > 500
 
 
-def expected(data: Path, indices: list[int], config: PearConfig) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def expected(
+    data: Path, indices: list[int], config: PearConfig
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Of a step: the gradients of the one-rank loss over its decisions, and the report's means."""
     dataset = TrajectoryDataset.open(
         prepare(DataConfig(train=[str(data)], seq_length=64), vocab_size=slime_ranks.VOCABULARY)
@@ -106,10 +113,17 @@ def expected(data: Path, indices: list[int], config: PearConfig) -> tuple[dict[s
     embedding, output = (w.requires_grad_() for w in slime_ranks.weights())
     logits = embedding[batch.tokens] @ output[: slime_ranks.VOCABULARY].T
     loss, decisions, report = pear_loss(
-        logits, batch.labels, batch.behavior_logprobs, batch.loss_mask, batch.cu_seqlens, config, reward=batch.reward
+        logits,
+        batch.labels,
+        batch.behavior_logprobs,
+        batch.loss_mask,
+        batch.cu_seqlens,
+        config,
+        reward=batch.reward,
     )
     (loss / decisions).backward()
-    assert embedding.grad is not None and output.grad is not None
+    assert embedding.grad is not None
+    assert output.grad is not None
     means = {key: float(total / count) for key, (total, count) in report.items()}
     return {"embedding.weight": embedding.grad, "output_layer.weight": output.grad}, means
 
@@ -136,9 +150,9 @@ def _permutation(count: int, epoch: int) -> Any:
 def test_gradients_and_report_are_those_of_the_one_rank_loss(
     layout: str, variant: str, data: Path, tmp_path: Path
 ) -> None:
-    world, tp, cp, options = LAYOUTS[layout]
+    tp = LAYOUTS[layout][1]
     pear = {"variant": variant, "negative_scale": 2.0, "log_ratio_clip": [-0.3, 0.3]}
-    ranks = train(data, tmp_path, world, tp, cp, options, **pear)
+    ranks = train(data, tmp_path, layout, **pear)
     for step, indices in enumerate(steps_of_rollout_1(data)):
         gradients, means = expected(data, indices, PearConfig(**pear))
         for rank in ranks:
@@ -149,3 +163,14 @@ def test_gradients_and_report_are_those_of_the_one_rank_loss(
         assert reported["train/step"] == 2 + step
         for key in REPORT_KEYS:
             assert reported[f"train/{key}"] == pytest.approx(means[key], rel=1e-5, abs=1e-6), key
+
+
+def test_the_first_rank_says_that_weights_collapse(data: Path, tmp_path: Path) -> None:
+    ranks = train(data, tmp_path, "DP 2", number=0, variant="token", log_weight_clip=[-0.001, 0.0005])
+    floor, ceiling = (
+        ranks[0]["reported"][0][f"train/pear/weight_at_{bound}"] for bound in ("floor", "ceiling")
+    )
+    assert max(floor, ceiling) > 0.5
+    share = f"{100 * max(floor, ceiling):.0f}% of the weights are at their {'floor' if floor > 0.5 else 'ceiling'}"
+    assert f"step 1: {share}" in "\n".join(ranks[0]["said"])
+    assert not ranks[1]["said"]

@@ -50,7 +50,10 @@ def test_the_keys_of_the_yaml_file_are_the_loss() -> None:
 @pytest.mark.parametrize(
     ("pear", "said"),
     [
-        ({"pear_varaint": "token"}, r"pear.yaml: unknown key 'varaint'; did you mean 'variant'.*prefix pear_"),
+        (
+            {"pear_varaint": "token"},
+            r"pear.yaml: unknown key 'varaint'; did you mean 'variant'.*prefix pear_",
+        ),
         ({"pear_gamma": 2.0}, r"pear.yaml: pear_gamma: Input should be less than or equal to 1"),
         ({"pear_variant": "tokens"}, r"pear_variant: Input should be 'token'"),
         ({"pear_data": []}, r"pear_data: "),
@@ -151,15 +154,17 @@ def test_trajectories_beyond_the_limit_are_named(changed: dict[str, Any], said: 
 
 
 def test_factors_of_single_decisions_are_refused(tmp_path: Path) -> None:
-    row = '{"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1], "behavior_logprobs": [0, -1, -1], "token_weights": [0, 1, 2]}'
-    (tmp_path / "data.jsonl").write_text(row + "\n")
+    row = {"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1], "behavior_logprobs": [0, -1, -1]}
+    (tmp_path / "data.jsonl").write_text(json.dumps({**row, "token_weights": [0, 1, 2]}) + "\n")
     with pytest.raises(RecipeError, match="rows have token_weights, and slime carries no number of the kind"):
         ids(tmp_path / "data.jsonl", 0)
 
 
 def test_rows_without_logprobs_train_plain_sft_alone(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}\n')
-    assert samples(arguments(pear_data=str(tmp_path / "data.jsonl"), pear_variant="none"), 0)[0]["loss_mask"] == [1, 1]
+    assert samples(arguments(pear_data=str(tmp_path / "data.jsonl"), pear_variant="none"), 0)[0][
+        "loss_mask"
+    ] == [1, 1]
     with pytest.raises(DataError, match="missing field 'behavior_logprobs'"):
         ids(tmp_path / "data.jsonl", 0)
 
@@ -177,7 +182,9 @@ def test_the_layout_is_the_zigzag_of_padded_samples(cp_size: int) -> None:
     following = [torch.cat([t[1:], t[-1:].expand(1 + -len(t) % multiple)]) for t in tokens]
     for rank in range(cp_size):
         layout = Layout.of(total, response, cp_rank=rank, cp_size=cp_size)
-        mine = zigzag(torch.cat(following), layout.cu_seqlens.long(), rank, cp_size) if cp_size > 1 else torch.cat(following)
+        mine = torch.cat(following)
+        if cp_size > 1:
+            mine = zigzag(mine, layout.cu_seqlens.long(), rank, cp_size)
         torch.testing.assert_close(torch.cat(tokens)[layout.following], mine)
     scored = [
         int(token)

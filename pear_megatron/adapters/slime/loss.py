@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,18 +16,26 @@ from pear_megatron.adapters.slime.settings import SlimeSettings, check_loss_argu
 from pear_megatron.errors import RecipeError
 from pear_megatron.loss import REPORT_KEYS, loss_of_logprobs
 from pear_megatron.ops.logprob import vocab_parallel_logprob
+from pear_megatron.train.guards import WeightWatch, warn_of_collapse
 
 # slime hands the loss a fixed set of fields. This one is free, since its own advantages are switched off.
 _REWARDS = "advantages"
 
 
-class _Steps:
-    """The training steps of a rollout as its micro-batches come by, and their reports."""
+class _Run:
+    """The training steps of this process as their micro-batches come by, and their reports."""
 
-    def __init__(self, config: SlimeSettings, micro_batches: list[int]) -> None:
+    def __init__(self, config: SlimeSettings) -> None:
         self.config = config
-        self._left = list(micro_batches)
+        self._watch = WeightWatch(config)
+        self._step = 0
+        self._left: list[int] = []  # micro-batches of each of the rollout's steps to come
         self._sums: Tensor | None = None  # [keys, 2] float64, of this step so far
+
+    def begin(self, rollout_id: int, micro_batches: list[int]) -> None:
+        """A rollout's steps have so many micro-batches on this rank."""
+        self._step = rollout_id * len(micro_batches)  # as slime counts them
+        self._left, self._sums = list(micro_batches), None
 
     def report(self, report: dict[str, Tensor]) -> dict[str, float]:
         """What slime is to add up for a micro-batch: nothing until the step's last, and the step's means with that.
@@ -45,18 +54,20 @@ class _Steps:
         torch.distributed.all_reduce(self._sums, group=group)
         sums = dict(zip(REPORT_KEYS, self._sums.tolist(), strict=True))
         del self._left[0]
-        self._sums = None
+        self._step, self._sums = self._step + 1, None
         decisions = sums["loss"][1]
         means = {key: total / count if count else 0.0 for key, (total, count) in sums.items()}
+        if group.rank() == 0 and parallel_state.get_tensor_model_parallel_rank() == 0:
+            metrics = {"step": self._step, "decisions": decisions, **means}
+            warn_of_collapse(metrics, SimpleNamespace(pear=self.config))  # type: ignore[arg-type]
+            self._watch(metrics)
         return {key: mean * decisions / group.size() for key, mean in means.items()}
 
 
-_steps: _Steps | None = None
+_run: _Run | None = None
 
 
-def postprocess_rollout_data(
-    args: argparse.Namespace, rollout_id: int, rollout_data: dict[str, Any]
-) -> None:
+def postprocess_rollout_data(args: argparse.Namespace, rollout_id: int, rollout_data: dict[str, Any]) -> None:
     """``--rollout-data-postprocess-path``: puts the samples' rewards where the loss finds them.
 
     Called on every rank before a rollout is trained on. Takes the rewards as the samples have them, sign and size:
@@ -71,7 +82,7 @@ def postprocess_rollout_data(
         RecipeError: arguments that would spoil the loss, or bad settings.
         ValueError: samples without log-probs, without decisions, or with a reward that is no number.
     """
-    global _steps
+    global _run
     config = settings(args)
     check_loss_arguments(args)
     logprobs, rewards = rollout_data.get("rollout_log_probs"), rollout_data["local_raw_reward"]
@@ -83,14 +94,18 @@ def postprocess_rollout_data(
     decisions = torch.stack([mask.sum() for mask in rollout_data["loss_masks"]]).tolist()
     for sample, reward, count in zip(rollout_data["sample_indices"], rewards, decisions, strict=True):
         if not isinstance(reward, int | float) or not math.isfinite(reward):
-            raise ValueError(f"rollout {rollout_id}: the reward of sample {sample} is {reward!r}, no finite number")
+            raise ValueError(
+                f"rollout {rollout_id}: the reward of sample {sample} is {reward!r}, no finite number"
+            )
         if not count:
             raise ValueError(
                 f"rollout {rollout_id}: sample {sample} has no token on its loss mask, which slime counts as one "
                 "decision; leave the sample out"
             )
     rollout_data[_REWARDS] = [torch.full_like(lp, r) for lp, r in zip(logprobs, rewards, strict=True)]
-    _steps = _Steps(config, rollout_data["num_microbatches"])
+    if _run is None or _run.config != config:
+        _run = _Run(config)
+    _run.begin(rollout_id, rollout_data["num_microbatches"])
 
 
 def loss_function(
@@ -115,7 +130,7 @@ def loss_function(
         RecipeError: the rollout did not pass ``postprocess_rollout_data``.
         ValueError: the micro-batch is not what slime's get_batch makes of samples, or see ``pear_loss``.
     """
-    if _steps is None or batch.get(_REWARDS) is None:
+    if _run is None or batch.get(_REWARDS) is None:
         raise RecipeError(
             "PEAR needs --rollout-data-postprocess-path pear_megatron.adapters.slime.postprocess_rollout_data: it "
             "carries the rewards to the loss"
@@ -131,7 +146,11 @@ def loss_function(
     )
     behavior, reward = torch.cat(batch["rollout_log_probs"]), torch.cat(batch[_REWARDS])
     padding = logits.shape[1] - layout.length
-    if logits.shape[:2] != batch["full_loss_masks"].shape or padding < 0 or layout.scoring.numel() != behavior.numel():
+    if (
+        logits.shape[:2] != batch["full_loss_masks"].shape
+        or padding < 0
+        or layout.scoring.numel() != behavior.numel()
+    ):
         raise ValueError(
             f"a micro-batch of {layout.length} positions here, {layout.scoring.numel()} of them scoring response "
             f"tokens, came with logits {tuple(logits.shape)}, masks {tuple(batch['full_loss_masks'].shape)} and "
@@ -154,8 +173,8 @@ def loss_function(
         behavior.new_zeros(layout.length).index_copy(0, scoring, behavior),
         mask[0, : layout.length],
         layout.cu_seqlens,
-        _steps.config,
+        _run.config,
         reward=reward.new_ones(layout.length).index_copy(0, scoring, reward),
         cp_group=mpu.get_context_parallel_group() if cp_size > 1 else None,
     )
-    return loss_sum, _steps.report(report)
+    return loss_sum, _run.report(report)

@@ -42,7 +42,9 @@ def generate_rollout(
         DataError: what is wrong with the files, by file and line; trajectories that are too long.
     """
     if evaluation:
-        raise RecipeError("offline trajectories cannot be generated for an evaluation; leave --eval-interval out")
+        raise RecipeError(
+            "offline trajectories cannot be generated for an evaluation; leave --eval-interval out"
+        )
     from slime.utils.types import Sample
 
     return [[Sample(status=Sample.Status.COMPLETED, **sample)] for sample in samples(args, rollout_id)]
@@ -87,7 +89,10 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 def _length_limit(args: argparse.Namespace) -> tuple[int, str]:
     """Tokens that a trajectory may have, and the options that say so."""
     if args.use_dynamic_batch_size:
-        return args.max_tokens_per_gpu * args.context_parallel_size, "--max-tokens-per-gpu x --context-parallel-size"
+        return (
+            args.max_tokens_per_gpu * args.context_parallel_size,
+            "--max-tokens-per-gpu x --context-parallel-size",
+        )
     return args.seq_length, "--seq-length"
 
 
@@ -96,7 +101,9 @@ _opened: dict[tuple[Any, ...], TrajectoryDataset] = {}
 
 def _dataset(config: SlimeSettings, tokens: int, option: str, vocab_size: int) -> TrajectoryDataset:
     if config.data is None:
-        raise RecipeError("pear_data is missing in the YAML file of --custom-config-path; name the scored trajectories")
+        raise RecipeError(
+            "pear_data is missing in the YAML file of --custom-config-path; name the scored trajectories"
+        )
     data = DataConfig(
         train=config.data,
         seq_length=tokens - 1,  # a trajectory of n tokens takes n - 1 positions, and n of slime's

@@ -28,12 +28,13 @@ _OF_THE_LOSS: tuple[_Rule, ...] = (
     ("rollout_top_p", 1.0, "no --rollout-top-p, or 1",
      "log-probs of a truncated distribution are no behaviour log-probs"),
     ("recompute_loss_function", False, "no --recompute-loss-function",
-     "the loss keeps nothing but the logits, so there is nothing to gain, and each micro-batch would be reported twice"),
+     "the loss keeps nothing but the logits, so nothing would be gained, and it would count each micro-batch twice"),
     ("use_critic", False, "no --advantage-estimator ppo", "the critic would train for nothing"),
 )  # fmt: skip
 _OF_THE_DATA: tuple[_Rule, ...] = (
     ("n_samples_per_prompt", 1, "no --n-samples-per-prompt, or 1", "an offline prompt has the response that it has"),
-    ("prompt_data", None, "no --prompt-data", "slime would read it and train on none of it; trajectories come from pear_data"),
+    ("prompt_data", None, "no --prompt-data",
+     "slime would read it and train on none of it; trajectories come from pear_data"),
 )  # fmt: skip
 
 
@@ -63,7 +64,9 @@ def settings(args: argparse.Namespace) -> SlimeSettings:
         RecipeError: there are none, or an unknown one, or a bad value; names the file and the key.
     """
     file = getattr(args, "custom_config_path", None)
-    given = {name.removeprefix(PREFIX): value for name, value in vars(args).items() if name.startswith(PREFIX)}
+    given = {
+        name.removeprefix(PREFIX): value for name, value in vars(args).items() if name.startswith(PREFIX)
+    }
     if not given:
         raise RecipeError(
             f"--custom-config-path {file}: no key begins with {PREFIX}; put pear_variant, pear_data, ... into that "
@@ -95,7 +98,9 @@ def check_loss_arguments(args: argparse.Namespace) -> None:
             "slices, and that option cuts the packed micro-batch into contiguous ones"
         )
     if not args.vocab_size:
-        raise RecipeError("PEAR needs --vocab-size: the columns beyond it are padding and stay out of the softmax")
+        raise RecipeError(
+            "PEAR needs --vocab-size: the columns beyond it are padding and stay out of the softmax"
+        )
 
 
 def check_data_arguments(args: argparse.Namespace) -> None:
