@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from pear_megatron.adapters.slime.settings import SlimeSettings, check_loss_argu
 from pear_megatron.errors import RecipeError
 from pear_megatron.loss import REPORT_KEYS, loss_of_logprobs
 from pear_megatron.ops.logprob import vocab_parallel_logprob
-from pear_megatron.train.guards import WeightWatch, warn_of_collapse
+from pear_megatron.report import WeightWatch
 
 # slime hands the loss a fixed set of fields. This one is free, since its own advantages are switched off.
 _REWARDS = "advantages"
@@ -58,9 +57,7 @@ class _Run:
         decisions = sums["loss"][1]
         means = {key: total / count if count else 0.0 for key, (total, count) in sums.items()}
         if group.rank() == 0 and parallel_state.get_tensor_model_parallel_rank() == 0:
-            metrics = {"step": self._step, "decisions": decisions, **means}
-            warn_of_collapse(metrics, SimpleNamespace(pear=self.config))  # type: ignore[arg-type]
-            self._watch(metrics)
+            self._watch({"step": self._step, "decisions": decisions, **means})
         return {key: mean * decisions / group.size() for key, mean in means.items()}
 
 
