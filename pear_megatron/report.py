@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,20 @@ class WeightWatch:
         )
 
 
+def watch_weights(config: PearConfig, sources: Sequence[str] = ()) -> Callable[[Mapping[str, Any]], None]:
+    """A WeightWatch; or one for each source of a blend, which reads ``source/NAME/...`` and names it."""
+    if not sources:
+        return WeightWatch(config)
+    watches = {f"source/{name}/": WeightWatch(config, f"step {{}}, source {name}") for name in sources}
+
+    def watch(metrics: Mapping[str, Any]) -> None:
+        for prefix, of_source in watches.items():
+            own = {k.removeprefix(prefix): value for k, value in metrics.items() if k.startswith(prefix)}
+            of_source({"step": metrics["step"], **own})
+
+    return watch
+
+
 class ReportWatch:
     """WeightWatch inside a loop that keeps its steps' means to itself: it sees one rank's micro-batches.
 
@@ -149,4 +163,6 @@ class ReportWatch:
         means = {
             k: total / count if count else 0.0 for k, (total, count) in zip(REPORT_KEYS, values, strict=True)
         }
-        self._watch({"step": self._seen // self._interval, "decisions": values[0][1], **means})
+        self._watch(
+            {"step": self._seen // self._interval, "decisions": values[REPORT_KEYS.index("nll")][1], **means}
+        )

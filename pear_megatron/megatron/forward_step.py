@@ -18,7 +18,7 @@ from torch import Tensor
 from pear_megatron.config import PearConfig
 from pear_megatron.data.batches import PackedBatch
 from pear_megatron.errors import RecipeError
-from pear_megatron.loss import loss_of_logprobs, pear_loss
+from pear_megatron.loss import Normalization, loss_of_logprobs, pear_loss
 from pear_megatron.megatron.model import wraps_precision
 from pear_megatron.megatron.output_chunks import (
     logprobs_in_chunks,
@@ -67,6 +67,8 @@ class PearForwardStep:
         packed_attention: ``mask`` gives the model a block-diagonal attention mask (any layer spec);
             ``thd`` gives Transformer Engine ``PackedSeqParams`` and one flat row of tokens.
         use_output_processor: None = where mcore has it.
+        normalization: what the loss is divided by, see pear_loss.
+        num_sources: the report tells so many sources of the batches apart; 0 = none.
         output_chunk_tokens: compute the output layer for so many tokens at a time and never hold all logits;
             None = all at once.
         watch: warn of weights that collapse or grow, on the first data-parallel rank's data: for loops that show
@@ -88,6 +90,8 @@ class PearForwardStep:
         packed_attention: str = "mask",
         use_output_processor: bool | None = None,
         output_chunk_tokens: int | None = None,
+        normalization: Normalization = "token",
+        num_sources: int = 0,
         watch: bool = False,
     ) -> None:
         if output_chunk_tokens is not None and use_output_processor is False:
@@ -101,6 +105,8 @@ class PearForwardStep:
         self.packed_attention = packed_attention
         self.use_output_processor = use_output_processor
         self.output_chunk_tokens = output_chunk_tokens
+        self.normalization = normalization
+        self.num_sources = num_sources
         self._watch = ReportWatch(config) if watch else None
         self._routes = self._predicts_further = False
         self._met = False
@@ -180,7 +186,7 @@ class PearForwardStep:
                 batch.loss_mask.view(logits.shape[:-1]),
                 batch.cu_seqlens,
                 self.config,
-                reward=batch.reward,
+                **self._of_trajectories(batch),
                 token_weights=_flat(batch.token_weights),
                 tp_group=self.tp_group,
                 cp_group=self.cp_group,
@@ -198,7 +204,7 @@ class PearForwardStep:
                 batch.loss_mask.view(-1),
                 batch.cu_seqlens,
                 self.config,
-                reward=batch.reward,
+                **self._of_trajectories(batch),
                 token_weights=_flat(batch.token_weights),
                 cp_group=self.cp_group,
             )
@@ -208,6 +214,15 @@ class PearForwardStep:
         if self._watch is not None:
             self._watch(output[2])
         return output
+
+    def _of_trajectories(self, batch: PackedBatch) -> dict[str, Any]:
+        """What the loss takes of each trajectory, and how it counts them."""
+        return {
+            "reward": batch.reward,
+            "normalization": self.normalization,
+            "source": batch.source if self.num_sources else None,
+            "num_sources": self.num_sources,
+        }
 
     def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
         inputs = self._attention(batch)

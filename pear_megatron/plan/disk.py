@@ -25,6 +25,7 @@ class RunDisk:
         kept: how many checkpoints stay at the end; None = all of an unknown number.
         most: how many there are at once, at most: a new one is whole before an old one goes; None as well.
         export: of the Hugging Face folder that ``pear-megatron export`` makes of one.
+        exports: how many of those the run writes itself; None = not known.
     """
 
     weights: int
@@ -32,6 +33,7 @@ class RunDisk:
     kept: int | None
     most: int | None
     export: int
+    exports: int | None = 0
 
     @property
     def checkpoint(self) -> int:
@@ -55,13 +57,23 @@ def run_disk(recipe: Recipe, steps: int | None) -> RunDisk:
     weight = 2 if bf16 else 4
     master = bf16 or recipe.parallel.use_distributed_optimizer
     kept, most = count_checkpoints(recipe.checkpoint.save_interval, recipe.checkpoint.keep_last, steps)
+    if recipe.checkpoint.keep_best is not None:  # evaluations save as well, nobody knows how many
+        last = recipe.checkpoint.keep_last
+        kept, most = (None, None) if last is None else (last + 1, last + 2)
     return RunDisk(
         weights=stored * weight,
         optimizer=stored * (_MOMENTS + (_MASTER_WEIGHT if master else 0)),
         kept=kept,
         most=most,
         export=model_parameters(model) * weight,
+        exports=_exports(recipe.checkpoint.export_interval, steps),
     )
+
+
+def _exports(interval: int | None, steps: int | None) -> int | None:
+    if interval is None:
+        return 0
+    return None if steps is None else -(-steps // interval)
 
 
 def count_checkpoints(

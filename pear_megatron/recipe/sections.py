@@ -10,6 +10,9 @@ from pear_megatron.config import PearConfig
 from pear_megatron.data.config import DataConfig
 from pear_megatron.schema import StrictModel
 
+# What a checkpoint can be the best by; the last one is better when it is higher, the others when lower.
+BestMetric = Literal["validation/nll", "validation/loss", "validation/pear/effective_sample_size"]
+
 
 class ModelConfig(StrictModel):
     """A dense Llama/Qwen-like GPT, in Megatron-Core's words.
@@ -110,13 +113,39 @@ class ParallelConfig(StrictModel):
         return self
 
 
+class ProfileConfig(StrictModel):
+    """Steps whose every operation is written down, for a look at where the time goes.
+
+    Attributes:
+        start, stop: the first and the last of them, counted from 1.
+        ranks: that are looked at.
+    """
+
+    start: int = Field(ge=1)
+    stop: int = Field(ge=1)
+    ranks: list[int] = Field(default=[0], min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stop < self.start:
+            raise ValueError(f"stop {self.stop} comes before start {self.start}; both steps are profiled")
+        if min(self.ranks) < 0:
+            raise ValueError(f"ranks {self.ranks}: ranks count from 0")
+        return self
+
+
 class TrainConfig(StrictModel):
     """Length of the run and size of its batches (sequences of ``data.seq_length`` tokens).
 
     Attributes:
         max_steps: optimizer steps; None = num_epochs.
         num_epochs: each trains every trajectory once; the last, shorter batch of an epoch is a full step, normalised
-            by its own number of decisions (docs/checkpoints.md).
+            by its own number of decisions (docs/checkpoints.md). With weights of sources an epoch is as much as they
+            hold together (docs/data.md).
+        loss_normalization: ``token``: the loss is the mean over the global batch's decisions. ``trajectory``: the
+            mean over its trajectories of the mean over their decisions (docs/method.md, Loss).
+        eval_interval: steps between evaluations on ``data.validation``; None = before the first step and after the
+            last alone, which are evaluated in any case.
         recompute_granularity, recompute_method, recompute_num_layers: activation recomputation, as Megatron
             names it; ``full`` needs a method and a number of layers, ``selective`` neither.
         output_chunk_tokens: compute the output layer and the loss for so many tokens of a micro-batch at a time,
@@ -124,12 +153,15 @@ class TrainConfig(StrictModel):
             once. Needs megatron-core 0.19+ (docs/long-sequences.md).
         check_alignment: before the first step, compare the model's log-probs with the behaviour log-probs of
             the first batch, and refuse data that fit better shifted by a token or two.
+        profile: steps to write a profile of; None = none.
     """
 
     max_steps: int | None = Field(default=None, ge=1)
     num_epochs: int = Field(default=1, ge=1)
     global_batch_size: int = Field(default=64, ge=1)
     micro_batch_size: int = Field(default=1, ge=1)
+    loss_normalization: Literal["token", "trajectory"] = "token"
+    eval_interval: int | None = Field(default=None, ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
     log_interval: int = Field(default=1, ge=1)
     recompute_granularity: Literal["selective", "full"] | None = None
@@ -137,6 +169,7 @@ class TrainConfig(StrictModel):
     recompute_num_layers: int | None = Field(default=None, ge=1)
     output_chunk_tokens: int | None = Field(default=None, ge=1)
     check_alignment: bool = True
+    profile: ProfileConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -192,6 +225,10 @@ class CheckpointConfig(StrictModel):
         pretrained: a Megatron-Core checkpoint to start from: a run, or the output of ``convert``.
         save_interval: steps between checkpoints.
         keep_last: how many checkpoints stay, the newest; null = all.
+        keep_best: metric of the evaluations on ``data.validation``: an evaluation that is better than all before it
+            saves a checkpoint, which stays beside the newest until a better one is there. None = none is kept.
+        export_interval: steps between exports of a saved checkpoint as a Hugging Face folder; a multiple of
+            save_interval. The end of a run is exported as well. None = no exports.
         async_save: write in the background while training goes on.
         resume: continue what output_dir holds; False refuses to.
     """
@@ -199,8 +236,21 @@ class CheckpointConfig(StrictModel):
     pretrained: str | None = None
     save_interval: int | None = Field(default=None, ge=1)
     keep_last: int | None = Field(default=2, ge=1)
+    keep_best: BestMetric | None = None
+    export_interval: int | None = Field(default=None, ge=1)
     async_save: bool = False
     resume: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.export_interval is None:
+            return self
+        if self.save_interval is None or self.export_interval % self.save_interval:
+            raise ValueError(
+                f"export_interval {self.export_interval} exports saved checkpoints and must be a multiple of "
+                f"save_interval, which is {self.save_interval}; change one of them"
+            )
+        return self
 
 
 class LoggingConfig(StrictModel):
@@ -253,6 +303,16 @@ class Recipe(StrictModel):
                 f"data.seq_length {self.data.seq_length} exceeds model.max_position_embeddings "
                 f"{self.model.max_position_embeddings}"
             )
+        if self.data.validation is None:
+            for key, value in (
+                ("train.eval_interval", self.train.eval_interval),
+                ("checkpoint.keep_best", self.checkpoint.keep_best),
+            ):
+                if value is not None:
+                    raise ValueError(
+                        f"{key} {value} needs held-out trajectories; name their files in data.validation, or "
+                        "leave it out"
+                    )
         if self.model.hf and self.checkpoint.pretrained:
             raise ValueError(
                 "model.hf and checkpoint.pretrained both name weights to start from; give one of them"

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from pear_megatron.data import PackedBatch, TrajectoryDataset
+from pear_megatron.data import AnyDataset, PackedBatch
 from pear_megatron.errors import PearError
 from pear_megatron.megatron.layout import Layout
 
@@ -21,7 +21,7 @@ def raise_not_finite(
     step: int,
     reports: list[dict[str, torch.Tensor]],
     batches: Iterable[PackedBatch],
-    dataset: TrajectoryDataset,
+    dataset: AnyDataset,
     layout: Layout,
 ) -> NoReturn:
     """Names the trajectories behind a loss that is not finite; called by every rank.
@@ -52,7 +52,7 @@ def raise_not_finite(
     )
 
 
-def raise_bad_gradient(norm: float, step: int, rows: list[list[int]], dataset: TrajectoryDataset) -> NoReturn:
+def raise_bad_gradient(norm: float, step: int, rows: list[list[int]], dataset: AnyDataset) -> NoReturn:
     """Stops a run whose loss is finite and whose gradient is not, before the weights that it made are saved.
 
     Args:
