@@ -168,5 +168,6 @@ def test_what_is_wrong_with_the_recipe_is_said_before_ray_starts(runner: Any) ->
 
 
 def test_weights_at_their_floor_are_said(runner: Any, caplog: pytest.LogCaptureFixture) -> None:
-    losses(runner, "+pear.log_weight_clip=[0.1,5]")
+    rows = losses(runner, "+pear.log_weight_clip=[4.9,5]")
+    assert rows[0]["pear/weight_at_floor"] > 0.5
     assert "step 1: 100% of the weights are at their floor" in caplog.text
