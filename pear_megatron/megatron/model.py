@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pear_megatron.megatron.layout import Layout, packed_attention
+from pear_megatron.megatron.attention import layer_spec
+from pear_megatron.megatron.layout import Layout
 from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig
 from pear_megatron.recipe.sections import padded_vocab_size
 
@@ -81,16 +82,10 @@ def build_model(
         vp_stage: which of the stage's chunks to build, where it has several.
     """
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt import gpt_layer_specs as specs
     from megatron.core.transformer.module import Float16Module
 
     config = transformer_config(model, layout, train)
-    if packed_attention(train.precision) == "thd":
-        spec = specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
-    else:
-        spec = specs.get_gpt_layer_local_spec(
-            qk_layernorm=model.qk_layernorm, normalization=model.normalization
-        )
+    spec = layer_spec(train, normalization=model.normalization, qk_layernorm=model.qk_layernorm)
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=spec,

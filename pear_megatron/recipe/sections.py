@@ -119,6 +119,9 @@ class TrainConfig(StrictModel):
             by its own number of decisions (docs/checkpoints.md).
         recompute_granularity, recompute_method, recompute_num_layers: activation recomputation, as Megatron
             names it; ``full`` needs a method and a number of layers, ``selective`` neither.
+        attention: how the trajectories of a row stay apart. ``transformer_engine``: in its layers; ``varlen``: torch's
+            flash attention, over each trajectory, in Megatron's own; ``mask``: a mask of S x S positions, the
+            reference; ``auto``: the first that this machine and the precision have (docs/long-sequences.md).
         output_chunk_tokens: compute the output layer and the loss for so many tokens of a micro-batch at a time,
             so that logits take memory for those alone; its GEMM runs once more in backward. None = all at
             once. Needs megatron-core 0.19+ (docs/long-sequences.md).
@@ -131,6 +134,7 @@ class TrainConfig(StrictModel):
     global_batch_size: int = Field(default=64, ge=1)
     micro_batch_size: int = Field(default=1, ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
+    attention: Literal["auto", "transformer_engine", "varlen", "mask"] = "auto"
     log_interval: int = Field(default=1, ge=1)
     recompute_granularity: Literal["selective", "full"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None

@@ -31,6 +31,7 @@ _MAY_CHANGE = (
     "train.micro_batch_size",
     "train.recompute_",
     "train.output_chunk_tokens",
+    "train.attention",
     "train.check_alignment",
     "optimizer.lr_decay_steps",
     "data.cache_dir",

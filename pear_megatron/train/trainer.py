@@ -14,10 +14,11 @@ import torch
 
 from pear_megatron.data import BatchPlan, PackedBatch, micro_batches, num_micro_batches
 from pear_megatron.loss import REPORT_KEYS
+from pear_megatron.megatron.attention import packed_attention
 from pear_megatron.megatron.checkpoint.paths import checkpoint_path
 from pear_megatron.megatron.checkpoint.saver import CheckpointSaver
 from pear_megatron.megatron.forward_step import PearForwardStep
-from pear_megatron.megatron.layout import Layout, packed_attention
+from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.lora import add_adapters
 from pear_megatron.megatron.model import build_chunks, wrap_ddp
 from pear_megatron.megatron.optimizer import build_optimizer, build_scheduler
@@ -94,7 +95,7 @@ class Trainer:
             vocab_size=recipe.model.vocab_size,
             tp_group=layout.tp_group,
             cp_group=layout.cp_group,
-            packed_attention=packed_attention(recipe.train.precision),
+            packed_attention=packed_attention(recipe.train),
             output_chunk_tokens=recipe.train.output_chunk_tokens,
         )
         self.throughput = Throughput(
