@@ -245,5 +245,7 @@ class _Reader:
                 self._refuse(f"{key} of the yarn rope scaling", found, f"only {value!r} is supported")
         original = rope.get("original_max_position_embeddings") or self.config.get("max_position_embeddings")
         if not isinstance(original, int):
-            self._refuse("original_max_position_embeddings of the yarn rope scaling", original, "not a length")
+            self._refuse(
+                "original_max_position_embeddings of the yarn rope scaling", original, "not a length"
+            )
         return dict(zip(names, (factor, original), strict=True))

@@ -14,7 +14,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
-PARTS = ("tests", "training", "sanitizer", "loss", "layer", "attention", "steps", "longest", "model", "profile")
+PARTS = (
+    "tests",
+    "training",
+    "sanitizer",
+    "loss",
+    "layer",
+    "attention",
+    "steps",
+    "longest",
+    "model",
+    "profile",
+)
 
 
 def dry_run(*parts: str) -> str:

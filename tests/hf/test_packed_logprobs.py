@@ -90,7 +90,10 @@ def test_smollm2s_chats_in_one_row(smollm2: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    texts = ["The capital of France is Paris. It lies on the Seine.", "def fib(n):\n    return n if n < 2 else"]
+    texts = [
+        "The capital of France is Paris. It lies on the Seine.",
+        "def fib(n):\n    return n if n < 2 else",
+    ]
     sequences = [torch.tensor([tokenizer(text)["input_ids"]]) for text in [*texts, texts[0][::-1]]]
     expected = [hf_logprobs(smollm2, tokens) for tokens in sequences]
     for tp in (1, 3):
