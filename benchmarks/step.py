@@ -22,8 +22,8 @@ from steps import MODELS, forward_steps, random_batch
 from table import print_record
 
 from pear_megatron.data.config import DataConfig
-from pear_megatron.megatron.forward_step import PearForwardStep
 from pear_megatron.megatron.attention import attention_path
+from pear_megatron.megatron.forward_step import PearForwardStep
 from pear_megatron.megatron.layout import initialize, shutdown
 from pear_megatron.megatron.model import build_model, unwrap, wrap_ddp
 from pear_megatron.megatron.optimizer import build_optimizer

@@ -9,6 +9,7 @@ a GPU. torch's third way, which writes the scores of every pair of positions, is
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float)
         )
     with sdpa_kernel(_LINEAR):
         out = F.scaled_dot_product_attention(
-            *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
             is_causal=True,
             scale=scale,
             enable_gqa=query.shape[2] != key.shape[2],
@@ -76,12 +79,14 @@ def packed_causal_attention(
         RuntimeError: torch has no kernel that is linear in T for these tensors.
     """
     if _takes_all_segments_at_once(query, key):
-        return varlen_attn(
+        options: dict[str, Any] = {} if query.shape[1] == key.shape[1] else {"enable_gqa": True}
+        out: Any = varlen_attn(
             *(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen),
             scale=scale,
             window_size=(-1, 0),  # causal
-            **({} if query.shape[1] == key.shape[1] else {"enable_gqa": True}),
+            **options,
         )
+        return out
     lengths = cu_seqlens.diff().tolist()
     segments = zip(*(x[:, None].split(lengths) for x in (query, key, value)), lengths, strict=True)
     return torch.cat([causal_attention(q, k, v, scale=scale)[:, 0] for q, k, v, n in segments if n])
