@@ -10,11 +10,12 @@
 #   sanitizer   compute-sanitizer memcheck, racecheck and initcheck over every kernel
 #   loss        benchmarks/logprob.py: the loss on given logits, against its peers
 #   layer       benchmarks/output_layer.py: GEMMs included; chunks of tokens; the four-byte scheme
+#   attention   benchmarks/attention.py: a packed row under a mask, over its segments, and in Transformer Engine
 #   steps       benchmarks/step.py: whole training steps at 0.5B and 1B, at 4 k, 8 k and 32 k tokens
 #   longest     benchmarks/step.py: the longest sequence whose step fits, under full recomputation
 #   model       benchmarks/real_model.py: SmolLM2-135M imported, scored, trained, exported, evaluated; TRL beside it
 #   profile     ncu, where it is installed: bytes that the kernels really move (only when named)
-# "benchmarks" stands for loss, layer, steps, longest and model.
+# "benchmarks" stands for loss, layer, attention, steps, longest and model.
 #
 # Afterwards: python benchmarks/table.py --write puts the new JSON into README and docs/images.
 #
@@ -32,7 +33,7 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
   sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' benchmarks/gpu.sh
   exit
 fi
-known=" tests training sanitizer loss layer steps longest model profile benchmarks "
+known=" tests training sanitizer loss layer attention steps longest model profile benchmarks "
 for part in "$@"; do
   if [[ $known != *" $part "* ]]; then
     echo "gpu.sh: no part $part; there are:$known(--help says more)" >&2
@@ -49,7 +50,7 @@ failed=()
 wanted() { # whether a part was asked for
   local part=$1 asked=" ${*:2} "
   [[ $asked == "  " || $asked == *" $part "* ]] && [[ $part != profile || $asked == *" profile "* ]] && return
-  [[ $asked == *" benchmarks "* && " loss layer steps longest model " == *" $part "* ]]
+  [[ $asked == *" benchmarks "* && " loss layer attention steps longest model " == *" $part "* ]]
 }
 
 step() { # name, seconds, command...: its log in $OUT, its end here; goes on when it fails
@@ -76,7 +77,7 @@ fi
 PEAR_MEGATRON_CUDA=1 step build 150 "$PYTHON" setup.py build_ext --inplace
 
 if wanted tests "$@"; then
-  TAIL=20 step tests 300 "$PYTHON" -m pytest tests/gpu -q --maxfail=20 --ignore tests/gpu/test_training.py
+  TAIL=20 step tests 270 "$PYTHON" -m pytest tests/gpu -q --maxfail=20 --ignore tests/gpu/test_training.py
 fi
 if wanted training "$@"; then
   TAIL=20 step training 200 "$PYTHON" -m pytest tests/gpu/test_training.py -q
@@ -96,6 +97,9 @@ fi
 if wanted layer "$@"; then
   TAIL=100 step output_layer 130 "$PYTHON" benchmarks/output_layer.py --device cuda --seconds 0.2
 fi
+if wanted attention "$@"; then
+  TAIL=20 step attention 60 "$PYTHON" benchmarks/attention.py --device cuda --heads 16 --groups 4 --head-size 128 --seconds 0.2
+fi
 for model in 0.5b 1b; do
   if wanted steps "$@"; then
     TAIL=40 step "step-$model" 100 "$PYTHON" benchmarks/step.py --device cuda --model "$model" \
@@ -107,7 +111,7 @@ for model in 0.5b 1b; do
   fi
 done
 if wanted model "$@"; then
-  TAIL=20 step real_model 250 "$PYTHON" benchmarks/real_model.py --device cuda
+  TAIL=20 step real_model 220 "$PYTHON" benchmarks/real_model.py --device cuda
 fi
 if wanted profile "$@"; then
   TAIL=100 step profile 120 env OUT="$(mktemp -d)" ncu --kernel-name 'regex:forward_rows|backward_rows|exp_rows' --launch-count 60 \

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from measure import peak_bytes, save, time_ms
-from steps import MODELS, forward_steps, random_batch, use_flash_attention
+from steps import MODELS, forward_steps, random_batch
 from table import print_record
 
 from pear_megatron.data.config import DataConfig
+from pear_megatron.megatron.attention import attention_path
 from pear_megatron.megatron.forward_step import PearForwardStep
-from pear_megatron.megatron.layout import initialize, packed_attention, shutdown
+from pear_megatron.megatron.layout import initialize, shutdown
 from pear_megatron.megatron.model import build_model, unwrap, wrap_ddp
 from pear_megatron.megatron.optimizer import build_optimizer
 from pear_megatron.megatron.output_chunks import supports_output_processor
@@ -77,10 +78,7 @@ class Steps:
 
         torch.manual_seed(0)
         self.model = wrap_ddp(build_model(config, self.layout, recipe.train), recipe.parallel)
-        self.attention = "Transformer Engine"
-        if packed_attention(args.precision) == "mask":
-            use_flash_attention(self.model)
-            self.attention = "torch's flash attention, causal over the row"
+        self.attention = f"attention: {attention_path(recipe.train)}"
         self.model.train()
         self.optimizer = build_optimizer(recipe, self.model)
         self.forward_backward = get_forward_backward_func()
@@ -143,7 +141,7 @@ def main() -> None:
         raise SystemExit("no CUDA device here; try --device cpu --model tiny")
     steps = Steps(args)
     device = steps.layout.device
-    losses = forward_steps(steps.vocab_size, steps.layout.tp_group, args.precision, args.chunk_tokens)
+    losses = forward_steps(steps.vocab_size, steps.layout.tp_group, args.chunk_tokens)
     if not supports_output_processor(steps.model):
         losses = {name: x for name, x in losses.items() if x[0].output_chunk_tokens is None}
         print("no chunks: this megatron-core has no output_processor (0.19+)", flush=True)

@@ -1,4 +1,4 @@
-"""What benchmarks/step.py trains: models of two sizes, the losses that are compared, a batch, an attention."""
+"""What benchmarks/step.py trains: models of two sizes, the losses that are compared, a batch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pear_megatron import PearConfig
 from pear_megatron.data.batches import PackedBatch
 from pear_megatron.megatron.forward_step import LossOutput, PearForwardStep
-from pear_megatron.megatron.layout import packed_attention
 from pear_megatron.recipe import ModelConfig
 
 COMMON: dict[str, Any] = {"max_position_embeddings": 1 << 20, "share_embeddings_and_output_weights": True}
@@ -61,11 +59,10 @@ class MegatronLoss(PearForwardStep):
 
 
 def forward_steps(
-    vocab_size: int, tp_group: Any, precision: str, chunk_tokens: int
+    vocab_size: int, tp_group: Any, chunk_tokens: int
 ) -> dict[str, tuple[PearForwardStep, bool]]:
     """Name -> (what Megatron's schedule calls, whether Megatron's fused cross entropy is on)."""
-    attention = packed_attention(precision)
-    common = {"vocab_size": vocab_size, "tp_group": tp_group, "packed_attention": attention}
+    common = {"vocab_size": vocab_size, "tp_group": tp_group, "packed_attention": "thd"}
     plain, chunks = PearConfig(variant="none"), f"in chunks of {chunk_tokens}"
     chunked = {**common, "output_chunk_tokens": chunk_tokens}
     return {
@@ -78,38 +75,12 @@ def forward_steps(
     }
 
 
-class CausalBatch(PackedBatch):
-    """A batch whose attention needs no S x S mask: Attention below is causal over the whole row."""
-
-    def attention_mask(self) -> None:  # type: ignore[override]
-        return None
-
-
-class Attention(torch.nn.Module):
-    """torch's flash attention, where Transformer Engine's is missing: Megatron's own keeps S x S scores.
-
-    It does not keep the row's trajectories apart, which makes it dearer, alike for every loss.
-    """
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [b, heads, s, head]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out.permute(2, 0, 1, 3).reshape(out.shape[2], out.shape[0], -1)
-
-
-def use_flash_attention(model: torch.nn.Module) -> None:
-    """Puts Attention in the place of every layer's core attention."""
-    for module in list(model.modules()):
-        if hasattr(module, "core_attention"):
-            module.core_attention = Attention()
-
-
-def random_batch(tokens: int, vocab_size: int, device: torch.device) -> CausalBatch:
+def random_batch(tokens: int, vocab_size: int, device: torch.device) -> PackedBatch:
     """One row of four trajectories, of which the first quarter is prompt."""
     length = tokens // 4
     labels = torch.randint(vocab_size, (1, tokens))
     mask = (torch.arange(tokens) % length >= length // 4).view(1, -1)
-    batch = CausalBatch(
+    batch = PackedBatch(
         tokens=torch.randint(vocab_size, (1, tokens)),
         labels=labels.where(mask, -100),
         loss_mask=mask,
@@ -121,6 +92,4 @@ def random_batch(tokens: int, vocab_size: int, device: torch.device) -> CausalBa
         trajectory_index=torch.arange(4),
         max_seqlen=length,
     )
-    moved = batch.to(device)
-    assert isinstance(moved, CausalBatch)
-    return moved
+    return batch.to(device)

@@ -1,8 +1,8 @@
-"""Makes README's figures from the committed results: Markdown tables, and with --write the plots and README itself.
+"""Makes the figures of README and docs from the committed results: Markdown tables, and with --write the plots too.
 
 python benchmarks/table.py                                    # prints every file of results/
 python benchmarks/table.py benchmarks/results/logprob-cpu.json
-python benchmarks/table.py --write                            # README between its markers, docs/images/
+python benchmarks/table.py --write                            # README and docs between their markers, docs/images/
 """
 
 from __future__ import annotations
@@ -125,6 +125,19 @@ def output_layer_tables(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def attention_table(record: dict[str, Any]) -> str:
+    """Time and memory of a layer's core attention, by the length of the row."""
+    lines = [heading(record), "", f"**{record['model']}**", ""]
+    lines += [row("tokens", "attention", "ms, forward and backward", "peak MB"), row(*["---:", "---"] * 2)]
+    for e in record["rows"]:
+        cells = (e["error"], "-") if "error" in e else (f"{e['ms']:.4g}", f"{e['peak_bytes'] / 1e6:.0f}")
+        lines.append(row(str(e["tokens"]), e["name"], *cells))
+    if record["skipped"]:
+        reasons = "; ".join(f"{name} ({why})" for name, why in record["skipped"].items())
+        lines += ["", f"Not run: {reasons}."]
+    return "\n".join(lines)
+
+
 def real_model_table(record: dict[str, Any]) -> str:
     """SmolLM2-135M: speed of training against TRL's, and what the commands ended with."""
     lines = [heading(record), "", f"**{record['model']}**", ""]
@@ -153,6 +166,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "logprob": logprob_tables,
     "output_layer": output_layer_tables,
     "step": step_table,
+    "attention": attention_table,
     "real_model": real_model_table,
     "cli": cli_table,
 }
@@ -163,9 +177,13 @@ CAPTIONS = {
     "logprob": "The loss alone on given logits, forward and backward, with a weight per token; all in the same run.",
     "output_layer": "The whole output layer: its three GEMMs (four in chunks), loss, both gradients.",
     "step": "Whole training steps: forward, loss, backward, clipping, AdamW.",
+    "attention": "The core attention of one layer over a packed row.",
     "real_model": "A real model, from import to evaluation.",
     "cli": "How long the commands take to answer: --help, and a recipe with a misspelt key.",
 }
+
+# Kinds whose table stands in a page of docs/ instead of README, without a picture.
+PAGES = {"attention": ROOT / "docs" / "long-sequences.md"}
 
 
 def kind(path: Path) -> str:
@@ -185,6 +203,8 @@ def readme_section() -> str:
     """What stands between README's markers."""
     parts = []
     for path in committed():
+        if kind(path) in PAGES:
+            continue
         record = json.loads(path.read_text())
         image = f"docs/images/{path.stem}.png"
         about = CAPTIONS[kind(path)]
@@ -192,18 +212,28 @@ def readme_section() -> str:
     return "\n\n".join(parts)
 
 
-def with_section(readme: str) -> str:
-    """README with the section between its markers made anew."""
-    before, rest = readme.split(BEGIN)
+def page_section(name: str) -> str:
+    """What stands between the markers of a kind's own page."""
+    paths = [path for path in committed() if kind(path) == name]
+    return "\n\n".join(TABLES[name](json.loads(path.read_text())) for path in paths)
+
+
+def with_section(text: str, section: str | None = None) -> str:
+    """README, or another page with its section, made anew between the markers."""
+    before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{readme_section()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{readme_section() if section is None else section}\n{END}{after}"
 
 
 def write() -> None:
-    """README and its plots."""
+    """README, its plots, and the pages."""
     from plots import plot_record
 
+    for name, page in PAGES.items():
+        page.write_text(with_section(page.read_text(), page_section(name)))
     for path in committed():
+        if kind(path) in PAGES:
+            continue
         plot_record(json.loads(path.read_text()), kind(path), ROOT / "docs" / "images" / f"{path.stem}.png")
     readme = ROOT / "README.md"
     readme.write_text(with_section(readme.read_text()))

@@ -33,6 +33,12 @@ def config_json(model: ModelConfig, precision: str, assets: Path) -> dict[str, A
     rope: dict[str, Any] = {"rope_type": "default"}
     if model.rope_scaling_factor is not None:
         rope = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **LLAMA3_SCALING}
+    elif model.yarn_rotary_scaling_factor is not None:
+        rope = {
+            "rope_type": "yarn",
+            "factor": model.yarn_rotary_scaling_factor,
+            "original_max_position_embeddings": model.yarn_original_max_position_embeddings,
+        }
     config.pop("dtype", None)
     return config | {
         "torch_dtype": _TORCH_NAMES[precision],  # version 5 reads this name too, the older ones no other

@@ -9,7 +9,8 @@ from datetime import timedelta
 import torch
 
 from pear_megatron.megatron import cpu
-from pear_megatron.recipe import ModelConfig, ParallelConfig, RecipeError, TrainConfig, check_layout
+from pear_megatron.megatron.attention import check_attention
+from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig, check_layout
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def initialize(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig)
     started = torch.distributed.is_initialized()
     world_size = torch.distributed.get_world_size() if started else int(os.environ["WORLD_SIZE"])
     dp_size = check_layout(model, parallel, train, world_size)
-    _check_attention(parallel, train)
+    check_attention(parallel, train)
     if on_cpu:
         device, backend = torch.device("cpu"), "gloo"
     else:
@@ -109,37 +110,6 @@ def initialize(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig)
         cp_group=parallel_state.get_context_parallel_group(),
         sequence_parallel=parallel.sequence_parallel,
     )
-
-
-def transformer_engine_available() -> bool:
-    """Whether mcore's Transformer Engine layers can be used: a GPU and the package."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        from megatron.core.extensions import transformer_engine
-    except ImportError:
-        return False
-    return bool(getattr(transformer_engine, "HAVE_TE", True))
-
-
-def packed_attention(precision: str) -> str:
-    """How packed rows stay apart: ``thd`` in Transformer Engine, which has no float32 for it, else ``mask``."""
-    return "thd" if precision == "bf16" and transformer_engine_available() else "mask"
-
-
-def _check_attention(parallel: ParallelConfig, train: TrainConfig) -> None:
-    """Layouts that only Transformer Engine's layers know."""
-    if packed_attention(train.precision) == "thd":
-        return
-    for key, used, way_out in (
-        ("context_parallel_size", parallel.context_parallel_size > 1, "set it to 1"),
-        ("sequence_parallel", parallel.sequence_parallel, "leave it out"),
-    ):
-        if used:
-            raise RecipeError(
-                f"parallel.{key} {getattr(parallel, key)} needs a GPU, Transformer Engine (pip install "
-                f"'pear-megatron[te]') and train.precision=bf16; {way_out}, or train there"
-            )
 
 
 def shutdown() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pear_megatron.megatron.layout import Layout, packed_attention
+from pear_megatron.megatron.attention import layer_spec
+from pear_megatron.megatron.layout import Layout
 from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig
 from pear_megatron.recipe.sections import padded_vocab_size
 
@@ -19,7 +20,7 @@ def transformer_config(model: ModelConfig, layout: Layout, train: TrainConfig) -
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     on_gpu = layout.device.type == "cuda"
     gated = model.activation == "swiglu"
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -61,6 +62,18 @@ def transformer_config(model: ModelConfig, layout: Layout, train: TrainConfig) -
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
     )
+    if model.yarn_rotary_scaling_factor is not None:
+        _set_yarn(config, model)
+    return config
+
+
+def _set_yarn(config: Any, model: ModelConfig) -> None:
+    """YaRN's settings as GPTModel and its attention look for them: attributes that are no fields of the config."""
+    config.yarn_rotary_scaling_factor = model.yarn_rotary_scaling_factor
+    config.yarn_original_max_position_embeddings = model.yarn_original_max_position_embeddings
+    config.yarn_beta_fast, config.yarn_beta_slow = 32.0, 1.0
+    config.yarn_mscale = config.yarn_mscale_all_dim = None  # cosines and sines times 0.1 ln(factor) + 1
+    config.yarn_correction_range_round_to_int = True
 
 
 def build_chunks(model: ModelConfig, layout: Layout, train: TrainConfig) -> list[Any]:
@@ -81,16 +94,10 @@ def build_model(
         vp_stage: which of the stage's chunks to build, where it has several.
     """
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt import gpt_layer_specs as specs
     from megatron.core.transformer.module import Float16Module
 
     config = transformer_config(model, layout, train)
-    if packed_attention(train.precision) == "thd":
-        spec = specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
-    else:
-        spec = specs.get_gpt_layer_local_spec(
-            qk_layernorm=model.qk_layernorm, normalization=model.normalization
-        )
+    spec = layer_spec(train, normalization=model.normalization, qk_layernorm=model.qk_layernorm)
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -100,7 +107,7 @@ def build_model(
         post_process=layout.is_last_stage and vp_stage in (None, layout.vpp_size - 1),
         parallel_output=True,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-        position_embedding_type=model.position_embedding_type,
+        position_embedding_type="yarn" if model.yarn_rotary_scaling_factor else model.position_embedding_type,
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling_factor is not None,
         rope_scaling_factor=model.rope_scaling_factor or 1.0,

@@ -12,8 +12,9 @@ widths of queries and of keys, f the MLP's, T tensor-parallel ranks, and S = T w
 and the softmax's float32 log-sum-exp, one per head and token. With q = k = h, f = 4h, GELU, d = 0 and two bytes
 this is the paper's 34h less its two bytes of dropout masks, which are not there: dropout is 0.
 
-Trajectories are packed (thd), so that a micro-batch of b rows is one sequence of b x seq_length tokens. Training
-in float32 has no flash attention: it keeps the softmax, seq_length / T elements for each head and token.
+Trajectories are packed (thd), so that a micro-batch of b rows is one sequence of b x seq_length tokens. In float32
+attention runs a trajectory at a time and its output is kept twice, q / T more. ``train.attention=mask`` keeps the
+softmax instead of its log-sum-exp: seq_length / T float32 numbers for each head and token, and in bfloat16 a copy.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pear_megatron.recipe import Recipe
 from pear_megatron.recipe.sections import head_size, padded_vocab_size, query_groups
 
-_LSE_BYTES = 4
+_FLOAT32 = 4
 _LOSS_BYTES = 72  # a token's targets, mask, log-probs and weights, all [T] vectors, and the batch itself
 _GATHERED_BYTES = 12  # a token's three float32 numbers from each tensor-parallel rank
 
@@ -64,12 +65,10 @@ def activations(recipe: Recipe) -> Activations:
     kept = 4 * h / split + (attention + fc1 + f) / tp
     if model.position_embedding_type == "rope":
         kept += 4 * head
-    if train.precision == "fp32":
-        kept += model.num_attention_heads * recipe.data.seq_length / tp
-    lse = 0 if train.recompute_granularity == "selective" else _LSE_BYTES * model.num_attention_heads / tp
+    softmax = _softmax_bytes(recipe, q) / tp
     columns = padded_vocab_size(model.vocab_size, tp) // tp
     return Activations(
-        layer=int(tokens * (element * kept + lse)),
+        layer=int(tokens * (element * kept + softmax)),
         hidden=tokens * element * h // split,
         logits=min(tokens, train.output_chunk_tokens or tokens) * element * columns,
         loss=tokens * (_LOSS_BYTES + _GATHERED_BYTES * tp),
@@ -77,3 +76,14 @@ def activations(recipe: Recipe) -> Activations:
         layer_backward=element * (tokens * ((fc1 + f) // tp + 2 * h) + h * fc1 // tp),
         output_backward=element * (tokens * 2 * h + columns * h),
     )
+
+
+def _softmax_bytes(recipe: Recipe, q: int) -> int:
+    """What attention keeps of a token besides its inputs and output, which are q elements wide."""
+    train, heads = recipe.train, recipe.model.num_attention_heads
+    if train.recompute_granularity == "selective":
+        return 0
+    if train.attention == "mask":
+        copy = 2 if train.precision == "bf16" else 0
+        return (_FLOAT32 + copy) * heads * recipe.data.seq_length
+    return _FLOAT32 * heads + (_FLOAT32 * q if train.precision == "fp32" else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ class _Reader:
             "activation": "swiglu",
             "position_embedding_type": "rope",
             "rotary_base": self._rotary_base(rope),
-            "rope_scaling_factor": self._rope_scaling_factor(rope),
+            "rope_scaling_factor": self._rope_scaling_factor(rope) if rope["rope_type"] != "yarn" else None,
+            **self._yarn(rope),
             "add_bias_linear": False,
             "add_qkv_bias": family.add_qkv_bias,
             "qk_layernorm": family.qk_layernorm,
@@ -213,10 +215,37 @@ class _Reader:
         if kind == "default":
             return None
         if kind != "llama3":
-            self._refuse("rope_type", kind, "supported are 'default' and 'llama3'")
+            self._refuse("rope_type", kind, "supported are 'default', 'llama3' and 'yarn'")
         for key, value in LLAMA3_SCALING.items():
             if rope.get(key) != value:
                 self._refuse(
                     f"{key} of the llama3 rope scaling", rope.get(key), f"Megatron-Core has {value:g} only"
                 )
         return self._number("factor of the llama3 rope scaling", rope.get("factor"))
+
+    def _yarn(self, rope: dict[str, Any]) -> dict[str, Any]:
+        """YaRN's keys; transformers' own defaults for what Megatron-Core's betas and attention factor are."""
+        names = ("yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings")
+        if rope["rope_type"] != "yarn":
+            return dict.fromkeys(names)
+        factor = self._number("factor of the yarn rope scaling", rope.get("factor"))
+        only = {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": None,
+            "mscale_all_dim": None,
+            "truncate": True,
+            "attention_factor": 0.1 * math.log(factor) + 1 if factor > 1 else 1.0,
+        }
+        for key, value in only.items():
+            found = rope.get(key)
+            if found is None or found == value:
+                continue
+            if value is None or abs(found - value) > 1e-6:
+                self._refuse(f"{key} of the yarn rope scaling", found, f"only {value!r} is supported")
+        original = rope.get("original_max_position_embeddings") or self.config.get("max_position_embeddings")
+        if not isinstance(original, int):
+            self._refuse(
+                "original_max_position_embeddings of the yarn rope scaling", original, "not a length"
+            )
+        return dict(zip(names, (factor, original), strict=True))

@@ -22,6 +22,8 @@ class ModelConfig(StrictModel):
             give come from its config.json; keys that it gives must agree with it.
         rope_scaling_factor: Llama-3's scaling of the rotary frequencies, with its low and high frequency
             factors 1 and 4 and its original length 8192 (all that Megatron-Core has); None = none.
+        yarn_rotary_scaling_factor, yarn_original_max_position_embeddings: YaRN (arXiv 2309.00071), which stretches
+            the second, the length the model was trained at, by the first; its betas are 32 and 1. None = none.
     """
 
     hf: str | None = None
@@ -39,12 +41,35 @@ class ModelConfig(StrictModel):
     position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
     rotary_base: int = Field(default=10000, ge=1)
     rope_scaling_factor: float | None = Field(default=None, gt=0)
+    yarn_rotary_scaling_factor: float | None = Field(default=None, ge=1)
+    yarn_original_max_position_embeddings: int | None = Field(default=None, ge=1)
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
     share_embeddings_and_output_weights: bool = False
     init_method_std: float = Field(default=0.02, gt=0)
     embedding_init_method_std: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _check_yarn(self) -> Self:
+        if (self.yarn_rotary_scaling_factor is None) != (self.yarn_original_max_position_embeddings is None):
+            raise ValueError(
+                "yarn_rotary_scaling_factor and yarn_original_max_position_embeddings go together; give both or none"
+            )
+        if self.yarn_rotary_scaling_factor is not None and (
+            self.rope_scaling_factor is not None or self.position_embedding_type != "rope"
+        ):
+            raise ValueError(
+                "yarn_rotary_scaling_factor needs position_embedding_type rope, without rope_scaling_factor "
+                "(Llama-3's scaling); leave one of them out"
+            )
+        return self
+
+    @property
+    def longest_context(self) -> int:
+        """Positions the model is made for: with YaRN, config.json often keeps the length before it."""
+        stretched = (self.yarn_rotary_scaling_factor or 1) * (self.yarn_original_max_position_embeddings or 1)
+        return max(self.max_position_embeddings, int(stretched))
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -148,6 +173,9 @@ class TrainConfig(StrictModel):
             last alone, which are evaluated in any case.
         recompute_granularity, recompute_method, recompute_num_layers: activation recomputation, as Megatron
             names it; ``full`` needs a method and a number of layers, ``selective`` neither.
+        attention: how the trajectories of a row stay apart. ``transformer_engine``: in its layers; ``varlen``: torch's
+            flash attention, over each trajectory, in Megatron's own; ``mask``: a mask of S x S positions, the
+            reference; ``auto``: the first that this machine and the precision have (docs/long-sequences.md).
         output_chunk_tokens: compute the output layer and the loss for so many tokens of a micro-batch at a time,
             so that logits take memory for those alone; its GEMM runs once more in backward. None = all at
             once. Needs megatron-core 0.19+ (docs/long-sequences.md).
@@ -163,6 +191,7 @@ class TrainConfig(StrictModel):
     loss_normalization: Literal["token", "trajectory"] = "token"
     eval_interval: int | None = Field(default=None, ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
+    attention: Literal["auto", "transformer_engine", "varlen", "mask"] = "auto"
     log_interval: int = Field(default=1, ge=1)
     recompute_granularity: Literal["selective", "full"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
@@ -298,10 +327,10 @@ class Recipe(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.data.seq_length > self.model.max_position_embeddings:
+        if self.data.seq_length > self.model.longest_context:
             raise ValueError(
                 f"data.seq_length {self.data.seq_length} exceeds model.max_position_embeddings "
-                f"{self.model.max_position_embeddings}"
+                f"{self.model.longest_context}"
             )
         if self.data.validation is None:
             for key, value in (

@@ -32,6 +32,7 @@ _MAY_CHANGE = (
     "train.micro_batch_size",
     "train.recompute_",
     "train.output_chunk_tokens",
+    "train.attention",
     "train.check_alignment",
     "train.eval_interval",
     "train.profile",

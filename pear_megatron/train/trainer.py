@@ -12,11 +12,12 @@ import torch
 
 from pear_megatron.data import AnyDataset, TrajectoryBlend, plan_batches
 from pear_megatron.data.blend import source_names
+from pear_megatron.megatron.attention import packed_attention
 from pear_megatron.megatron.checkpoint.paths import checkpoint_path
 from pear_megatron.megatron.checkpoint.saver import CheckpointSaver
 from pear_megatron.megatron.checkpoint.state import read_common
 from pear_megatron.megatron.forward_step import PearForwardStep
-from pear_megatron.megatron.layout import Layout, packed_attention
+from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.lora import add_adapters
 from pear_megatron.megatron.model import build_chunks, sync_parameters, wrap_ddp
 from pear_megatron.megatron.optimizer import build_optimizer, build_scheduler
@@ -127,7 +128,7 @@ class Trainer:
             vocab_size=recipe.model.vocab_size,
             tp_group=self.layout.tp_group,
             cp_group=self.layout.cp_group,
-            packed_attention=packed_attention(recipe.train.precision),
+            packed_attention=packed_attention(recipe.train),
             output_chunk_tokens=recipe.train.output_chunk_tokens,
             normalization=recipe.train.loss_normalization,
             num_sources=len(source_names(dataset)),

@@ -45,3 +45,10 @@ def test_it_measures_ours_and_megatrons_and_prints_a_table(tmp_path: Path, scrip
     assert f"| {min(measured)} |" in output
     if script == "step":
         assert set(record["longest"].values()) == {512}
+
+
+def test_attention_is_measured_under_a_mask_and_over_segments(tmp_path: Path):
+    record, output = run("attention", tmp_path, "--tokens", "64")
+    assert [(row["name"], row["tokens"]) for row in record["rows"]] == [("mask", 64), ("varlen", 64)]
+    assert all(row["ms"] > 0 and row["peak_bytes"] >= 0 for row in record["rows"])
+    assert "| 64 | varlen |" in output

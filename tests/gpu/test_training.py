@@ -55,6 +55,15 @@ def test_bf16_follows_float32(tmp_path: Path, data: Path, float32: list[dict[str
     assert_same(train(tmp_path / "bf16", data, "train.precision=bf16"), float32, relative=5e-2)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_over_segments_trains_as_under_a_mask(tmp_path: Path, data: Path, precision: str) -> None:
+    options = [f"train.precision={precision}", "train.attention="]
+    varlen, mask = (
+        train(tmp_path / name, data, options[0], options[1] + name) for name in ("varlen", "mask")
+    )
+    assert_same(varlen, mask, relative=1e-4 if precision == "fp32" else 5e-2)
+
+
 @needs_output_processor
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_chunks_of_the_output_layer_train_alike(

@@ -25,6 +25,13 @@ LLAMA3_ROPE: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# Frequencies of all three kinds (kept, between, stretched) for heads of width 8 and 24, and twice the original length.
+YARN_ROPE: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
 LONG = 1100  # tokens; where the scaling shows
 
 # name -> architecture and what differs from SIZES; tied and untied, vocabularies that need padding: of the first
@@ -35,6 +42,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3-tied": ("Llama", {"vocab_size": 131, "head_dim": 16, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2", {"vocab_size": 259, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"vocab_size": 517, "head_dim": 24}),
+    "qwen2-yarn": ("Qwen2", {"vocab_size": 259, "rope_parameters": YARN_ROPE}),
+    "qwen3-yarn": ("Qwen3", {"vocab_size": 517, "head_dim": 24, "rope_parameters": YARN_ROPE}),
     "qwen3-tied": ("Qwen3", {"vocab_size": 517, "head_dim": 24, "tie_word_embeddings": True}),
 }
 

@@ -109,6 +109,8 @@ def test_llama_3_1(tmp_path: Path) -> None:
         "position_embedding_type": "rope",
         "rotary_base": 500000,
         "rope_scaling_factor": 8.0,
+        "yarn_rotary_scaling_factor": None,
+        "yarn_original_max_position_embeddings": None,
         "add_bias_linear": False,
         "add_qkv_bias": False,
         "qk_layernorm": False,
@@ -148,8 +150,13 @@ def test_llama_1_has_no_key_for_its_key_and_value_heads(tmp_path: Path) -> None:
         (LLAMA31, {"attention_bias": True}, "attention_bias is True"),
         (LLAMA31, {"mlp_bias": True}, "mlp_bias is True"),
         (LLAMA31, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
-        (QWEN25, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'; supported are"),
-        (QWEN3, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1000000}}, "rope_type is 'yarn'"),
+        (QWEN25, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type is 'dynamic'; supported are"),
+        (QWEN3, {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1000000}}, "rope_type is 'longrope'"),
+        (QWEN25, {"rope_scaling": {"type": "yarn"}}, "factor of the yarn rope scaling is None"),
+        (QWEN25, {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 16}}, "beta_fast of the yarn.* is 16"),
+        (QWEN25, {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}}, "mscale of the yarn.* is 0.7"),
+        (QWEN25, {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}}, "truncate of the yarn"),
+        (QWEN25, {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.0}}, "attention_factor of"),
         (LLAMA31, {"rope_scaling": LLAMA31["rope_scaling"] | {"low_freq_factor": 2.0}}, "low_freq_factor.*has 1 only"),
         (LLAMA31, {"rope_scaling": LLAMA31["rope_scaling"] | {"high_freq_factor": 8.0}}, "high_freq_factor.*has 4"),
         (
@@ -198,7 +205,26 @@ def test_folders_without_a_readable_config_are_refused(tmp_path: Path) -> None:
         model_keys(tmp_path)
 
 
-@pytest.mark.parametrize("config", [LLAMA31, QWEN25, QWEN3], ids=["llama", "qwen2", "qwen3"])
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def test_yarn_is_read_with_its_original_length_and_makes_room_for_longer_rows(tmp_path: Path) -> None:
+    names = ("yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings", "rope_scaling_factor")
+    for scaling in (YARN, {"type": "yarn", "factor": 4.0}, YARN | {"attention_factor": 1.1386294361119891}):
+        keys = model_keys(write(tmp_path, QWEN25, rope_scaling=scaling))
+        assert [keys[name] for name in names] == [4.0, 32768, None]
+        assert ModelConfig(**keys).longest_context == 4 * 32768
+    with pytest.raises(ValueError, match="go together"):
+        ModelConfig(**(keys | {"yarn_original_max_position_embeddings": None}))
+    with pytest.raises(ValueError, match="without rope_scaling_factor"):
+        ModelConfig(**(keys | {"rope_scaling_factor": 8.0}))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LLAMA31, QWEN25, QWEN3, QWEN25 | {"rope_scaling": YARN}],
+    ids=["llama", "qwen2", "qwen3", "qwen2-yarn"],
+)
 def test_a_config_made_from_the_keys_says_the_same_to_transformers(
     tmp_path: Path, config: dict[str, Any]
 ) -> None:

@@ -39,11 +39,13 @@ def test_a_converted_checkpoint_is_the_same_model_on_every_layout(
     assert torch.equal(ours["converted", tp, pp], ours["qwen3", tp, pp])
 
 
-def test_llama3_rope_scaling_is_that_of_transformers_where_it_shows(
-    hf_models: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize("name", ["llama3", "qwen2-yarn", "qwen3-yarn"])
+def test_rope_scaling_is_that_of_transformers_where_it_shows(
+    hf_models: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
-    folder, tokens = hf_models["llama3"], tokens_for("llama3", LONG)
-    found = run_ranks(1, rank_logprobs, {"llama3": (folder, tokens)}, [(1, 1)])[0]["llama3", 1, 1]
+    """At twice the original length of YaRN's models."""
+    folder, tokens = hf_models[name], tokens_for(name, LONG)
+    found = run_ranks(1, rank_logprobs, {name: (folder, tokens)}, [(1, 1)])[0][name, 1, 1]
     expected = hf_logprobs(folder, tokens)
     unscaled = tmp_path / "unscaled"
     unscaled.mkdir()

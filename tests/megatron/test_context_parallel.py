@@ -174,8 +174,7 @@ def rank_train_without_attention(rank: int, runs: list[list[str]]) -> list[bool 
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 
-    from pear_megatron.megatron import layout
-    from pear_megatron.train import trainer
+    from pear_megatron.megatron import attention, layout
 
     with_attention = gpt_layer_specs.get_gpt_layer_local_spec
 
@@ -186,7 +185,8 @@ def rank_train_without_attention(rank: int, runs: list[list[str]]) -> list[bool 
         return spec
 
     gpt_layer_specs.get_gpt_layer_local_spec = without_attention
-    layout.packed_attention = trainer.packed_attention = lambda precision: "thd"
+    attention.with_varlen_attention = lambda spec: spec
+    layout.check_attention = lambda parallel, train: None
     return rank_train(rank, runs)
 
 

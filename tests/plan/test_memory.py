@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from pear_megatron.plan.activations import activations
 from pear_megatron.plan.memory import stage_memory
@@ -84,23 +83,12 @@ def test_weights_gradients_and_optimizer_take_the_bytes_that_plan_says() -> None
         assert (ranks[0][i][2] + ranks[2][i][2]) / 2 == pytest.approx(planned.optimizer, abs=12)
 
 
-class _FlashAttention(torch.nn.Module):
-    """Keeps queries, keys, values, output and log-sum-exp, as flash attention on a GPU does."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        q, k, v = (x.contiguous().permute(1, 2, 0, 3) for x in (q, k, v))  # [b, heads, s, head]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out.permute(2, 0, 1, 3).reshape(out.shape[2], out.shape[0], -1)
-
-
 def _kept_for_backward(_rank: int, sections: dict[str, Any], layers: int) -> int:
     """Bytes of the tensors that autograd keeps, parameters apart."""
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt import gpt_layer_specs as specs
+    from megatron.core.packed_seq_params import PackedSeqParams
 
+    from pear_megatron.megatron.attention import layer_spec
     from pear_megatron.megatron.layout import initialize
     from pear_megatron.megatron.model import transformer_config
 
@@ -110,11 +98,9 @@ def _kept_for_backward(_rank: int, sections: dict[str, Any], layers: int) -> int
     layout = initialize(model, recipe.parallel, recipe.train)
     config = transformer_config(model, layout, recipe.train)
     config = dataclasses.replace(config, bias_activation_fusion=model.activation == "swiglu")  # as on a GPU
-    spec = specs.get_gpt_layer_local_spec(normalization="LayerNorm")
-    spec.submodules.self_attention.submodules.core_attention = _FlashAttention
     gpt = GPTModel(
         config=config,
-        transformer_layer_spec=spec,
+        transformer_layer_spec=layer_spec(recipe.train, normalization="LayerNorm", qk_layernorm=False),
         vocab_size=padded_vocab_size(model.vocab_size, layout.tp_size),
         max_sequence_length=128,
         position_embedding_type=model.position_embedding_type,
@@ -126,8 +112,13 @@ def _kept_for_backward(_rank: int, sections: dict[str, Any], layers: int) -> int
         return x
 
     ids = torch.arange(128)[None]
+    rows: dict[str, Any] = {"attention_mask": torch.ones(1, 1, 128, 128, dtype=torch.bool).triu(1)}
+    if recipe.train.attention != "mask":
+        ends = torch.tensor([0, 48, 128], dtype=torch.int32)
+        packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=80, max_seqlen_kv=80)
+        rows = {"attention_mask": None, "packed_seq_params": packed}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        output = gpt(input_ids=ids, position_ids=ids, attention_mask=None)
+        output = gpt(input_ids=ids, position_ids=ids, **rows)
     own = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
     from megatron.core import parallel_state
 
@@ -141,22 +132,26 @@ def _kept_by_a_layer(_rank: int, sections: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("attention", ["varlen", "mask"])
 @pytest.mark.parametrize(
     "model_keys",
     [{}, {"activation": "gelu", "position_embedding_type": "learned_absolute"}],
     ids=["swiglu-rope", "gelu"],
 )
-def test_a_layer_keeps_for_backward_what_the_formula_says(tp: int, model_keys: dict[str, Any]) -> None:
+def test_a_layer_keeps_for_backward_what_the_formula_says(
+    tp: int, attention: str, model_keys: dict[str, Any]
+) -> None:
     sections = {
         "model": {**model_keys, "normalization": "LayerNorm"},
-        "train": {"precision": "fp32"},
+        "train": {"precision": "fp32", "attention": attention},
         "parallel": {"tensor_model_parallel_size": tp},
     }
     recipe = small.recipe(**sections)
-    scores = 4 * 4 * 128 * 128 // tp  # float32 training's, which the flash attention here does without
     norms = 2 * 2 * 4 * 128  # mean and deviation of each token in both norms
     for kept in run_ranks(tp, _kept_by_a_layer, sections):
-        assert kept == activations(recipe).layer - scores + norms
+        more = kept - norms - activations(recipe).layer
+        # Under a mask, the reference, keys and values are repeated for every query head.
+        assert more == 0 if attention == "varlen" else 0 <= more <= 2 * 4 * 128 * recipe.model.hidden_size
 
 
 def test_a_recomputed_layer_keeps_its_input_alone() -> None:
