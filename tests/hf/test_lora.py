@@ -26,7 +26,7 @@ from tests.hf.test_start import BASE, NO_TOKENIZER, PP, SHORT, TP, write_rows
 
 pytestmark = pytest.mark.slow
 STEPS = 4
-LORA = ["+lora.rank=4", "+lora.alpha=8", "optimizer.lr=0.01", "+optimizer.adam_eps=1e-6",
+LORA = ["+lora.rank=4", "+lora.alpha=8", "optimizer.lr=0.01", "+optimizer.adam_eps=1e-4",
         "optimizer.lr_decay_style=constant", "optimizer.lr_warmup_steps=0", f"train.max_steps={STEPS}"]  # fmt: skip
 DISTRIBUTED = "parallel.use_distributed_optimizer=true"
 ATTENTION = "+lora.target_modules=[q_proj,v_proj,down_proj]"
@@ -147,7 +147,7 @@ def test_training_is_that_of_peft(world: World, run: str, model: str) -> None:
             bound = parameter.shape[1] ** -0.5
             generator = generator_of(seed, name.replace(".default", ""))
             parameter.data.uniform_(-bound, bound, generator=generator)
-    optimizer = torch.optim.AdamW(trained.values(), lr=0.01, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.01, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.0)
     rows = [json.loads(line) for line in world.data.read_text().splitlines()]
     for row in metrics(world.root / run):
         sums: list[Any] = []
