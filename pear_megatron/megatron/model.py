@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from pear_megatron.megatron import moe
 from pear_megatron.megatron.layout import Layout, packed_attention
 from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig
-from pear_megatron.recipe.sections import padded_vocab_size
+from pear_megatron.recipe.sections import expert_size, padded_vocab_size
 
 
 def transformer_config(model: ModelConfig, layout: Layout, train: TrainConfig) -> Any:
@@ -60,7 +61,31 @@ def transformer_config(model: ModelConfig, layout: Layout, train: TrainConfig) -
         bias_dropout_fusion=on_gpu,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
+        **_expert_settings(model, layout, train),
     )
+
+
+def _expert_settings(model: ModelConfig, layout: Layout, train: TrainConfig) -> dict[str, Any]:
+    """A mixture's: the router in float32, no token dropped, the experts' GEMMs grouped where TE does that."""
+    if model.num_moe_experts is None:
+        return {}
+    moe.check_recompute(train.recompute_method)
+    return {
+        "num_moe_experts": model.num_moe_experts,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_ffn_hidden_size": expert_size(model),
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss" if train.moe_aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": train.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": train.moe_z_loss_coeff or None,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": model.moe_shared_expert_gate,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": packed_attention(train.precision) == "thd",
+        "expert_model_parallel_size": layout.ep_size,
+        "expert_tensor_parallel_size": layout.expert_tp_size,
+    }
 
 
 def build_chunks(model: ModelConfig, layout: Layout, train: TrainConfig) -> list[Any]:
@@ -85,12 +110,17 @@ def build_model(
     from megatron.core.transformer.module import Float16Module
 
     config = transformer_config(model, layout, train)
+    experts = model.num_moe_experts
     if packed_attention(train.precision) == "thd":
-        spec = specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+        spec = specs.get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=model.qk_layernorm
+        )
     else:
         spec = specs.get_gpt_layer_local_spec(
-            qk_layernorm=model.qk_layernorm, normalization=model.normalization
+            num_experts=experts, qk_layernorm=model.qk_layernorm, normalization=model.normalization
         )
+    if experts is not None:
+        spec = moe.use_router(spec)
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=spec,

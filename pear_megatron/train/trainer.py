@@ -16,6 +16,7 @@ from pear_megatron.data import BatchPlan, PackedBatch, micro_batches, num_micro_
 from pear_megatron.loss import REPORT_KEYS
 from pear_megatron.megatron.checkpoint.paths import checkpoint_path
 from pear_megatron.megatron.checkpoint.saver import CheckpointSaver
+from pear_megatron.megatron import moe
 from pear_megatron.megatron.forward_step import PearForwardStep
 from pear_megatron.megatron.layout import Layout, packed_attention
 from pear_megatron.megatron.model import build_chunks, wrap_ddp
@@ -70,6 +71,7 @@ class Trainer:
             multiple=self.position.multiple,
         )
         self.total_steps = recipe.train.max_steps or self.plan.first_step(recipe.train.num_epochs)
+        self.routes = recipe.model.num_moe_experts is not None
         self.num_microbatches = num_micro_batches(
             recipe.train.global_batch_size, layout.dp_size, recipe.train.micro_batch_size
         )
@@ -178,6 +180,7 @@ class Trainer:
         recipe, layout = self.recipe, self.layout
         what = f"PEAR {recipe.pear.variant}" if recipe.pear.variant != "none" else "plain SFT"
         sizes = {"TP": layout.tp_size, "PP": layout.pp_size, "VPP": layout.vpp_size, "CP": layout.cp_size}
+        sizes["EP"] = layout.ep_size
         log.info(
             "%s: %d trajectories, %d decisions; %s on %s; steps %d to %d",
             what,
@@ -236,6 +239,11 @@ class Trainer:
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        epoch, planned = self.plan.rows(self.step)
+        lengths = [int(self.dataset.lengths[i]) - 1 for row in planned for i in row]
+        if self.routes:
+            decisions = sum(int(self.dataset.num_decisions[i]) for row in planned for i in row)
+            moe.start_step(self.model, divisor=max(decisions, 1), tokens=sum(lengths))
         reports = self._forward_backward()
         means, decisions, stop_asked = self._reduce(reports)
         if not math.isfinite(means["loss"]):
@@ -247,13 +255,11 @@ class Trainer:
         _, grad_norm, _ = self.optimizer.step()
         if recipe.optimizer.clip_grad == 0:
             grad_norm = self.optimizer.get_grad_norm()
-        epoch, planned = self.plan.rows(self.step)
         if not math.isfinite(grad_norm):
             self.saver.finish()
             raise_bad_gradient(grad_norm, self.step + 1, planned, self.dataset)
         self.scheduler.step(increment=1)
         self.step += 1
-        lengths = [int(self.dataset.lengths[i]) - 1 for row in planned for i in row]
         seconds = time.perf_counter() - started
         metrics = {
             "step": self.step,
@@ -266,8 +272,18 @@ class Trainer:
             "decisions": decisions,
             "trajectories": digest([i for row in planned for i in row]),
             **means,
+            **(self._router_losses(sum(lengths)) if self.routes else {}),
         }
         return metrics, stop_asked
+
+    def _router_losses(self, tokens: int) -> dict[str, float]:
+        """The routers' losses without their coefficients, means over layers and the step's tokens, on every rank."""
+        sums = moe.step_sums(self.model, self.layout.device)
+        torch.distributed.all_reduce(sums)
+        count = tokens * self.recipe.model.num_layers
+        kinds = (self.recipe.train.moe_aux_loss_coeff, self.recipe.train.moe_z_loss_coeff)
+        means = zip(moe.METRICS, (sums / max(count, 1)).tolist(), kinds, strict=True)
+        return {name: mean for name, mean, coefficient in means if coefficient}
 
     def _forward_backward(self) -> list[dict[str, torch.Tensor]]:
         """Megatron's schedule over the step's micro-batches -> their reports, on the last pipeline stage."""
