@@ -136,6 +136,8 @@ def build_model(
         rope_scaling_factor=model.rope_scaling_factor or 1.0,
         vp_stage=vp_stage,
     ).to(layout.device)
+    if experts is not None:
+        moe.count_dispatched(gpt)
     return Float16Module(config, gpt) if train.precision == "bf16" else gpt
 
 

@@ -51,6 +51,9 @@ def router_class() -> type:
 
         def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
             """[S, B, experts] logits, [S, B] mask, True on padding -> [S*B, experts] weights and whether."""
+            if padding_mask is not None and padding_mask.shape[0] != logits.shape[0]:
+                # Only the first pipeline stage splits the mask as sequence parallelism splits the tokens.
+                padding_mask = padding_mask.chunk(self.tp_group.size())[self.tp_group.rank()]
             probs, routed = super().routing(logits, padding_mask)
             if padding_mask is not None:
                 padding = padding_mask.reshape(-1, 1)
@@ -117,6 +120,20 @@ def routers(model: Any) -> list[Any]:
     """The routers of a model, wrapped or not, or of a list of chunks."""
     kind, chunks = router_class(), model if isinstance(model, list) else [model]
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, kind)]
+
+
+def count_dispatched(model: Any) -> None:
+    """Tells the dispatchers that the tokens they send are those that are routed, not all times top k."""
+    for module in model.modules():
+        if (dispatcher := getattr(module, "token_dispatcher", None)) is not None:
+            dispatcher.preprocess = functools.partial(_preprocess, dispatcher, dispatcher.preprocess)
+
+
+def _preprocess(dispatcher: Any, original: Any, routed: Tensor) -> Tensor:
+    counts = original(routed)
+    dispatcher.num_out_tokens = routed.sum()  # as mcore has it where it drops tokens
+    dispatcher._maybe_update_cuda_sync_point("before_permutation_1")
+    return counts
 
 
 def start_step(model: Any, *, divisor: float, tokens: int) -> None:
