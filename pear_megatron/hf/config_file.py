@@ -87,7 +87,7 @@ def _experts(family: Family, model: ModelConfig) -> dict[str, Any]:
     }
     if family.experts == "mixtral":
         return common | {"intermediate_size": expert_size(model), "sliding_window": None}
-    keys = common | {
+    keys: dict[str, Any] = common | {
         "num_experts": model.num_moe_experts,  # version 4's name, which other readers know alone
         "moe_intermediate_size": expert_size(model),
         "norm_topk_prob": not model.moe_router_pre_softmax,
@@ -95,7 +95,10 @@ def _experts(family: Family, model: ModelConfig) -> dict[str, Any]:
         "mlp_only_layers": [],
     }
     if family.shared_expert:
-        keys |= {"shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size, "qkv_bias": True}
+        keys |= {
+            "shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+            "qkv_bias": True,
+        }
     return keys
 
 

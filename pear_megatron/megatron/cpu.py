@@ -217,7 +217,9 @@ def _exchange_tokens_over_gloo() -> None:
             return tensor.numpy()
         return to_cpu(tensor, as_numpy, record_stream)
 
-    def gather_uneven(x: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
+    def gather_uneven(
+        x: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any
+    ) -> torch.Tensor:
         if sizes is None or group.size() == 1:
             return gather(x, group, sizes, *args)
         longest = max(1, *sizes)
@@ -226,7 +228,9 @@ def _exchange_tokens_over_gloo() -> None:
         pieces = gather(padded, group).split(longest)
         return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
 
-    def reduce_scatter_uneven(x: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any) -> torch.Tensor:
+    def reduce_scatter_uneven(
+        x: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any
+    ) -> torch.Tensor:
         if sizes is None or group.size() == 1:
             return reduce_scatter(x, group, sizes, *args)
         total = x.clone(memory_format=torch.contiguous_format)

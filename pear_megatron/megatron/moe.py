@@ -31,7 +31,9 @@ def router_class() -> type:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.moe.router import TopKRouter
 
-    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 asks whether it is None, and imports it with TE alone
+    if not hasattr(
+        moe_utils, "te_general_gemm"
+    ):  # 0.16 asks whether it is None, and imports it with TE alone
         moe_utils.te_general_gemm = None
 
     class Router(TopKRouter):  # type: ignore[misc]
@@ -81,7 +83,9 @@ def router_class() -> type:
             chosen = routing_map.sum(dim=0, dtype=torch.float32)  # [experts]
             if group.size() > 1:
                 torch.distributed.all_reduce(chosen, group=group)
-            share = (scores_for_aux_loss.sum(dim=0) * chosen / chosen.sum().clamp(min=1)).sum() * self.num_experts
+            share = (
+                scores_for_aux_loss.sum(dim=0) * chosen / chosen.sum().clamp(min=1)
+            ).sum() * self.num_experts
             self.sums[0] += share.detach()
             coefficient = self.get_aux_loss_coeff("aux_loss") * self.loss_scale
             return MoEAuxLossAutoScaler.apply(probs, share * coefficient)

@@ -29,7 +29,9 @@ FAMILIES = (
     Family("Qwen2ForCausalLM", "qwen2", add_qkv_bias=True),  # Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen
     Family("Qwen3ForCausalLM", "qwen3", qk_layernorm=True, default_head_dim=128),
     Family("MixtralForCausalLM", "mixtral", experts="mixtral"),
-    Family("Qwen3MoeForCausalLM", "qwen3_moe", qk_layernorm=True, experts="qwen"),  # Qwen3-30B-A3B, -235B-A22B
+    Family(
+        "Qwen3MoeForCausalLM", "qwen3_moe", qk_layernorm=True, experts="qwen"
+    ),  # Qwen3-30B-A3B, -235B-A22B
     Family("Qwen2MoeForCausalLM", "qwen2_moe", add_qkv_bias=True, experts="qwen", shared_expert=True),
 )
 
@@ -37,7 +39,7 @@ FAMILIES = (
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 # Keys that change what the model computes, with the values under which it is what Megatron-Core computes.
-_ONLY = {
+_ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -233,7 +235,11 @@ class _Reader:
     def _check_attention(self, family: Family) -> None:
         """Refuses sliding windows where a layer uses one."""
         if family.model_type == "mixtral" and self.config.get("sliding_window") is not None:
-            self._refuse("sliding_window", self.config["sliding_window"], "every layer would use it; only null is supported")
+            self._refuse(
+                "sliding_window",
+                self.config["sliding_window"],
+                "every layer would use it; only null is supported",
+            )
         if family.model_type == "qwen2_moe" and not self.config.get("qkv_bias", True):
             self._refuse("qkv_bias", self.config["qkv_bias"], "only true is supported")
         layer_types = self.config.get("layer_types")

@@ -10,7 +10,6 @@ from pear_megatron.config import PearConfig
 from pear_megatron.data.config import DataConfig
 from pear_megatron.schema import StrictModel
 
-
 _EXPERT_KEYS = (
     "moe_router_topk",
     "moe_ffn_hidden_size",
@@ -84,7 +83,9 @@ class ModelConfig(StrictModel):
         if self.num_moe_experts is None:
             for key in _EXPERT_KEYS:
                 if getattr(self, key):
-                    raise ValueError(f"{key} {getattr(self, key)} needs num_moe_experts; set that or leave it out")
+                    raise ValueError(
+                        f"{key} {getattr(self, key)} needs num_moe_experts; set that or leave it out"
+                    )
             return
         if self.moe_router_topk is None:
             raise ValueError("num_moe_experts needs moe_router_topk: how many experts a token goes to")
@@ -293,7 +294,9 @@ class Recipe(StrictModel):
         if self.model.num_moe_experts is None:
             for key in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
                 if getattr(self.train, key):
-                    raise ValueError(f"train.{key} is of routers, and model.num_moe_experts is not set; leave it out")
+                    raise ValueError(
+                        f"train.{key} is of routers, and model.num_moe_experts is not set; leave it out"
+                    )
         elif self.parallel.tensor_model_parallel_size > 1 and not self.parallel.sequence_parallel:
             raise ValueError(
                 "a mixture of experts with parallel.tensor_model_parallel_size "

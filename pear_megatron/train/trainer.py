@@ -14,9 +14,9 @@ import torch
 
 from pear_megatron.data import BatchPlan, PackedBatch, micro_batches, num_micro_batches
 from pear_megatron.loss import REPORT_KEYS
+from pear_megatron.megatron import moe
 from pear_megatron.megatron.checkpoint.paths import checkpoint_path
 from pear_megatron.megatron.checkpoint.saver import CheckpointSaver
-from pear_megatron.megatron import moe
 from pear_megatron.megatron.forward_step import PearForwardStep
 from pear_megatron.megatron.layout import Layout, packed_attention
 from pear_megatron.megatron.model import build_chunks, wrap_ddp

@@ -58,7 +58,9 @@ def test_a_config_of_our_own_is_read_back_as_the_same_model(
     (tmp_path / "config.json").write_text(json.dumps(made))
     unused = {"ffn_hidden_size"}  # of a mixture, by its layers
     again = model_keys(tmp_path)
-    assert {k: v for k, v in again.items() if k not in unused} == {k: v for k, v in keys.items() if k not in unused}
+    assert {k: v for k, v in again.items() if k not in unused} == {
+        k: v for k, v in keys.items() if k not in unused
+    }
 
 
 @pytest.mark.parametrize(

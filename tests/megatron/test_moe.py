@@ -47,12 +47,15 @@ FOUR_RANKS = {
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory, trajectories: Path) -> tuple[Path, list[dict[str, Any]]]:
+def one_process(
+    tmp_path_factory: pytest.TempPathFactory, trajectories: Path
+) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("mixture") / "one"
     (rows,) = train_runs(1, trajectories, {folder: MIXTURE}).values()
     return folder, rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "layouts"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["two", "four"])
 def test_every_layout_trains_like_one_process(
     tmp_path: Path,
@@ -62,7 +65,9 @@ def test_every_layout_trains_like_one_process(
     layouts: dict[str, list[str]],
 ) -> None:
     """Losses, the routers' losses, every statistic, gradient norms, and at the end the weights."""
-    runs = train_runs(ranks, trajectories, {tmp_path / name: [*MIXTURE, *extra] for name, extra in layouts.items()})
+    runs = train_runs(
+        ranks, trajectories, {tmp_path / name: [*MIXTURE, *extra] for name, extra in layouts.items()}
+    )
     reference, *others = final_weights(one_process[0], *runs)
     for folder, weights in zip(runs, others, strict=True):
         assert_same_run(runs[folder], one_process[1], relative=1e-5)
@@ -99,7 +104,10 @@ def rank_router_gradients(rank: int, folder: Path, data: Path, overrides: list[s
     }
 
 
-MOSTLY_PADDING = ["data.packing=false", "optimizer.clip_grad=0"]  # rows of 128 positions, trajectories of 8 to 60
+MOSTLY_PADDING = [
+    "data.packing=false",
+    "optimizer.clip_grad=0",
+]  # rows of 128 positions, trajectories of 8 to 60
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +121,8 @@ def steps(tmp_path_factory: pytest.TempPathFactory, trajectories: Path) -> dict[
         "z": [*without, "train.moe_z_loss_coeff=0.5"],
     }
     return {
-        name: run_ranks(1, rank_router_gradients, root / name, trajectories, keys)[0] for name, keys in runs.items()
+        name: run_ranks(1, rank_router_gradients, root / name, trajectories, keys)[0]
+        for name, keys in runs.items()
     }
 
 
@@ -126,7 +135,9 @@ def test_padding_is_never_routed(steps: dict[str, dict[str, Any]]) -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_padding_is_never_routed_on_any_layout(tmp_path: Path, trajectories: Path, ranks: int) -> None:
     layout = [EP] if ranks == 2 else [TP, SP, PP, EP, WHOLE_EXPERTS]
-    found = run_ranks(ranks, rank_router_gradients, tmp_path, trajectories, [*MIXTURE, *MOSTLY_PADDING, *layout])
+    found = run_ranks(
+        ranks, rank_router_gradients, tmp_path, trajectories, [*MIXTURE, *MOSTLY_PADDING, *layout]
+    )
     layers = 4 if ranks == 2 else 2
     for i in range(layers):  # ranks of a stage share its tokens
         stages = [found] if ranks == 2 else [found[:2], found[2:]]
@@ -149,7 +160,9 @@ def test_a_routers_loss_is_a_mean_over_the_steps_tokens_and_apart_from_the_loss(
     torch.testing.assert_close(difference, 0.5 * expected, rtol=1e-4, atol=1e-6)
 
 
-def defined_gradient(metric: str, weight: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def defined_gradient(
+    metric: str, weight: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
     """Gradient of the definition in docs/moe.md, from what a router saw of each micro-batch: inputs, and padding."""
     weight = weight.clone().requires_grad_()
     total, tokens = torch.tensor(0.0), 0
@@ -189,6 +202,16 @@ def test_recomputed_activations_change_no_bit(
     run = {tmp_path / "run": [*MIXTURE, *(f"train.recompute_{key}" for key in recompute)]}
     (rows,) = train_runs(1, trajectories, run).values()
     assert without_times(rows) == without_times(one_process[1])
+
+
+def test_bf16_follows_float32(
+    tmp_path: Path, trajectories: Path, one_process: tuple[Path, list[dict[str, Any]]]
+) -> None:
+    run = {tmp_path / "run": [*MIXTURE, EP, *OVERLAP, "train.precision=bf16"]}
+    (rows,) = train_runs(2, trajectories, run).values()
+    for row, expected in zip(rows, one_process[1], strict=True):
+        for key in ("nll", "moe/aux_loss", "moe/z_loss"):
+            assert row[key] == pytest.approx(expected[key], rel=3e-2)
 
 
 @pytest.mark.parametrize(

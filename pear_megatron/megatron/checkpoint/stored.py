@@ -114,7 +114,7 @@ class StoredParameters:
 
 
 def whole_shape(parameter: Parameter) -> tuple[int, ...]:
-    """Shape of a parameter of one layer, and of one expert, before Megatron pads the vocabulary and before ranks share it."""
+    """Shape of a parameter of one layer or expert, before Megatron pads the vocabulary and before ranks share it."""
     rows = sum(part.shape[0] for part in parameter.parts)
     return (rows, *parameter.parts[0].shape[1:])
 
