@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,14 @@ from pear_megatron.ops.logprob import vocab_parallel_logprob
 from pear_megatron.ops.output_layer import linear_logprob
 from pear_megatron.ops.suffix_sum import as_cu_seqlens
 from pear_megatron.ops.weights import STATISTICS
-from pear_megatron.weights import importance_weights
+from pear_megatron.weights import weights_and_statistics
 
 # The report's keys, in a fixed order: a pipeline stage without logits must know them to reduce them.
 REPORT_KEYS = ("loss", "nll", *(f"pear/{name}" for name in STATISTICS))
+# The report's key of [sources, len(REPORT_KEYS), 2], there where ``num_sources`` is given.
+BY_SOURCE = "by_source"
+
+Normalization = Literal["token", "trajectory"]
 
 
 def _reward_per_token(
@@ -83,6 +89,9 @@ def pear_loss(
     *,
     reward: Tensor | None = None,
     token_weights: Tensor | None = None,
+    normalization: Normalization = "token",
+    source: Tensor | None = None,
+    num_sources: int = 0,
     tp_group: torch.distributed.ProcessGroup | None = None,
     cp_group: torch.distributed.ProcessGroup | None = None,
     vocab_size: int | None = None,
@@ -104,17 +113,23 @@ def pear_loss(
         token_weights: [T] or [B, S] floating, this rank's tokens as ``target`` has them; default 1. A factor of
             each decision's coefficient, of either sign; it changes neither ``num_tokens`` nor the importance
             weights, and ``negative_scale`` does not look at it. Anything off the mask.
+        normalization: what the loss is divided by: ``token``, the number of decisions; ``trajectory``, the number
+            of trajectories with decisions, after each trajectory's decisions were averaged.
+        source: [segments] int64, which of ``num_sources`` data sets each trajectory comes from.
+        num_sources: 0 = the report does not tell sources apart.
         tp_group: ranks that share the vocabulary; None = whole.
         cp_group: ranks that share each trajectory in zigzag chunks; None = whole.
         vocab_size: number of real tokens, where the vocabulary is padded.
         inplace_backward: let backward write over the logits.
 
     Returns:
-        loss_sum: scalar float32, the sum over this rank's decisions; divide by the global number of
-            decisions (Megatron does under ``calculate_per_token_loss``).
-        num_tokens: scalar int32, this rank's decisions.
+        loss_sum: scalar float32, the sum over this rank's decisions; divide by the global ``num_tokens``
+            (Megatron does under ``calculate_per_token_loss``).
+        num_tokens: scalar int32, this rank's decisions; by trajectory, their number on the first context-parallel
+            rank and 0 on the others, so that the sum over all ranks counts each once.
         report: name -> [sum, count] float32, to be added over micro-batches and ranks: ``loss``,
-            ``nll`` (unweighted), and ``pear/...`` (see importance_weights).
+            ``nll`` (unweighted, per token), and ``pear/...`` (see importance_weights). With ``num_sources`` also
+            ``by_source``: [num_sources, len(REPORT_KEYS), 2], the same of each source, in the order of REPORT_KEYS.
 
     Raises:
         ValueError, TypeError, IndexError: see vocab_parallel_logprob and importance_weights; a reward or
@@ -138,6 +153,9 @@ def pear_loss(
         config,
         reward=reward,
         token_weights=token_weights,
+        normalization=normalization,
+        source=source,
+        num_sources=num_sources,
         cp_group=cp_group,
     )
 
@@ -154,6 +172,9 @@ def pear_linear_loss(
     chunk_tokens: int,
     reward: Tensor | None = None,
     token_weights: Tensor | None = None,
+    normalization: Normalization = "token",
+    source: Tensor | None = None,
+    num_sources: int = 0,
     tp_group: torch.distributed.ProcessGroup | None = None,
     cp_group: torch.distributed.ProcessGroup | None = None,
     vocab_size: int | None = None,
@@ -165,7 +186,8 @@ def pear_linear_loss(
         hidden: [T, H] floating, the output layer's input, alike on the ranks of tp_group.
         weight: [V_local, H] of the same dtype, this rank's rows of the output layer.
         target, behavior_logprobs, mask: [T], as in pear_loss.
-        cu_seqlens, config, reward, token_weights, tp_group, cp_group, vocab_size: as in pear_loss.
+        cu_seqlens, config, reward, token_weights, normalization, source, num_sources, tp_group, cp_group,
+            vocab_size: as in pear_loss.
         chunk_tokens: rows of logits that exist at a time.
         reduce_hidden_gradient: see linear_logprob.
 
@@ -194,6 +216,9 @@ def pear_linear_loss(
         config,
         reward=reward,
         token_weights=token_weights,
+        normalization=normalization,
+        source=source,
+        num_sources=num_sources,
         cp_group=cp_group,
     )
 
@@ -207,6 +232,9 @@ def loss_of_logprobs(
     *,
     reward: Tensor | None = None,
     token_weights: Tensor | None = None,
+    normalization: Normalization = "token",
+    source: Tensor | None = None,
+    num_sources: int = 0,
     cp_group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """What pear_loss does once it has the log-probabilities, [T] or [B, S] float32 and 0 off the mask."""
@@ -214,22 +242,79 @@ def loss_of_logprobs(
     logprob = logprob.reshape(-1)  # [T]
     behavior = None if behavior_logprobs is None else behavior_logprobs.reshape(-1)
     decisions = mask.reshape(-1)
-    weights, stats = importance_weights(logprob, behavior, decisions, cu_seqlens, config, cp_group=cp_group)
+    weights, stats, stats_by_source = weights_and_statistics(
+        logprob,
+        behavior,
+        decisions,
+        cu_seqlens,
+        config,
+        cp_group=cp_group,
+        source=source,
+        num_sources=num_sources,
+    )
 
+    cp_size = 1 if cp_group is None else cp_group.size()
+    cu = as_cu_seqlens(cu_seqlens, weights.device)
     coefficient = weights
     if reward is not None:
-        cp_size = 1 if cp_group is None else cp_group.size()
-        cu = as_cu_seqlens(cu_seqlens, weights.device)
         coefficient = weights * _reward_per_token(reward, cu, config, weights.numel(), cp_size)
     if token_weights is not None:
         coefficient = coefficient * _checked_token_weights(token_weights, mask)
+    num_decisions = decisions.sum(dtype=torch.int32)
+    counted = num_tokens = num_decisions
+    if normalization == "trajectory":
+        per_trajectory = _decisions_per_trajectory(decisions, cu, cp_group)
+        share = per_trajectory.clamp_min(1).reciprocal()  # int -> float32
+        lengths = cu.diff() // cp_size
+        coefficient = coefficient * share.repeat_interleave(lengths, output_size=weights.numel())
+        counted = (per_trajectory > 0) & (cp_group is None or cp_group.rank() == 0)  # [segments]
+        num_tokens = counted.sum(dtype=torch.int32)
     loss_sum = -torch.dot(coefficient, logprob)
-    num_tokens = decisions.sum(dtype=torch.int32)
 
-    count = num_tokens.float()
+    nll = -logprob.detach().sum()
     report = {
-        "loss": torch.stack([loss_sum.detach(), count]),
-        "nll": torch.stack([-logprob.detach().sum(), count]),
+        "loss": torch.stack([loss_sum.detach(), num_tokens.float()]),
+        "nll": torch.stack([nll, num_decisions.float()]),
     }
-    report.update({f"pear/{name}": value for name, value in stats.items()})
+    report.update({f"pear/{name}": value for name, value in zip(STATISTICS, stats, strict=True)})
+    if source is not None and num_sources:
+        per_token = torch.stack([-(coefficient * logprob).detach(), -logprob.detach()])  # [2, T]
+        sums = _sums_by_source(per_token, decisions, counted, source, num_sources, cu.diff() // cp_size)
+        report[BY_SOURCE] = torch.cat([sums, stats_by_source], dim=1)
     return loss_sum, num_tokens, report
+
+
+def _decisions_per_trajectory(
+    decisions: Tensor, cu: Tensor, cp_group: torch.distributed.ProcessGroup | None
+) -> Tensor:
+    """[T] bool of this rank -> [segments] int32, decisions of each trajectory over all context-parallel ranks."""
+    cp_size = 1 if cp_group is None else cp_group.size()
+    ends = torch.nn.functional.pad(decisions.cumsum(0, dtype=torch.int32), (1, 0))  # [T + 1]
+    count = ends[cu.long() // cp_size].diff()
+    if cp_size > 1:
+        torch.distributed.all_reduce(count, group=cp_group)
+    return count
+
+
+def _sums_by_source(
+    per_token: Tensor, decisions: Tensor, counted: Tensor, source: Tensor, num_sources: int, lengths: Tensor
+) -> Tensor:
+    """[num_sources, 2, 2] float32: (sum, count) of the loss and the NLL.
+
+    Args:
+        per_token: [2, T], both losses of each token, 0 off the decisions.
+        decisions: [T] bool.
+        counted: [segments] bool, the trajectories that the loss is divided by; or a scalar: by the decisions.
+        source: [segments].
+        num_sources: how many there are.
+        lengths: [segments], this rank's tokens of each.
+    """
+    of_token = source.repeat_interleave(lengths, output_size=decisions.numel())
+    rows = []
+    for s in range(num_sources):
+        here = of_token == s
+        sums = (per_token * here).sum(dim=1)  # [2]
+        tokens = (decisions & here).sum()
+        divisor = tokens if counted.dim() == 0 else (counted & (source == s)).sum()
+        rows.append(torch.stack([sums, torch.stack([divisor, tokens]).float()], dim=1))
+    return torch.stack(rows)

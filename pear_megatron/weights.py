@@ -54,6 +54,36 @@ def importance_weights(
             stall the stream. NaN in ``logprobs``, of a model that has diverged, is no error: it comes out as
             NaN.
     """
+    weights, stats, _ = weights_and_statistics(
+        logprobs, behavior_logprobs, mask, cu_seqlens, config, cp_group=cp_group
+    )
+    return weights, dict(zip(STATISTICS, stats, strict=True))
+
+
+def weights_and_statistics(
+    logprobs: Tensor,
+    behavior_logprobs: Tensor | None,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    config: PearConfig,
+    *,
+    cp_group: torch.distributed.ProcessGroup | None = None,
+    source: Tensor | None = None,
+    num_sources: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``importance_weights`` whose statistics are also taken apart by source, without another collective.
+
+    Args:
+        logprobs, behavior_logprobs, mask, cu_seqlens, config, cp_group: as in importance_weights.
+        source: [segments] int64, below ``num_sources``; None with ``num_sources`` 0.
+        num_sources: 0 = the statistics of sources are not wanted.
+
+    Returns:
+        weights [T] float32; statistics [7, 2] float32 (a sum and a count per STATISTICS); [num_sources, 7, 2].
+
+    Raises:
+        ValueError, TypeError: as importance_weights.
+    """
     require_config(config)
     require_tensors(logprobs=logprobs)
     require_mask(mask, logprobs.device)
@@ -74,7 +104,8 @@ def importance_weights(
 
     if cp_group is None or cp_group.size() == 1:
         weights, stats = pear_weights(lp, lb, mask, cu, config)
-        return _controlled(weights, lb, mask, config), dict(zip(STATISTICS, stats, strict=True))
+        by_source = _by_source(lp, lb, mask, cu, config, source, num_sources)
+        return _controlled(weights, lb, mask, config), stats, by_source
 
     ranks = cp_group.size()
     check_shards(cu, ranks, "zigzag", lp.numel())
@@ -82,9 +113,29 @@ def importance_weights(
     shards = all_gather(torch.stack([lp, lb, mask.float()]), cp_group)  # [ranks, 3, T]
     whole = shards.new_empty((3, ranks * lp.numel()))
     whole[:, positions.flatten()] = shards.transpose(0, 1).flatten(1)
-    weights, stats = pear_weights(whole[0], whole[1], whole[2].bool(), cu, config)
-    weights = _controlled(weights, whole[1], whole[2].bool(), config)
-    return weights[positions[cp_group.rank()]], dict(zip(STATISTICS, stats / ranks, strict=True))
+    lp, lb, mask = whole[0], whole[1], whole[2].bool()
+    weights, stats = pear_weights(lp, lb, mask, cu, config)
+    by_source = _by_source(lp, lb, mask, cu, config, source, num_sources)
+    weights = _controlled(weights, lb, mask, config)
+    return weights[positions[cp_group.rank()]], stats / ranks, by_source / ranks
+
+
+def _by_source(
+    lp: Tensor,
+    lb: Tensor,
+    mask: Tensor,
+    cu: Tensor,
+    config: PearConfig,
+    source: Tensor | None,
+    num_sources: int,
+) -> Tensor:
+    """[num_sources, 7, 2]: statistics of the whole pack's trajectories of each source."""
+    if source is None or not num_sources:
+        return lp.new_zeros((0, len(STATISTICS), 2))
+    of_token = source.repeat_interleave(cu.diff(), output_size=lp.numel())
+    return torch.stack(
+        [pear_weights(lp, lb, mask & (of_token == s), cu, config)[1] for s in range(num_sources)]
+    )
 
 
 def _controlled(weights: Tensor, behavior_logprobs: Tensor, mask: Tensor, config: PearConfig) -> Tensor:

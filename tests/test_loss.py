@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron import PearConfig, importance_weights, pear_loss
+from pear_megatron.loss import BY_SOURCE, REPORT_KEYS
 from pear_megatron.ops import STATISTICS, reference
 from tests.distributed import run_ranks, zigzag
 from tests.packs import CONFIGS, VARIANTS, config_id
@@ -58,10 +59,10 @@ def loss_and_gradient(batch: Batch, config: PearConfig, **kwargs: Any) -> tuple[
 
 
 def float64_answer(
-    batch: Batch, config: PearConfig, reward: Tensor | None, token_weights: Tensor | None = None
+    batch: Batch, config: PearConfig, reward: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     exact = batch.logits.double().requires_grad_()
-    loss = reference.loss_sum(exact, *batch.inputs()[1:], config, reward, token_weights=token_weights)
+    loss = reference.loss_sum(exact, *batch.inputs()[1:], config, reward, **options)
     loss.backward()
     return loss.detach(), exact.grad
 
@@ -79,6 +80,57 @@ def test_value_and_gradient_equal_float64_autograd(config, factors):
         assert loss.shape == ()
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+def test_normalised_by_trajectory_it_equals_float64_autograd(config):
+    batch = make_batch([12, 1, 20, 0, 9])
+    batch.mask[12:13] = False  # a trajectory without decisions counts nothing
+    batch.mask[0] = batch.mask[20] = batch.mask[40] = True
+    batch.target.clamp_min_(0)
+    given = {"reward": batch.reward, "token_weights": batch.token_weights, "normalization": "trajectory"}
+    batch.token_weights.nan_to_num_(1.0)
+    expected, exact = float64_answer(batch, config, **given)
+    loss, grad, num_tokens, report = loss_and_gradient(batch, config, **given)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6)
+    assert num_tokens == report["loss"][1] == 3
+    assert num_tokens.dtype == torch.int32
+    assert report["nll"][1] == batch.mask.sum()
+
+
+def test_each_trajectory_counts_once_however_long_it_is():
+    """Mean over trajectories of the mean over decisions, by hand."""
+    batch = make_batch([4, 30])
+    batch.mask[:] = True
+    batch.target.clamp_min_(0)
+    loss, *_ = loss_and_gradient(batch, PearConfig(variant="none"), normalization="trajectory")
+    nll = torch.nn.functional.cross_entropy(batch.logits, batch.target, reduction="none")
+    torch.testing.assert_close(loss, nll[:4].mean() + nll[4:].mean())
+
+
+@pytest.mark.parametrize("normalization", ["token", "trajectory"])
+@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+def test_the_report_of_a_source_is_that_of_its_trajectories_alone(config, normalization):
+    batch = make_batch([12, 7, 20, 5, 9])
+    source = torch.tensor([2, 0, 2, 0, 0])
+    options = {"reward": batch.reward, "token_weights": batch.token_weights, "normalization": normalization}
+    plain = loss_and_gradient(batch, config, **options)
+    loss, grad, _, report = loss_and_gradient(batch, config, **options, source=source, num_sources=3)
+    assert torch.equal(loss, plain[0])  # looking changes nothing
+    assert torch.equal(grad, plain[1])
+    by_source = report[BY_SOURCE]
+    assert by_source.shape == (3, len(REPORT_KEYS), 2)
+    assert not by_source[1].any()
+    for s in (0, 2):
+        alone = make_batch([1])
+        alone.__dict__ |= batch.__dict__
+        alone.mask = batch.mask & (source == s).repeat_interleave(batch.cu_seqlens.diff())
+        expected = loss_and_gradient(alone, config, **options)[3]
+        for key, value in zip(REPORT_KEYS, by_source[s], strict=True):
+            torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-5, msg=key)
+    for key, value in zip(REPORT_KEYS, by_source.sum(0), strict=True):
+        torch.testing.assert_close(value, report[key], rtol=1e-5, atol=1e-5, msg=key)
 
 
 def test_bf16_logits_lose_only_the_rounding_of_the_gradient():
@@ -341,7 +393,9 @@ def test_bad_behaviour_logprobs_are_no_nan_loss_but_an_error():
 EVERY_CONFIG = [*CONFIGS, PearConfig(control="shuffled")]
 
 
-def loss_of_a_shard(rank: int, batch: Batch, tp: int) -> list[tuple[Tensor, Tensor, Tensor, dict]]:
+def loss_of_a_shard(
+    rank: int, batch: Batch, tp: int, options: dict[str, Any]
+) -> list[tuple[Tensor, Tensor, Tensor, dict]]:
     """Ranks tp-first, as Megatron orders them: rank = cp_rank * tp + tp_rank."""
     ranks = torch.distributed.get_world_size()
     cp = ranks // tp
@@ -351,20 +405,27 @@ def loss_of_a_shard(rank: int, batch: Batch, tp: int) -> list[tuple[Tensor, Tens
     whole = (*batch.inputs()[:4], batch.token_weights)
     logits, *of_tokens, factors = (zigzag(x, batch.cu_seqlens, cp_rank, cp) for x in whole)
     shard = Batch(logits.chunk(tp, -1)[tp_rank], *of_tokens, batch.cu_seqlens, batch.reward, factors)
-    groups = {"tp_group": tp_groups[cp_rank], "cp_group": cp_groups[tp_rank]}
+    options = {"tp_group": tp_groups[cp_rank], "cp_group": cp_groups[tp_rank], **options}
     return [
-        loss_and_gradient(shard, config, reward=batch.reward, token_weights=factors, **groups)
+        loss_and_gradient(shard, config, reward=batch.reward, token_weights=factors, **options)
         for config in EVERY_CONFIG
     ]
 
 
+@pytest.mark.parametrize("normalization", ["token", "trajectory"])
 @pytest.mark.parametrize(("tp", "cp"), [(2, 1), (1, 2), (2, 2)])
-def test_tensor_and_context_parallel_ranks_together_equal_one(tp, cp):
+def test_tensor_and_context_parallel_ranks_together_equal_one(tp, cp, normalization):
     batch = make_batch([12, 8, 0, 24])
-    by_rank = run_ranks(tp * cp, loss_of_a_shard, batch, tp)
+    batch.mask[12:18] = False  # the decisions of a trajectory may all be on one rank
+    options = {
+        "normalization": normalization,
+        "source": torch.tensor([1, 0, 0, 1]),
+        "num_sources": 2,
+    }
+    by_rank = run_ranks(tp * cp, loss_of_a_shard, batch, tp, options)
     for i, config in enumerate(EVERY_CONFIG):
         loss, grad, num_tokens, report = loss_and_gradient(
-            batch, config, reward=batch.reward, token_weights=batch.token_weights
+            batch, config, reward=batch.reward, token_weights=batch.token_weights, **options
         )
         one_per_cp_rank = [by_rank[cp_rank * tp][i] for cp_rank in range(cp)]
         torch.testing.assert_close(sum(r[0] for r in one_per_cp_rank), loss, rtol=1e-5, atol=1e-5)

@@ -82,7 +82,10 @@ def forward_step(args: argparse.Namespace) -> PearForwardStep:
             "row; give 1 and a longer --seq-length"
         )
     return PearForwardStep(
-        pear_config(args), vocab_size=_vocab_size(args), packed_attention="thd" if flat else "mask"
+        pear_config(args),
+        vocab_size=_vocab_size(args),
+        packed_attention="thd" if flat else "mask",
+        watch=True,
     )
 
 

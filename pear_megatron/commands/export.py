@@ -25,6 +25,12 @@ def export(
     pipeline_parallel: Annotated[int, typer.Option(min=1, help="see --tensor-parallel")] = 1,
     dtype: Annotated[Literal["bf16", "fp32"] | None, typer.Option(help="default: as stored")] = None,
     max_shard_size: Annotated[str, typer.Option(help="largest safetensors file: 5GB, 500MB, 2GiB")] = "5GB",
+    adapter: Annotated[
+        bool,
+        typer.Option(
+            "--adapter", help="of a LoRA run: write the adapters alone, as PEFT's folder, not merged"
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what --output holds")] = False,
     hf: Annotated[
         Path | None,
@@ -40,6 +46,12 @@ def export(
         from pear_megatron.hf.bridge import export_with_bridge
 
         export_with_bridge(checkpoint, hf, output)
+        return
+    if adapter:
+        from pear_megatron.megatron.checkpoint.export import export_adapters
+
+        export_adapters(checkpoint, output)
+        print(f"{output}: open it with peft.PeftModel.from_pretrained, or with load_adapter of the model")
         return
     ensure_ranks(tensor_parallel * pipeline_parallel)
     import torch

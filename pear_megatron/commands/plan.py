@@ -72,10 +72,11 @@ def _length(recipe: Recipe, tokens: int | None) -> RunLength | None:
 
     if tokens is not None:
         return length_from_tokens(recipe, tokens)
-    if recipe.data.train == [_NO_DATA]:
+    files = recipe.data.train_files
+    if files == [_NO_DATA]:
         return None
-    if not data_is_there(recipe.data.train):
-        print(f"data.train {', '.join(recipe.data.train)}: not here, so not counted", file=sys.stderr)
+    if not data_is_there(files):
+        print(f"data.train {', '.join(files)}: not here, so not counted", file=sys.stderr)
         return None
     return length_from_data(recipe, progress=sys.stderr.isatty())
 
@@ -171,11 +172,22 @@ def _disk_table(found: Plan) -> Table:
         rows.append(
             (
                 "checkpoints",
-                f"all kept, one each {found.recipe.checkpoint.save_interval} steps; checkpoint.keep_last bounds them",
+                f"all kept, {_when_saved(found.recipe)}; checkpoint.keep_last bounds them",
             )
         )
     else:
         at_once = f"{disk.most} at once at most: {show_bytes(disk.most * disk.checkpoint)}"
         rows.append(("checkpoints", f"{disk.kept} kept, {at_once}"))
     rows.append(("an export", show_bytes(disk.export)))
+    if disk.exports is None:
+        interval = found.recipe.checkpoint.export_interval
+        rows.append(("exports", f"one each {interval} steps, all kept"))
+    elif disk.exports:
+        rows.append(("exports", f"{disk.exports}, all kept: {show_bytes(disk.exports * disk.export)}"))
     return _rows("Disk", rows)
+
+
+def _when_saved(recipe: Recipe) -> str:
+    interval, best = recipe.checkpoint.save_interval, recipe.checkpoint.keep_best
+    when = [f"one each {interval} steps"] if interval is not None else []
+    return " and ".join([*when, *(["one at every evaluation that is the best so far"] if best else [])])

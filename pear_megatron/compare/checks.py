@@ -116,7 +116,8 @@ def other_data(cell: Cell) -> bool:
 
 
 def _same(first: Cell, second: Cell, stage: str, key: str) -> None:
-    seen = [[row[key] for row in read_metrics(cell.folder / stage)] for cell in (first, second)]
+    rows = [read_metrics(cell.folder / stage) for cell in (first, second)]
+    seen = [[row[key] for row in part if key in row] for part in rows]  # not of evaluations alone
     if seen[0] == seen[1]:
         return
     pairs = zip(seen[0], seen[1], strict=False)

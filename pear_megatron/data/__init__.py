@@ -6,10 +6,12 @@ batches.
 
 from typing import TYPE_CHECKING
 
-from pear_megatron.data.config import DataConfig
+from pear_megatron.data.blend import AnyDataset, TrajectoryBlend
+from pear_megatron.data.config import DataConfig, DataSource, as_sources
 from pear_megatron.data.errors import DataError
 from pear_megatron.data.packing import BatchPlan, plan_epoch
 from pear_megatron.data.prepare import cache_path, prepare
+from pear_megatron.data.sources import open_sources, plan_batches, prepare_sources
 from pear_megatron.data.store import TrajectoryDataset
 from pear_megatron.data.tokenizer import load_tokenizer, tokenizer_hash
 from pear_megatron.data.trajectory import Trajectory
@@ -23,18 +25,25 @@ else:  # these need torch
     __getattr__, __dir__ = lazily(__name__, _NAMES)
 
 __all__ = [
+    "AnyDataset",
     "BatchPlan",
     "DataConfig",
     "DataError",
+    "DataSource",
     "PackedBatch",
     "Trajectory",
+    "TrajectoryBlend",
     "TrajectoryDataset",
+    "as_sources",
     "cache_path",
     "collate",
     "load_tokenizer",
     "micro_batches",
     "num_micro_batches",
+    "open_sources",
+    "plan_batches",
     "plan_epoch",
     "prepare",
+    "prepare_sources",
     "tokenizer_hash",
 ]

@@ -37,7 +37,7 @@ class PackedBatch:
 
     Every trajectory is a segment of the flat B*S positions, and so is the padding at the end of a row.
     A context-parallel rank's shard has 1/n of the positions of every segment: S is then the rank's, and
-    ``cu_seqlens``, ``reward``, ``trajectory_index`` and ``max_seqlen`` stay those of the whole batch.
+    ``cu_seqlens``, ``reward``, ``trajectory_index``, ``source`` and ``max_seqlen`` stay those of the whole batch.
 
     Attributes:
         tokens: int64 [B, S], 0 on padding.
@@ -51,6 +51,7 @@ class PackedBatch:
         trajectory_index: int64 [n], the dataset's index, -1 on padding.
         max_seqlen: length of the longest segment.
         token_weights: float32 [B, S], aligned with ``labels``, 0 off the decisions; None = 1 on all of them.
+        source: int64 [n], which of a blend's sources a trajectory comes from, 0 on padding; None = not known.
     """
 
     tokens: torch.Tensor
@@ -64,6 +65,7 @@ class PackedBatch:
     trajectory_index: torch.Tensor
     max_seqlen: int
     token_weights: torch.Tensor | None = None
+    source: torch.Tensor | None = None
 
     def attention_mask(self) -> torch.Tensor:
         """Block-diagonal causal mask, bool [B, 1, S, S], True = masked out (Megatron's convention).
@@ -126,7 +128,7 @@ def collate(
     position_ids = np.zeros(shape, dtype=np.int64)
     padding_mask = np.ones(shape, dtype=bool)
     token_weights: np.ndarray | None = None
-    lengths, rewards, indices = [], [], []
+    lengths, rewards, indices, sources = [], [], [], []
     for r, row in enumerate(rows):
         start = 0
         for index in row:
@@ -152,12 +154,14 @@ def collate(
             lengths.append(padded)
             rewards.append(trajectory.reward)
             indices.append(index)
+            sources.append(trajectory.source)
             start += padded
         if start < seq_length:
             position_ids[r, start:] = np.arange(seq_length - start)
             lengths.append(seq_length - start)
             rewards.append(1.0)
             indices.append(-1)
+            sources.append(0)
     return PackedBatch(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
@@ -170,4 +174,5 @@ def collate(
         trajectory_index=torch.tensor(indices, dtype=torch.int64),
         max_seqlen=max(lengths, default=0),
         token_weights=None if token_weights is None else torch.from_numpy(token_weights),
+        source=torch.tensor(sources, dtype=torch.int64),
     )

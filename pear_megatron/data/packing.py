@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pear_megatron.data.blend import Blend
+
 _OPEN_ROWS = 128  # rows still being filled; beyond that the fullest is closed
 
 Rows = list[list[int]]
@@ -20,8 +22,9 @@ def plan_epoch(
     epoch: int,
     packing: bool = True,
     multiple: int = 1,
+    drawn: np.ndarray | None = None,
 ) -> Rows:
-    """Rows of trajectory indices for one epoch; every trajectory is in exactly one row.
+    """Rows of trajectory indices for one epoch; every trajectory is in exactly one row, or as often as it was drawn.
 
     The order is a shuffle seeded by (seed, epoch); with packing, each trajectory in turn goes into the
     fullest row still open that has room for it (best fit); 128 rows are open at a time.
@@ -33,6 +36,7 @@ def plan_epoch(
         epoch: from 0.
         packing: False gives every trajectory a row of its own.
         multiple: a trajectory's positions are padded to a multiple of this (context parallelism).
+        drawn: indices of the epoch's trajectories, where a blend draws them; None = each one once.
 
     Raises:
         ValueError: a trajectory does not fit into a row.
@@ -43,7 +47,8 @@ def plan_epoch(
         raise ValueError(
             f"trajectory {longest} takes {positions[longest]} positions, a row has seq_length = {seq_length}"
         )
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(positions))
+    shuffle = np.random.Generator(np.random.PCG64([seed, epoch]))
+    order = shuffle.permutation(len(positions) if drawn is None else drawn)
     if not packing:
         return [[i] for i in order.tolist()]
     return _best_fit(order.tolist(), positions.tolist(), seq_length)
@@ -73,7 +78,7 @@ class BatchPlan:
 
     ``rows(step)`` depends on nothing but the arguments here and ``step``: not on the parallel layout, not on
     the steps before, so that a run resumes exactly at any step. The last batch of an epoch is filled up with
-    empty rows; no trajectory is dropped. With packing, epochs may differ in their number of steps.
+    empty rows; no trajectory is dropped. With packing or a blend, epochs may differ in their number of steps.
 
     Args:
         lengths: tokens of each trajectory.
@@ -82,6 +87,7 @@ class BatchPlan:
         seed: of the run.
         packing: see ``plan_epoch``.
         multiple: see ``plan_epoch``; divides ``seq_length``.
+        blend: how often each source of the trajectories is drawn; None = every trajectory once an epoch.
 
     Raises:
         ValueError: there is no trajectory, or one does not fit, or ``global_batch_size`` is below 1.
@@ -96,6 +102,7 @@ class BatchPlan:
         seed: int,
         packing: bool = True,
         multiple: int = 1,
+        blend: Blend | None = None,
     ) -> None:
         if seq_length % multiple:
             raise ValueError(f"seq_length = {seq_length} is not divisible by multiple = {multiple}")
@@ -109,8 +116,10 @@ class BatchPlan:
         self.multiple = multiple
         self._seed = seed
         self._packing = packing
+        self._blend = blend
         self._first_steps = [0]  # of each epoch planned so far, and of the one after
         self._kept: tuple[int, Rows] = (-1, [])
+        self._kept_counts: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def steps_per_epoch(self, epoch: int = 0) -> int:
         """Global batches in an epoch."""
@@ -134,6 +143,29 @@ class BatchPlan:
         rows = self._epoch_rows(epoch)[start : start + self.global_batch_size]
         return epoch, rows + [[] for _ in range(self.global_batch_size - len(rows))]
 
+    def drawn(self, step: int, offsets: np.ndarray) -> np.ndarray:
+        """int64 [sources]: trajectories of each source in the steps before this one.
+
+        Args:
+            step: counted from 0.
+            offsets: int64 [sources + 1], where each source's indices begin; the same in every call.
+        """
+        if step == 0:
+            return np.zeros(len(offsets) - 1, dtype=np.int64)
+        epoch, _ = self.rows(step - 1)
+        if self._kept_counts[0] != epoch:
+            self._kept_counts = (epoch, self._counts(self._epoch_rows(epoch), offsets))
+        before = np.diff(offsets) * epoch if self._blend is None else self._blend.drawn_before(epoch)
+        return before + self._kept_counts[1][step - 1 - self._first_steps[epoch]]
+
+    def _counts(self, rows: Rows, offsets: np.ndarray) -> np.ndarray:
+        """int64 [steps, sources]: trajectories of each source up to the end of each of an epoch's steps."""
+        where = np.repeat(np.arange(len(rows)) // self.global_batch_size, [len(row) for row in rows])
+        source = np.searchsorted(offsets, [i for row in rows for i in row], side="right") - 1
+        counts = np.zeros((-(-len(rows) // self.global_batch_size), len(offsets) - 1), dtype=np.int64)
+        np.add.at(counts, (where, source), 1)
+        return counts.cumsum(axis=0)
+
     def _epoch_rows(self, epoch: int) -> Rows:
         if self._kept[0] != epoch:
             rows = plan_epoch(
@@ -143,6 +175,7 @@ class BatchPlan:
                 epoch=epoch,
                 packing=self._packing,
                 multiple=self.multiple,
+                drawn=None if self._blend is None else self._blend.epoch(epoch, self._seed),
             )
             self._kept = (epoch, rows)
         return self._kept[1]

@@ -28,7 +28,7 @@ def prepare(
     vocab_size: int | None = None,
     progress: bool = False,
 ) -> Path:
-    """Make the cache of ``config.train``, unless it is there already, and return its folder.
+    """Make the cache of ``config.train``'s files, unless it is there already, and return its folder.
 
     For one process of a job; the others wait for it and pass the folder to ``TrajectoryDataset.open``.
 
@@ -120,7 +120,7 @@ def cache_path(
 
 def _files(config: DataConfig) -> list[Path]:
     problems = Problems()
-    files = expand_files(config.train, problems)
+    files = expand_files(config.train_files, problems)
     problems.raise_if_any()
     return files
 

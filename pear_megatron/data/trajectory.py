@@ -20,6 +20,7 @@ class Trajectory:
             decisions.
         reward: finite; below 0 for a negative example.
         token_weights: float32 [n], a factor of each decision's weight, 0 off the decisions; None = 1 on all.
+        source: which of a blend's sources it comes from, from 0.
     """
 
     id: str
@@ -28,3 +29,4 @@ class Trajectory:
     behavior_logprobs: np.ndarray
     reward: float = 1.0
     token_weights: np.ndarray | None = None
+    source: int = 0

@@ -2,23 +2,26 @@
 
 model.yaml   the resolved ModelConfig and the precision of the weights
 hf/          config.json, generation_config.json, tokenizer and chat template, where there are any
+lora.yaml    of a LoRA run, whose checkpoints hold adapters alone: the settings, and the model they belong to
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from pydantic import ValidationError
 
 from pear_megatron.errors import RecipeError
-from pear_megatron.recipe import ModelConfig
+from pear_megatron.recipe import LoraConfig, ModelConfig
 from pear_megatron.recipe.sections import head_size, query_groups
 from pear_megatron.storage import differing_keys, write_atomically
 
 MODEL_FILE = "model.yaml"
+LORA_FILE = "lora.yaml"
 ASSETS = "hf"
 
 _WEIGHTS = (
@@ -56,13 +59,22 @@ def find_root(path: str | Path) -> Path:
     )
 
 
-def read_model_file(root: Path) -> tuple[ModelConfig, str]:
+def read_model_file(root: Path, *, adapters: bool = False) -> tuple[ModelConfig, str]:
     """The model of a checkpoint's root, and its precision (``bf16`` or ``fp32``).
 
+    Args:
+        root: see ``find_root``.
+        adapters: the caller knows what to do with checkpoints that hold LoRA's adapters alone.
+
     Raises:
-        RecipeError: model.yaml cannot be read.
+        RecipeError: model.yaml cannot be read, or the weights are elsewhere.
     """
     path = root / MODEL_FILE
+    if (root / LORA_FILE).is_file() and not adapters:
+        raise RecipeError(
+            f"{root} is a LoRA run: its checkpoints hold adapters, not a model. Merge them into one with "
+            f"`pear-megatron export --checkpoint {root} --output {root}-merged`, and name that folder"
+        )
     try:
         content = yaml.safe_load(path.read_text())
         return ModelConfig.model_validate(content["model"]), content["precision"]
@@ -128,6 +140,53 @@ def _save_tokenizer(tokenizer: str, target: Path) -> None:
     from pear_megatron.data.tokenizer import load_tokenizer
 
     load_tokenizer(tokenizer).save_pretrained(target)
+
+
+@dataclass(frozen=True)
+class LoraBase:
+    """The frozen model of a LoRA run, and the adapters' settings.
+
+    Attributes:
+        base: folder of the Hugging Face or Megatron-Core checkpoint.
+        digest: of its weights, as ``read_model_facts`` gives it.
+    """
+
+    base: str
+    digest: str
+    lora: LoraConfig
+
+
+def read_lora_file(root: Path) -> LoraBase | None:
+    """What lora.yaml says; None where the checkpoints hold whole models.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    path = root / LORA_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = yaml.safe_load(path.read_text())
+        return LoraBase(content["base"], content["digest"], LoraConfig.model_validate(content["lora"]))
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from error
+
+
+def write_lora_file(root: Path, frozen: LoraBase) -> None:
+    """Writes lora.yaml, or checks that the one that is there names the same weights.
+
+    Raises:
+        RecipeError: the frozen weights are others than when the run began.
+    """
+    before = read_lora_file(root)
+    if before is not None and before.digest != frozen.digest:
+        raise RecipeError(
+            f"the adapters in {root} were trained beside other weights than {frozen.base} holds now; put the weights "
+            "that the run began with back, or choose another output_dir"
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    content = {"base": frozen.base, "digest": frozen.digest, "lora": frozen.lora.model_dump(mode="json")}
+    write_atomically(root / LORA_FILE, yaml.safe_dump(content, sort_keys=False))
 
 
 def check_same_model(root: Path, model: ModelConfig) -> None:

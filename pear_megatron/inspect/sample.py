@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pear_megatron.data import DataConfig, Trajectory, TrajectoryDataset, prepare
+from pear_megatron.data import DataConfig, DataError, Trajectory, open_sources, prepare_sources
 from pear_megatron.data.errors import Problems, RowProblem
 from pear_megatron.data.fields import get_nullable_floats
 from pear_megatron.data.files import read_rows
@@ -52,19 +52,20 @@ def draw(
     seed: int,
     progress: bool,
 ) -> Sample:
-    """Checks the data as training does and draws trajectories from them, each equally likely.
+    """Checks the data as training does and draws trajectories from them, each equally likely, whatever its source.
 
     Raises:
         DataError: what training would refuse, file and line.
     """
     with tempfile.TemporaryDirectory(prefix="pear-inspect-") as folder:
-        prepared = prepare(
+        prepared = prepare_sources(
             config.model_copy(update={"cache_dir": folder}),
+            config.train_sources,
             require_behavior_logprobs=require_behavior_logprobs,
             vocab_size=vocab_size,
             progress=progress,
         )
-        dataset = TrajectoryDataset.open(prepared)
+        dataset = open_sources(prepared, config.train_sources)
         chosen = np.arange(len(dataset))
         if len(dataset) > max_trajectories:
             generator = np.random.Generator(np.random.PCG64(seed))
@@ -94,6 +95,10 @@ def read_policy_logprobs(sample: Sample) -> list[np.ndarray]:
         DataError: a row has none, or a decision's is null, not finite or positive.
     """
     place = {trajectory.id: i for i, trajectory in enumerate(sample.trajectories)}
+    if len(place) < len(sample.trajectories):
+        raise DataError(
+            [f"two sources have rows of the same id: {_FIELD} cannot be told apart; make ids unique"]
+        )
     found: dict[int, np.ndarray] = {}
     problems = Problems()
     for file in sample.files:

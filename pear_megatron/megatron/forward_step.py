@@ -18,13 +18,14 @@ from torch import Tensor
 from pear_megatron.config import PearConfig
 from pear_megatron.data.batches import PackedBatch
 from pear_megatron.errors import RecipeError
-from pear_megatron.loss import loss_of_logprobs, pear_loss
+from pear_megatron.loss import Normalization, loss_of_logprobs, pear_loss
 from pear_megatron.megatron.model import wraps_precision
 from pear_megatron.megatron.output_chunks import (
     logprobs_in_chunks,
     require_output_processor,
     supports_output_processor,
 )
+from pear_megatron.report import ReportWatch
 
 LossOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
 
@@ -46,6 +47,14 @@ def _groups_of(model: Any) -> tuple[torch.distributed.ProcessGroup, torch.distri
         return parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()
 
 
+def _speaks(tp_group: torch.distributed.ProcessGroup) -> bool:
+    """Whether this is the one of the ranks with the loss that warns."""
+    from megatron.core import parallel_state
+
+    first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    return first and tp_group.rank() == 0
+
+
 class PearForwardStep:
     """``forward_step_func`` for Megatron-Core's schedules, under ``calculate_per_token_loss=True``.
 
@@ -58,8 +67,12 @@ class PearForwardStep:
         packed_attention: ``mask`` gives the model a block-diagonal attention mask (any layer spec);
             ``thd`` gives Transformer Engine ``PackedSeqParams`` and one flat row of tokens.
         use_output_processor: None = where mcore has it.
+        normalization: what the loss is divided by, see pear_loss.
+        num_sources: the report tells so many sources of the batches apart; 0 = none.
         output_chunk_tokens: compute the output layer for so many tokens at a time and never hold all logits;
             None = all at once.
+        watch: warn of weights that collapse or grow, on the first data-parallel rank's data: for loops that show
+            the means to nobody who would.
 
     Raises:
         ValueError: output_chunk_tokens without the output processor.
@@ -77,6 +90,9 @@ class PearForwardStep:
         packed_attention: str = "mask",
         use_output_processor: bool | None = None,
         output_chunk_tokens: int | None = None,
+        normalization: Normalization = "token",
+        num_sources: int = 0,
+        watch: bool = False,
     ) -> None:
         if output_chunk_tokens is not None and use_output_processor is False:
             raise ValueError(
@@ -89,6 +105,9 @@ class PearForwardStep:
         self.packed_attention = packed_attention
         self.use_output_processor = use_output_processor
         self.output_chunk_tokens = output_chunk_tokens
+        self.normalization = normalization
+        self.num_sources = num_sources
+        self._watch = ReportWatch(config) if watch else None
         self._routes = self._predicts_further = False
         self._met = False
 
@@ -153,37 +172,57 @@ class PearForwardStep:
             require_output_processor(model)
         self._routes = model_config.num_moe_experts is not None
         self._predicts_further = bool(getattr(model_config, "mtp_num_layers", None))
+        if not _speaks(self.tp_group):
+            self._watch = None
         self._met = True
 
     def loss(self, logits: Tensor, batch: PackedBatch) -> LossOutput:
         """pear_loss of a micro-batch: [B, S, V/tp] logits (or one flat row) -> Megatron's loss tuple."""
-        return pear_loss(
-            logits,
-            batch.labels.view(logits.shape[:-1]),
-            batch.behavior_logprobs,
-            batch.loss_mask.view(logits.shape[:-1]),
-            batch.cu_seqlens,
-            self.config,
-            reward=batch.reward,
-            token_weights=_flat(batch.token_weights),
-            tp_group=self.tp_group,
-            cp_group=self.cp_group,
-            vocab_size=self.vocab_size,
-            inplace_backward=True,
+        return self._seen(
+            pear_loss(
+                logits,
+                batch.labels.view(logits.shape[:-1]),
+                batch.behavior_logprobs,
+                batch.loss_mask.view(logits.shape[:-1]),
+                batch.cu_seqlens,
+                self.config,
+                **self._of_trajectories(batch),
+                token_weights=_flat(batch.token_weights),
+                tp_group=self.tp_group,
+                cp_group=self.cp_group,
+                vocab_size=self.vocab_size,
+                inplace_backward=True,
+            )
         )
 
     def loss_of_logprobs(self, logprobs: Tensor, batch: PackedBatch) -> LossOutput:
         """The same from [B * S] log-probs, 0 off the mask."""
-        return loss_of_logprobs(
-            logprobs,
-            batch.behavior_logprobs,
-            batch.loss_mask.view(-1),
-            batch.cu_seqlens,
-            self.config,
-            reward=batch.reward,
-            token_weights=_flat(batch.token_weights),
-            cp_group=self.cp_group,
+        return self._seen(
+            loss_of_logprobs(
+                logprobs,
+                batch.behavior_logprobs,
+                batch.loss_mask.view(-1),
+                batch.cu_seqlens,
+                self.config,
+                **self._of_trajectories(batch),
+                token_weights=_flat(batch.token_weights),
+                cp_group=self.cp_group,
+            )
         )
+
+    def _seen(self, output: LossOutput) -> LossOutput:
+        if self._watch is not None:
+            self._watch(output[2])
+        return output
+
+    def _of_trajectories(self, batch: PackedBatch) -> dict[str, Any]:
+        """What the loss takes of each trajectory, and how it counts them."""
+        return {
+            "reward": batch.reward,
+            "normalization": self.normalization,
+            "source": batch.source if self.num_sources else None,
+            "num_sources": self.num_sources,
+        }
 
     def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
         inputs = self._attention(batch)

@@ -21,7 +21,8 @@ _EMBEDDINGS = ("word_embeddings.weight", "position_embeddings.weight")
 _VOCABULARY_ROWS = ("word_embeddings.weight", "output_layer.weight")
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Random numbers for the parameter of that name, whatever the layout."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -39,9 +40,9 @@ def _draw(name: str, shape: tuple[int, ...], seed: int, config: Any, vocab_size:
     if key.endswith(_VOCABULARY_ROWS):
         # Padding differs between layouts: draw the real rows, leave the padding at 0.
         rows = torch.zeros(shape)
-        rows[:vocab_size].normal_(0.0, std, generator=_generator(seed, name))
+        rows[:vocab_size].normal_(0.0, std, generator=generator_of(seed, name))
         return rows
-    return torch.empty(shape).normal_(0.0, std, generator=_generator(seed, name))
+    return torch.empty(shape).normal_(0.0, std, generator=generator_of(seed, name))
 
 
 @torch.no_grad()

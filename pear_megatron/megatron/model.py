@@ -181,6 +181,13 @@ def wrap_ddp(model: Any, parallel: ParallelConfig) -> Any:
     return wrapped if isinstance(model, list) else wrapped[0]
 
 
+def sync_parameters(chunks: list[Any]) -> None:
+    """Has every rank hold the parameters of the last step now, where they would come with the next forward pass."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
 def as_chunks(model: Any) -> list[Any]:
     """The chunks of a model that is one module, or a list of them."""
     return model if isinstance(model, list) else [model]

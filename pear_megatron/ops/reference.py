@@ -108,12 +108,22 @@ def loss_sum(
     reward: Tensor | None = None,
     vocab_size: int | None = None,
     token_weights: Tensor | None = None,
+    normalization: str = "token",
 ) -> Tensor:
-    """The summed loss of a pack, float64, differentiable in the logits (docs/method.md, Loss)."""
+    """The summed loss of a pack, float64, differentiable in the logits (docs/method.md, Loss).
+
+    With ``normalization="trajectory"`` it is the sum over trajectories of the mean over their decisions.
+    """
     lp = logprob(logits, target, mask, vocab_size)
     w, _ = weights(lp.detach(), behavior_logprobs, mask, cu_seqlens, config)
     r = torch.ones(cu_seqlens.numel() - 1, dtype=torch.float64) if reward is None else reward.double()
     r = torch.where(r < 0, r * config.negative_scale, r).repeat_interleave(cu_seqlens.diff())
     if token_weights is not None:
         r = r * token_weights.double().where(mask, 0.0)
-    return -(r * w * lp).sum()
+    terms = -(r * w * lp)
+    if normalization == "token":
+        return terms.sum()
+    return sum(
+        (terms[a:b].sum() / mask[a:b].sum() for a, b in pairwise(cu_seqlens.tolist()) if mask[a:b].any()),
+        start=terms.new_zeros(()),
+    )

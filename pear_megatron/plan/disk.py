@@ -2,14 +2,14 @@
 
 A checkpoint holds, per parameter, the weight in the training precision and the optimizer's state in float32: AdamW's
 two moments, and a float32 weight of its own where training is in bf16 or the optimizer is the distributed one. The
-vocabulary is padded in a checkpoint and not in an export.
+vocabulary is padded in a checkpoint and not in an export. A LoRA run's checkpoints hold the adapters alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pear_megatron.plan.parameters import model_parameters, padded_vocab_size
+from pear_megatron.plan.parameters import adapter_parameters, model_parameters, padded_vocab_size
 from pear_megatron.recipe import Recipe
 
 _MOMENTS = 8
@@ -25,6 +25,7 @@ class RunDisk:
         kept: how many checkpoints stay at the end; None = all of an unknown number.
         most: how many there are at once, at most: a new one is whole before an old one goes; None as well.
         export: of the Hugging Face folder that ``pear-megatron export`` makes of one.
+        exports: how many of those the run writes itself; None = not known.
     """
 
     weights: int
@@ -32,6 +33,7 @@ class RunDisk:
     kept: int | None
     most: int | None
     export: int
+    exports: int | None = 0
 
     @property
     def checkpoint(self) -> int:
@@ -50,16 +52,28 @@ def run_disk(recipe: Recipe, steps: int | None) -> RunDisk:
     copies = 1 if model.share_embeddings_and_output_weights else 2
     padded = padded_vocab_size(model.vocab_size, recipe.parallel.tensor_model_parallel_size)
     stored = model_parameters(model) + copies * (padded - model.vocab_size) * model.hidden_size
+    if recipe.lora is not None:
+        stored = adapter_parameters(model, recipe.lora, 1, 1)
     weight = 2 if bf16 else 4
     master = bf16 or recipe.parallel.use_distributed_optimizer
     kept, most = count_checkpoints(recipe.checkpoint.save_interval, recipe.checkpoint.keep_last, steps)
+    if recipe.checkpoint.keep_best is not None:  # evaluations save as well, nobody knows how many
+        last = recipe.checkpoint.keep_last
+        kept, most = (None, None) if last is None else (last + 1, last + 2)
     return RunDisk(
         weights=stored * weight,
         optimizer=stored * (_MOMENTS + (_MASTER_WEIGHT if master else 0)),
         kept=kept,
         most=most,
         export=model_parameters(model) * weight,
+        exports=_exports(recipe.checkpoint.export_interval, steps),
     )
+
+
+def _exports(interval: int | None, steps: int | None) -> int | None:
+    if interval is None:
+        return 0
+    return None if steps is None else -(-steps // interval)
 
 
 def count_checkpoints(

@@ -129,7 +129,8 @@ def make_plan(recipe: Recipe, *, length: RunLength | None = None, mfu: float = 0
     gpu = GPUS.get(cluster.gpu)
     gpus = cluster.num_nodes * cluster.gpus_per_node
     if length is None:
-        step_flops = float(train.global_batch_size * training_flops(recipe.model, [recipe.data.seq_length]))
+        row = training_flops(recipe.model, [recipe.data.seq_length], frozen=recipe.lora is not None)
+        step_flops = float(train.global_batch_size * row)
     else:
         step_flops = length.flops / length.steps
     num_microbatches = train.global_batch_size // (train.micro_batch_size * dp_size)

@@ -13,8 +13,10 @@ width f and V tokens in its vocabulary, on n tokens in sequences of n_1, n_2, ..
   tokens, and causal attention has n_i^2 / 2 pairs. The masked half is not counted: flash attention skips it.
 - n_i are the lengths of the trajectories, not of the rows they are packed in: tokens of one trajectory do not
   see another's, and padding is no work that anyone asked for.
-- Backward is twice forward. Recomputed activations are not counted (model FLOPs, not hardware FLOPs), nor are
-  the embedding's look-up, norms, activation functions, the loss and the optimizer.
+- Backward is twice forward; under LoRA the products with frozen weights have no weight gradient, and training
+  takes 2 forward of them (the adapters' own products are left out).
+- Recomputed activations are not counted (model FLOPs, not hardware FLOPs), nor are the embedding's look-up, norms,
+  activation functions, the loss and the optimizer.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from pear_megatron.recipe import ModelConfig
 from pear_megatron.recipe.sections import expert_size, head_size, query_groups
 
 
-def flops_per_token(model: ModelConfig) -> int:
-    """Training FLOPs of one token in all matrix products with weights."""
+def flops_per_token(model: ModelConfig, *, frozen: bool = False) -> int:
+    """Training FLOPs of one token in all matrix products with weights, which may be frozen (LoRA)."""
     h, head = model.hidden_size, head_size(model)
     q, k = model.num_attention_heads * head, query_groups(model) * head
     width, router = model.ffn_hidden_size, 0
@@ -36,12 +38,13 @@ def flops_per_token(model: ModelConfig) -> int:
         )
         router = h * (model.num_moe_experts + model.moe_shared_expert_gate)
     mlp = (3 if model.activation == "swiglu" else 2) * h * width + router
-    return 3 * 2 * (model.num_layers * (h * (q + 2 * k) + q * h + mlp) + h * model.vocab_size)
+    passes = 2 if frozen else 3
+    return passes * 2 * (model.num_layers * (h * (q + 2 * k) + q * h + mlp) + h * model.vocab_size)
 
 
-def training_flops(model: ModelConfig, lengths: Iterable[int]) -> int:
+def training_flops(model: ModelConfig, lengths: Iterable[int], *, frozen: bool = False) -> int:
     """FLOPs of forward and backward over sequences of these lengths in tokens (see the formula above)."""
     lengths = [int(n) for n in lengths]
     q = model.num_attention_heads * head_size(model)
     attention = 3 * 2 * model.num_layers * q * sum(n * n for n in lengths)
-    return flops_per_token(model) * sum(lengths) + attention
+    return flops_per_token(model, frozen=frozen) * sum(lengths) + attention

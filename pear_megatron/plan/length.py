@@ -46,37 +46,35 @@ def length_from_data(recipe: Recipe, *, progress: bool = False) -> RunLength:
         DataError: what is wrong with the data, file and line.
         ImportError: the data are text and transformers is missing.
     """
-    from pear_megatron.data import BatchPlan, TrajectoryDataset, prepare
+    from pear_megatron.data import open_sources, plan_batches, prepare_sources
 
     data = recipe.data
     if data.cache_dir is None:
         data = data.model_copy(update={"cache_dir": str(Path(recipe.output_dir) / "data_cache")})
-    dataset = TrajectoryDataset.open(
-        prepare(
-            data,
-            require_behavior_logprobs=recipe.pear.variant != "none",
-            vocab_size=recipe.model.vocab_size,
-            progress=progress,
-        )
+    folders = prepare_sources(
+        data,
+        data.train_sources,
+        require_behavior_logprobs=recipe.pear.variant != "none",
+        vocab_size=recipe.model.vocab_size,
+        progress=progress,
     )
+    dataset = open_sources(folders, data.train_sources)
     train = recipe.train
-    batches = BatchPlan(
-        dataset.lengths,
-        data.seq_length,
-        train.global_batch_size,
-        seed=recipe.seed,
-        packing=data.packing,
-    )
+    batches = plan_batches(data, dataset, global_batch_size=train.global_batch_size, seed=recipe.seed)
     per_epoch = batches.steps_per_epoch()
     steps = train.max_steps or batches.first_step(train.num_epochs)
-    positions = np.asarray(dataset.lengths, dtype=np.int64) - 1  # what the model sees of a trajectory
+    epoch = [i for step in range(per_epoch) for row in batches.rows(step)[1] for i in row]
+    lengths = np.asarray(dataset.lengths, dtype=np.int64)[epoch]
     return RunLength(
-        tokens=int(dataset.lengths.sum()),
+        tokens=int(lengths.sum()),
         steps_per_epoch=per_epoch,
         steps=steps,
-        flops=training_flops(recipe.model, positions.tolist()) * steps / per_epoch,
-        trajectories=len(dataset),
-        decisions=int(dataset.num_decisions.sum()),
+        # The model sees all tokens of a trajectory but the last.
+        flops=training_flops(recipe.model, (lengths - 1).tolist(), frozen=recipe.lora is not None)
+        * steps
+        / per_epoch,
+        trajectories=len(epoch),
+        decisions=int(dataset.num_decisions[epoch].sum()),
     )
 
 
@@ -92,5 +90,8 @@ def length_from_tokens(recipe: Recipe, tokens: int) -> RunLength:
         tokens=tokens,
         steps_per_epoch=per_epoch,
         steps=steps,
-        flops=training_flops(recipe.model, [recipe.data.seq_length]) * rows * steps / per_epoch,
+        flops=training_flops(recipe.model, [recipe.data.seq_length], frozen=recipe.lora is not None)
+        * rows
+        * steps
+        / per_epoch,
     )

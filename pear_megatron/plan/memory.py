@@ -10,7 +10,12 @@ from dataclasses import dataclass
 
 from pear_megatron.plan.activations import Activations, activations
 from pear_megatron.plan.gpus import GIB
-from pear_megatron.plan.parameters import expert_parameters, rank_parameters, word_embedding_parameters
+from pear_megatron.plan.parameters import (
+    adapter_parameters,
+    expert_parameters,
+    rank_parameters,
+    word_embedding_parameters,
+)
 from pear_megatron.recipe import Recipe
 from pear_megatron.recipe.sections import expert_tensor_size
 
@@ -23,8 +28,9 @@ class StageMemory:
     """Peak memory of one rank of a pipeline stage, in bytes.
 
     Attributes:
-        weights, gradients, optimizer: of the parameters the rank holds; gradients and all optimizer state
-            (float32 weights included, for bf16 training) are float32.
+        weights, gradients, optimizer: of the parameters the rank holds, the last two of those that it trains (under
+            LoRA, the adapters'); gradients and all optimizer state (float32 weights included, for bf16 training)
+            are float32.
         activations: kept for backward, of every micro-batch in flight.
         logits, loss: of one micro-batch; 0 before the last stage.
         working: what is alive besides at the worst moment: recomputed layers, gradients of activations.
@@ -74,6 +80,9 @@ def _stage(recipe: Recipe, dp_size: int, stage: int) -> StageMemory:
     dense = rank_parameters(model, tp, pp, stage)
     experts = model.num_layers // pp * expert_parameters(model, ep, expert_tp)
     count = dense + experts
+    if recipe.lora is not None:  # not of mixtures
+        dense = adapter_parameters(model, recipe.lora, tp, pp)
+        experts, count = 0, count + dense
     # An expert's copies are on fewer ranks than a dense parameter's: its optimizer state is in fewer shards.
     shards = dp_size * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
     expert_shards = shards * tp // (ep * expert_tp) if parallel.use_distributed_optimizer else 1
@@ -87,7 +96,7 @@ def _stage(recipe: Recipe, dp_size: int, stage: int) -> StageMemory:
     if last:
         kept += 2 * sizes.hidden  # the final norm's input and output
         at_loss = sizes.logits + sizes.loss + sizes.output_backward
-        if pp == 1 and model.share_embeddings_and_output_weights:
+        if pp == 1 and recipe.lora is None and model.share_embeddings_and_output_weights:
             # The output layer's gradient waits for the embedding's.
             at_layer += (2 if bf16 else 4) * word_embedding_parameters(model, tp)
     logits, loss = (sizes.logits, sizes.loss) if last else (0, 0)
@@ -96,7 +105,7 @@ def _stage(recipe: Recipe, dp_size: int, stage: int) -> StageMemory:
         stage=stage,
         parameters=count,
         weights=count * (2 if bf16 else 4),
-        gradients=count * 4,
+        gradients=(dense + experts) * 4,
         optimizer=-(-dense * state // shards) - (-experts * state // expert_shards),
         activations=kept,
         logits=logits,

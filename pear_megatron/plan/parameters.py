@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pear_megatron.recipe import ModelConfig
+import math
+
+from pear_megatron.hf.lora import lora_parameters
+from pear_megatron.recipe import LoraConfig, ModelConfig
 from pear_megatron.recipe.sections import expert_size, head_size, padded_vocab_size, query_groups
 
 
@@ -64,6 +67,15 @@ def rank_parameters(model: ModelConfig, tp_size: int, pp_size: int, stage: int) 
         if not (first and model.share_embeddings_and_output_weights):
             count += words
     return count
+
+
+def adapter_parameters(model: ModelConfig, lora: LoraConfig, tp_size: int, pp_size: int) -> int:
+    """LoRA's parameters on one rank; every pipeline stage has as many layers."""
+    count = 0
+    for parameter in lora_parameters(model, lora):
+        size = math.prod(parameter.parts[0].shape)
+        count += size if parameter.split is None else size // tp_size
+    return count // pp_size
 
 
 def model_parameters(model: ModelConfig) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from pear_megatron.config import PearConfig
 from pear_megatron.data.config import DataConfig
 from pear_megatron.schema import StrictModel
+
+# What a checkpoint can be the best by; the last one is better when it is higher, the others when lower.
+BestMetric = Literal["validation/nll", "validation/loss", "validation/pear/effective_sample_size"]
 
 _EXPERT_KEYS = (
     "moe_router_topk",
@@ -104,6 +107,29 @@ class ModelConfig(StrictModel):
             raise ValueError("add_bias_linear does not go with num_moe_experts; leave it out")
 
 
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoraConfig(StrictModel):
+    """LoRA: the model's weights are frozen, and each projection named gets ``alpha / rank * B A`` beside it.
+
+    Attributes:
+        rank: rows of A and columns of B.
+        alpha: see above.
+        target_modules: projections, by their Hugging Face names; every layer has them.
+    """
+
+    rank: int = Field(default=32, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    target_modules: tuple[Projection, ...] = Field(default=get_args(Projection), min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.target_modules)) != len(self.target_modules):
+            raise ValueError(f"target_modules names a projection twice: {', '.join(self.target_modules)}")
+        return self
+
+
 class ParallelConfig(StrictModel):
     """How the model is split over ranks, in Megatron's words; what is left of the world is data parallel.
 
@@ -138,13 +164,39 @@ class ParallelConfig(StrictModel):
         return self
 
 
+class ProfileConfig(StrictModel):
+    """Steps whose every operation is written down, for a look at where the time goes.
+
+    Attributes:
+        start, stop: the first and the last of them, counted from 1.
+        ranks: that are looked at.
+    """
+
+    start: int = Field(ge=1)
+    stop: int = Field(ge=1)
+    ranks: list[int] = Field(default=[0], min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stop < self.start:
+            raise ValueError(f"stop {self.stop} comes before start {self.start}; both steps are profiled")
+        if min(self.ranks) < 0:
+            raise ValueError(f"ranks {self.ranks}: ranks count from 0")
+        return self
+
+
 class TrainConfig(StrictModel):
     """Length of the run and size of its batches (sequences of ``data.seq_length`` tokens).
 
     Attributes:
         max_steps: optimizer steps; None = num_epochs.
         num_epochs: each trains every trajectory once; the last, shorter batch of an epoch is a full step, normalised
-            by its own number of decisions (docs/checkpoints.md).
+            by its own number of decisions (docs/checkpoints.md). With weights of sources an epoch is as much as they
+            hold together (docs/data.md).
+        loss_normalization: ``token``: the loss is the mean over the global batch's decisions. ``trajectory``: the
+            mean over its trajectories of the mean over their decisions (docs/method.md, Loss).
+        eval_interval: steps between evaluations on ``data.validation``; None = before the first step and after the
+            last alone, which are evaluated in any case.
         recompute_granularity, recompute_method, recompute_num_layers: activation recomputation, as Megatron
             names it; ``full`` needs a method and a number of layers, ``selective`` neither.
         output_chunk_tokens: compute the output layer and the loss for so many tokens of a micro-batch at a time,
@@ -154,12 +206,15 @@ class TrainConfig(StrictModel):
             the first batch, and refuse data that fit better shifted by a token or two.
         moe_aux_loss_coeff: of the routers' load-balancing loss; its gradient alone is added, ``loss`` is without it.
         moe_z_loss_coeff: of the routers' z-loss (docs/moe.md).
+        profile: steps to write a profile of; None = none.
     """
 
     max_steps: int | None = Field(default=None, ge=1)
     num_epochs: int = Field(default=1, ge=1)
     global_batch_size: int = Field(default=64, ge=1)
     micro_batch_size: int = Field(default=1, ge=1)
+    loss_normalization: Literal["token", "trajectory"] = "token"
+    eval_interval: int | None = Field(default=None, ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
     log_interval: int = Field(default=1, ge=1)
     recompute_granularity: Literal["selective", "full"] | None = None
@@ -169,6 +224,7 @@ class TrainConfig(StrictModel):
     check_alignment: bool = True
     moe_aux_loss_coeff: float = Field(default=0.0, ge=0)
     moe_z_loss_coeff: float = Field(default=0.0, ge=0)
+    profile: ProfileConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -224,6 +280,10 @@ class CheckpointConfig(StrictModel):
         pretrained: a Megatron-Core checkpoint to start from: a run, or the output of ``convert``.
         save_interval: steps between checkpoints.
         keep_last: how many checkpoints stay, the newest; null = all.
+        keep_best: metric of the evaluations on ``data.validation``: an evaluation that is better than all before it
+            saves a checkpoint, which stays beside the newest until a better one is there. None = none is kept.
+        export_interval: steps between exports of a saved checkpoint as a Hugging Face folder; a multiple of
+            save_interval. The end of a run is exported as well. None = no exports.
         async_save: write in the background while training goes on.
         resume: continue what output_dir holds; False refuses to.
     """
@@ -231,8 +291,21 @@ class CheckpointConfig(StrictModel):
     pretrained: str | None = None
     save_interval: int | None = Field(default=None, ge=1)
     keep_last: int | None = Field(default=2, ge=1)
+    keep_best: BestMetric | None = None
+    export_interval: int | None = Field(default=None, ge=1)
     async_save: bool = False
     resume: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.export_interval is None:
+            return self
+        if self.save_interval is None or self.export_interval % self.save_interval:
+            raise ValueError(
+                f"export_interval {self.export_interval} exports saved checkpoints and must be a multiple of "
+                f"save_interval, which is {self.save_interval}; change one of them"
+            )
+        return self
 
 
 class LoggingConfig(StrictModel):
@@ -261,12 +334,14 @@ class Recipe(StrictModel):
     Attributes:
         output_dir: folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/.
         seed: of initial weights and data order.
+        lora: train adapters beside frozen weights; None = train all weights.
         model, parallel, train, optimizer, checkpoint, logging, cluster, data, pear: see their classes.
     """
 
     output_dir: str
     seed: int = Field(default=1234, ge=0)
     model: ModelConfig
+    lora: LoraConfig | None = None
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -283,14 +358,38 @@ class Recipe(StrictModel):
                 f"data.seq_length {self.data.seq_length} exceeds model.max_position_embeddings "
                 f"{self.model.max_position_embeddings}"
             )
+        if self.data.validation is None:
+            for key, value in (
+                ("train.eval_interval", self.train.eval_interval),
+                ("checkpoint.keep_best", self.checkpoint.keep_best),
+            ):
+                if value is not None:
+                    raise ValueError(
+                        f"{key} {value} needs held-out trajectories; name their files in data.validation, or "
+                        "leave it out"
+                    )
         if self.model.hf and self.checkpoint.pretrained:
             raise ValueError(
                 "model.hf and checkpoint.pretrained both name weights to start from; give one of them"
             )
         self._check_experts()
+        if self.lora is not None and not (self.model.hf or self.checkpoint.pretrained):
+            raise ValueError(
+                "lora trains adapters of a model that is there; give model.hf or checkpoint.pretrained, or leave "
+                "lora out"
+            )
+        if self.lora is not None and self.model.activation != "swiglu":
+            raise ValueError(
+                f"lora needs the projections of a Llama-like model, and model.activation is {self.model.activation}; "
+                "leave lora out"
+            )
         return self
 
     def _check_experts(self) -> None:
+        if self.lora is not None and self.model.num_moe_experts is not None:
+            raise ValueError(
+                "lora has no adapters for a mixture of experts (model.num_moe_experts); leave lora out"
+            )
         if self.model.num_moe_experts is None:
             for key in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
                 if getattr(self.train, key):

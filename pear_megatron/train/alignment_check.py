@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron.alignment import Alignment, alignment_sums, no_sums, read_alignment
-from pear_megatron.data import DataError, PackedBatch, TrajectoryDataset
+from pear_megatron.data import AnyDataset, DataError, PackedBatch
 from pear_megatron.megatron.forward_step import LossOutput, PearForwardStep
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.schedule import run_schedule
@@ -50,7 +50,7 @@ def check_alignment(
     chunks: list[Any],
     forward_step: PearForwardStep,
     batches: Iterable[PackedBatch],
-    dataset: TrajectoryDataset,
+    dataset: AnyDataset,
 ) -> None:
     """Compares the model's log-probs of the first step with those in the data, by forward passes alone.
 

@@ -1,25 +1,51 @@
-"""open_dataset: the run's trajectories, prepared by one rank and mapped by all."""
+"""open_dataset, open_validation: the run's trajectories, prepared by one rank and mapped by all."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from pear_megatron.data import DataError, TrajectoryDataset, prepare
+from pear_megatron.data import AnyDataset, DataError, DataSource, as_sources, open_sources, prepare_sources
+from pear_megatron.data.options import in_options
 from pear_megatron.ranks import from_main
 from pear_megatron.recipe import Recipe, RecipeError
 
+log = logging.getLogger("pear_megatron")
 
-def open_dataset(recipe: Recipe) -> TrajectoryDataset:
-    """Prepares the data on rank 0 and opens it on every rank; an error there is an error everywhere.
+
+def open_dataset(recipe: Recipe) -> AnyDataset:
+    """Prepares ``data.train`` on rank 0 and opens it on every rank; an error there is an error everywhere.
 
     Raises:
         DataError: what is wrong with the data, file and line.
     """
-    return TrajectoryDataset.open(from_main(partial(_prepare, recipe)))
+    sources = recipe.data.train_sources
+    return open_sources(from_main(partial(_prepare, recipe, sources)), sources)
 
 
-def _prepare(recipe: Recipe) -> Path:
+def open_validation(recipe: Recipe, train: AnyDataset) -> AnyDataset | None:
+    """The same of ``data.validation``; None where it is not given. Warns of files that ``train`` has too.
+
+    Raises:
+        DataError: what is wrong with the data, file and line.
+    """
+    if recipe.data.validation is None:
+        return None
+    sources = as_sources(recipe.data.validation)
+    with in_options({"data.train": "data.validation"}):
+        held_out = open_sources(from_main(partial(_prepare, recipe, sources)), sources)
+    trained = {Path(file).resolve() for file in train.meta["files"]}
+    for file in held_out.meta["files"]:
+        if Path(file).resolve() in trained:
+            log.warning(
+                "data.validation: %s is in data.train too; evaluations on it say how well it is learnt", file
+            )
+    return held_out
+
+
+def _prepare(recipe: Recipe, sources: Sequence[DataSource]) -> list[Path]:
     data = recipe.data
     try:
         Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
@@ -28,8 +54,9 @@ def _prepare(recipe: Recipe) -> Path:
     if data.cache_dir is None:
         data = data.model_copy(update={"cache_dir": str(Path(recipe.output_dir) / "data_cache")})
     try:
-        return prepare(
+        return prepare_sources(
             data,
+            sources,
             require_behavior_logprobs=recipe.pear.variant != "none",
             vocab_size=recipe.model.vocab_size,
             progress=True,

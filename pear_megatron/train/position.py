@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pear_megatron.data import TrajectoryDataset
+from pear_megatron.data import AnyDataset, DataConfig, TrajectoryBlend
 from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.recipe import Recipe
@@ -18,6 +18,7 @@ _KEYS = {
     "global_batch_size": "train.global_batch_size",
     "seq_length": "data.seq_length",
     "packing": "data.packing",
+    "blend": "data.train's weights",
 }
 
 
@@ -27,6 +28,8 @@ class DataPosition:
 
     Attributes:
         trajectories, fingerprint: number of the trajectories, and a digest of them.
+        blend: what sources with weights are drawn by: ``by``, and each one's number of trajectories and weight; None =
+            every trajectory counts once an epoch.
         multiple: every trajectory's positions are padded to a multiple of this: 2 x the context-parallel
             size that the run began with. A resumed run keeps it, so that its rows stay those of the run.
     """
@@ -38,9 +41,10 @@ class DataPosition:
     seq_length: int
     packing: bool
     multiple: int
+    blend: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, dataset: TrajectoryDataset, layout: Layout) -> DataPosition:
+    def of(cls, recipe: Recipe, dataset: AnyDataset, layout: Layout) -> DataPosition:
         """Of a run that begins now."""
         return cls(
             seed=recipe.seed,
@@ -50,6 +54,7 @@ class DataPosition:
             seq_length=recipe.data.seq_length,
             packing=recipe.data.packing,
             multiple=2 * layout.cp_size if layout.cp_size > 1 else 1,
+            blend=_weights(recipe.data, dataset),
         )
 
     def resumed(self, saved: dict[str, Any]) -> DataPosition:
@@ -76,3 +81,11 @@ class DataPosition:
                 "context_parallel_size that divides the one it began with"
             )
         return DataPosition(**(here | {"multiple": saved["multiple"]}))
+
+
+def _weights(config: DataConfig, dataset: AnyDataset) -> dict[str, Any] | None:
+    if not isinstance(dataset, TrajectoryBlend) or config.train_sources[0].weight is None:
+        return None
+    sizes = [len(one) for one in dataset.datasets]
+    weights = [source.weight for source in config.train_sources]
+    return {"by": config.blend_by, "sizes": sizes, "weights": weights}

@@ -42,7 +42,7 @@ def find(recipe: Recipe, root: Path) -> list[int]:
 
 
 def read(recipe: Recipe, root: Path, steps: list[int]) -> tuple[list[int], dict[str, Any]]:
-    """The steps from the first readable checkpoint on, and what that one says of the run's data.
+    """The steps from the first readable checkpoint on, and what that one says of the run's data, ``data``.
 
     Raises:
         CheckpointError: none can be read, it is not a run's, or its optimizer cannot be gone on with.

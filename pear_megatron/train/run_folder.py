@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -32,8 +33,11 @@ _MAY_CHANGE = (
     "train.recompute_",
     "train.output_chunk_tokens",
     "train.check_alignment",
+    "train.eval_interval",
+    "train.profile",
     "optimizer.lr_decay_steps",
     "data.cache_dir",
+    "data.validation",
 )
 
 
@@ -48,12 +52,20 @@ def check_same_run(folder: Path, recipe: Recipe) -> None:
         return
     check_same_settings(
         f"output_dir {folder}",
-        yaml.safe_load(path.read_text()),
+        _with_defaults(yaml.safe_load(path.read_text())),
         recipe.model_dump(mode="json"),
         may_change=_MAY_CHANGE,
         way_out="choose another output_dir (checkpoint.pretrained starts from this run's weights), or remove that "
         "folder to start anew",
     )
+
+
+def _with_defaults(values: Any) -> Any:
+    """The settings of a run, with the defaults of keys that were not there yet when it began."""
+    try:
+        return Recipe.model_validate(values).model_dump(mode="json")
+    except ValidationError:
+        return values
 
 
 class RunFolder:
@@ -97,7 +109,7 @@ class RunFolder:
         kept = []
         for line in path.read_text().splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                if 0 < step >= json.loads(line)["step"]:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 continue  # the line a killed run was writing
@@ -105,6 +117,38 @@ class RunFolder:
 
     def log_step(self, metrics: dict[str, Any]) -> None:
         """Records one step everywhere."""
+        step = metrics["step"]
+        self._write(metrics)
+        status = (
+            f"loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  lr {metrics['lr']:.2e}  "
+            f"weight {metrics['pear/weight']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        )
+        if "mfu" in metrics:
+            status += f"  MFU {metrics['mfu']:.1%}"
+        self._progress.update(self._task, completed=step, status=status)
+        if not self._interactive and (step % self.log_interval == 0 or step == self.total_steps):
+            print(f"step {step}/{self.total_steps}  {status}", file=sys.stderr, flush=True)
+        if "validation/loss" in metrics:
+            self._show_evaluation(metrics)
+
+    def log_evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        """Records an evaluation that no step of training came before: a row of its own."""
+        self._write({"step": step, **metrics})
+        self._show_evaluation({"step": step, **metrics})
+
+    def _show_evaluation(self, metrics: dict[str, Any]) -> None:
+        figures = "  ".join(
+            f"{name} {metrics[f'validation/{key}']:.4f}"
+            for name, key in (("loss", "loss"), ("nll", "nll"), ("weight", "pear/weight"))
+        )
+        self._progress.console.print(
+            f"step {metrics['step']}/{self.total_steps}  validation: {figures}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def _write(self, metrics: dict[str, Any]) -> None:
+        """A row of metrics.jsonl, and its numbers to TensorBoard and W&B."""
         step = metrics["step"]
         self._metrics.write(json.dumps(metrics) + "\n")
         self._metrics.flush()
@@ -117,15 +161,6 @@ class RunFolder:
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(step, scalars)
-        status = (
-            f"loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  lr {metrics['lr']:.2e}  "
-            f"weight {metrics['pear/weight']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s"
-        )
-        if "mfu" in metrics:
-            status += f"  MFU {metrics['mfu']:.1%}"
-        self._progress.update(self._task, completed=step, status=status)
-        if not self._interactive and (step % self.log_interval == 0 or step == self.total_steps):
-            print(f"step {step}/{self.total_steps}  {status}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Ends the progress bar and flushes every file."""

@@ -7,9 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pear_megatron.hf.assets import ASSETS, check_same_model, find_root, write_model_files
+from pear_megatron.hf.assets import (
+    ASSETS,
+    LoraBase,
+    check_same_model,
+    find_root,
+    write_lora_file,
+    write_model_files,
+)
 from pear_megatron.hf.weights import HFWeights
 from pear_megatron.megatron.checkpoint import state as checkpoint
+from pear_megatron.megatron.checkpoint.model_folder import read_model_facts
 from pear_megatron.megatron.checkpoint.paths import resolve
 from pear_megatron.megatron.hf_weights import load_weights
 from pear_megatron.megatron.initialize import initialize_weights
@@ -23,7 +31,7 @@ log = logging.getLogger("pear_megatron")
 def start_model(recipe: Recipe, layout: Layout, model: Any) -> None:
     """Fills a new run's model: from model.hf, from checkpoint.pretrained, or with fresh weights.
 
-    Then writes model.yaml and hf/ into output_dir.
+    Then writes model.yaml and hf/ into output_dir; of a LoRA run, whose frozen weights these are, lora.yaml too.
 
     Args:
         recipe: of the run.
@@ -32,7 +40,7 @@ def start_model(recipe: Recipe, layout: Layout, model: Any) -> None:
 
     Raises:
         RecipeError, CheckpointError, DataError: on every rank: the weights cannot be read, they are of another
-            model, or output_dir cannot be written.
+            model (of a LoRA run that goes on: other weights), or output_dir cannot be written.
     """
     source = None
     if recipe.model.hf:
@@ -49,6 +57,10 @@ def start_model(recipe: Recipe, layout: Layout, model: Any) -> None:
         initialize_weights(model, seed=recipe.seed, vocab_size=recipe.model.vocab_size)
 
     def write() -> None:
+        if recipe.lora is not None:
+            frozen = Path(recipe.model.hf) if recipe.model.hf else folder
+            digest = read_model_facts(frozen).digest
+            write_lora_file(Path(recipe.output_dir), LoraBase(str(frozen.absolute()), digest, recipe.lora))
         own = recipe.data.tokenizer if recipe.data.tokenizer != recipe.model.hf else None
         write_model_files(
             Path(recipe.output_dir), recipe.model, recipe.train.precision, source=source, tokenizer=own

@@ -21,13 +21,20 @@ class Throughput:
         model: for its FLOPs (see pear_megatron.plan.flops).
         cluster: ``cluster.gpu`` names the peak that the MFU divides by.
         world_size: GPUs that train.
+        frozen: the model's weights are (LoRA).
         device: this rank's.
     """
 
     def __init__(
-        self, model: ModelConfig, cluster: ClusterConfig, *, world_size: int, device: torch.device
+        self,
+        model: ModelConfig,
+        cluster: ClusterConfig,
+        *,
+        world_size: int,
+        device: torch.device,
+        frozen: bool = False,
     ) -> None:
-        self.model, self.world_size, self.device = model, world_size, device
+        self.model, self.world_size, self.device, self.frozen = model, world_size, device, frozen
         self.peak = None
         if device.type == "cuda":
             self.peak = peak_flops(cluster.gpu, torch.cuda.get_device_name(device))
@@ -48,7 +55,7 @@ class Throughput:
         figures = {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
         if self.device.type != "cuda":
             return figures
-        flops = training_flops(self.model, lengths) / (seconds * self.world_size)
+        flops = training_flops(self.model, lengths, frozen=self.frozen) / (seconds * self.world_size)
         figures["tokens_per_second_per_gpu"] = tokens / (seconds * self.world_size)
         figures["tflops_per_gpu"] = flops / 1e12
         if self.peak is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron.hf.mapping import LOCAL_NAMES, checkpoint_name, parameters
-from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig
+from pear_megatron.recipe import LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from pear_megatron.recipe.hf_config import model_keys
 from tests.distributed import run_ranks
 from tests.hf.models import tokens_for
@@ -61,6 +61,18 @@ def names_and_keys(model: Any) -> tuple[set[str], set[str]]:
     return {name for name, _ in model.named_parameters()}, keys
 
 
+def with_adapters(model: Any, keys: Any, layout: Any, tokens: Tensor) -> Tensor | None:
+    """Log-probs of the model with random adapters beside its projections."""
+    from pear_megatron.megatron.lora import add_adapters
+
+    lora = LoraConfig(rank=4, target_modules=("q_proj", "v_proj", "up_proj", "down_proj"))
+    add_adapters(model, keys, lora, layout, seed=0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.arange(parameter.numel()).view_as(parameter).cos()
+    return logprobs(model, keys, layout, tokens)
+
+
 def rank_compares_specs(rank: int, folder: Path, tokens: Tensor) -> dict[str, Any]:
     from megatron.core.models.gpt import gpt_layer_specs
 
@@ -68,6 +80,7 @@ def rank_compares_specs(rank: int, folder: Path, tokens: Tensor) -> dict[str, An
     found: dict[str, Any] = {
         "local logprobs": logprobs(local, keys, layout, tokens),
         "local": names_and_keys(local),
+        "local adapted": with_adapters(local, keys, layout, tokens),
         "renamed by mcore": gpt_layer_specs.get_gpt_layer_local_spec(
             normalization="RMSNorm"
         ).submodules.sharded_state_dict_keys_map,
@@ -78,6 +91,7 @@ def rank_compares_specs(rank: int, folder: Path, tokens: Tensor) -> dict[str, An
     fused, keys, layout = load(folder, 2, 1)
     found["fused logprobs"] = logprobs(fused, keys, layout, tokens)
     found["fused"] = names_and_keys(fused)
+    found["fused adapted"] = with_adapters(fused, keys, layout, tokens)
     return found
 
 
@@ -91,6 +105,8 @@ def test_the_transformer_engine_specification_loads_the_same_model(
     assert "decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in fused_names
     assert "decoder.layers.0.input_layernorm.weight" in local_names - fused_names
     torch.testing.assert_close(found["fused logprobs"], found["local logprobs"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found["fused adapted"], found["local adapted"], atol=1e-5, rtol=0)
+    assert (found["local adapted"] - found["local logprobs"]).abs().max() > 0.1
     model = ModelConfig.model_validate(model_keys(hf_models[name]))
     assert fused_keys == local_keys == {parameter.name for parameter in parameters(model)}
     by_mcore = found["renamed by mcore"]

@@ -87,6 +87,22 @@ def test_a_recipe_gives_data_and_settings_and_overrides_win(inspect: Inspect, tm
     assert alone.numbers["statistics"] == found.numbers["statistics"]
 
 
+def test_a_blend_is_looked_at_as_its_files_together(inspect: Inspect, tmp_path: Path) -> None:
+    rows = scored(lambda lb, rng: lb + rng.gauss(0, 0.2))
+    whole = inspect(write_rows(tmp_path / "data.jsonl", rows), "--scored")
+    parts = [write_rows(tmp_path / "a.jsonl", rows[:9]), write_rows(tmp_path / "b.jsonl", rows[9:])]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"defaults: {TINY}\ndata:\n  seq_length: 128\n  train:\n"
+        f"  - {{path: {parts[0]}, name: a, weight: 3}}\n  - {{path: {parts[1]}, name: b, weight: 1}}\n"
+    )
+    found = inspect("--config", recipe, "--scored")
+    assert found.exit_code == 0, found.stderr
+    assert found.numbers["statistics"] == whole.numbers["statistics"]
+    write_rows(parts[1], rows[:9])  # ids that the other one has too
+    assert "cannot be told apart" in inspect("--config", recipe, "--scored").stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

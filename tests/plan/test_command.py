@@ -76,6 +76,26 @@ def test_data_are_counted_as_training_counts_them(tmp_path: Path) -> None:
     assert run["steps"] == BatchPlan(dataset.lengths, 128, 8, seed=1234).steps_per_epoch()
 
 
+def test_a_blend_is_counted_as_training_draws_it(tmp_path: Path) -> None:
+    """20 short and 20 long trajectories: an epoch is 40 of them, or as many tokens as they have together."""
+    parts, tokens = [], []
+    for name, longest in (("short", 12), ("long", 100)):
+        file = write_trajectories(tmp_path / f"{name}.jsonl", count=20, longest=longest)
+        parts.append(f"{{path:{file},name:{name},weight:1}}")
+        tokens.append(sum(len(json.loads(row)["input_ids"]) for row in file.read_text().splitlines()))
+    blend = [f"data.train=[{','.join(parts)}]", f"output_dir={tmp_path}/run"]
+    found = {}
+    for by in ("trajectories", "tokens"):
+        done = plan("--config", TINY, *blend, f"data.blend_by={by}", "--json")
+        assert done.exit_code == 0, done.stderr
+        found[by] = json.loads(done.stdout)["run"]
+    assert found["trajectories"]["trajectories"] == 40
+    drawn = sum(tokens) / 2 * 20 * (1 / tokens[0] + 1 / tokens[1])
+    assert found["tokens"]["trajectories"] == pytest.approx(drawn, abs=1)
+    assert found["tokens"]["tokens"] == pytest.approx(sum(tokens), rel=0.1)
+    assert len(list((tmp_path / "run" / "data_cache").iterdir())) == 2  # one each, for training to find
+
+
 def test_plan_and_validate_count_the_same_tokens(tmp_path: Path) -> None:
     data = write_trajectories(tmp_path / "data.jsonl", count=20)
     run = json.loads(

@@ -34,6 +34,7 @@ def _held(_rank: int, cases: list[dict[str, Any]]) -> list[tuple[int, int, int]]
     from megatron.core import parallel_state
 
     from pear_megatron.megatron.layout import initialize
+    from pear_megatron.megatron.lora import add_adapters
     from pear_megatron.megatron.model import build_model, wrap_ddp
     from pear_megatron.megatron.optimizer import build_optimizer
 
@@ -41,7 +42,10 @@ def _held(_rank: int, cases: list[dict[str, Any]]) -> list[tuple[int, int, int]]
     for sections in cases:
         recipe = small.recipe(**sections)
         layout = initialize(recipe.model, recipe.parallel, recipe.train)
-        model = wrap_ddp(build_model(recipe.model, layout, recipe.train), recipe.parallel)
+        gpt = build_model(recipe.model, layout, recipe.train)
+        if recipe.lora is not None:
+            add_adapters(gpt, recipe.model, recipe.lora, layout, seed=0)
+        model = wrap_ddp(gpt, recipe.parallel)
         optimizer = build_optimizer(recipe, model)
         model.zero_grad_buffer()
         optimizer.step()
@@ -59,7 +63,7 @@ def _held(_rank: int, cases: list[dict[str, Any]]) -> list[tuple[int, int, int]]
 
 
 def test_weights_gradients_and_optimizer_take_the_bytes_that_plan_says() -> None:
-    """TP 2 x DP 2; bfloat16 and float32, optimizer state split over the data-parallel ranks and not."""
+    """TP 2 x DP 2; bfloat16 and float32, optimizer state split over the data-parallel ranks and not; with LoRA."""
     cases = [
         {
             "train": {"precision": precision},
@@ -68,6 +72,8 @@ def test_weights_gradients_and_optimizer_take_the_bytes_that_plan_says() -> None
         for precision in ("bf16", "fp32")
         for distributed in (True, False)
     ]
+    lora = {"lora": {"rank": 4}, "checkpoint": {"pretrained": "unused"}}
+    cases += [case | lora for case in cases]
     ranks = run_ranks(4, _held, cases)
     for i, sections in enumerate(cases):
         (planned,) = stage_memory(small.recipe(**sections), dp_size=2)

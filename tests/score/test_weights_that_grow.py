@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from pear_megatron import PearConfig
-from pear_megatron.train.guards import WeightWatch
+from pear_megatron.report import WeightWatch
 from tests.megatron.runs import REPOSITORY, launch, metrics
 from tests.score.jobs import rows_of_ids, run_job, write_jsonl
 from tests.score.tiny import without_tokenizer
@@ -68,6 +69,12 @@ def test_a_clip_as_wide_below_as_above_slows_the_growth(scored_by_itself, grown,
     assert rows[-1]["pear/weight"] < 0.5 * grown[0][-1]["pear/weight"]
 
 
+def seen(step: int, weight: float = 1.0, effective: float = 1.0, floor: float = 0.0) -> dict[str, float]:
+    """A step's means, as a loop has them."""
+    return {"step": step, "decisions": 9, "pear/weight": weight, "pear/effective_sample_size": effective,
+            "pear/weight_at_floor": floor, "pear/weight_at_ceiling": 0.0}  # fmt: skip
+
+
 def said_at(caplog: pytest.LogCaptureFixture, config: PearConfig, **series: list[float]) -> list[int]:
     """The steps at which a watch speaks."""
     caplog.clear()
@@ -76,7 +83,7 @@ def said_at(caplog: pytest.LogCaptureFixture, config: PearConfig, **series: list
     weights, effective = series.get("weight", [1.0] * count), series.get("effective", [1.0] * count)
     with caplog.at_level(logging.WARNING, logger="pear_megatron"):
         for step, (weight, share) in enumerate(zip(weights, effective, strict=True), start=1):
-            watch({"step": step, "decisions": 9, "pear/weight": weight, "pear/effective_sample_size": share})
+            watch(seen(step, weight, share))
     return [int(record.getMessage().split(":")[0].removeprefix("step ")) for record in caplog.records]
 
 
@@ -107,3 +114,38 @@ def test_too_few_decisions_are_said_with_which_they_are(caplog):
 
 def test_plain_sft_has_no_weights_to_watch(caplog):
     assert said_at(caplog, PearConfig(variant="none"), weight=[100.0]) == []
+
+
+def test_collapse_is_said_at_the_first_step_and_every_fifty(caplog):
+    watch = WeightWatch(PearConfig())
+    with caplog.at_level(logging.WARNING, logger="pear_megatron"):
+        for step in range(1, 101):
+            watch(seen(step, floor=0.9))
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["step 1", "step 50", "step 100"]
+    assert "90% of the weights are at their floor" in caplog.text
+
+
+def test_a_loop_of_someone_elses_is_watched_by_its_micro_batches(caplog):
+    from pear_megatron.loss import REPORT_KEYS
+    from pear_megatron.report import ReportWatch
+
+    def report(floor: float) -> dict[str, torch.Tensor]:
+        values = {"pear/weight_at_floor": floor * 9} | dict.fromkeys(("loss", "pear/weight"), 9.0)
+        return {key: torch.tensor([values.get(key, 4.5), 9.0]) for key in REPORT_KEYS}
+
+    watch = ReportWatch(PearConfig(), interval=4)
+    with caplog.at_level(logging.WARNING, logger="pear_megatron"):
+        with torch.no_grad():
+            for _ in range(4):
+                watch(report(1.0))  # an evaluation's
+        for floor in (0.5, 0.5, 0.5, 0.6):
+            assert not caplog.records
+            watch(report(floor))
+        (record,) = caplog.records
+        assert record.getMessage().startswith("after 1 x 4 of one rank's micro-batches: 53% of the weights")
+        for _ in range(4):
+            watch(report(0.9))
+        assert len(caplog.records) == 1
+        plain = ReportWatch(PearConfig(variant="none"), interval=1)
+        plain(report(1.0))
+    assert len(caplog.records) == 1

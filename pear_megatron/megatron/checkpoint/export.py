@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pear_megatron.hf.assets import ASSETS, copy_assets, find_root, read_model_file
+from pear_megatron.hf.assets import ASSETS, copy_assets, find_root, read_lora_file, read_model_file
 from pear_megatron.hf.config_file import config_json, generation_json, rename_tokenizer_class
-from pear_megatron.hf.mapping import Parameter, parameters, part_views
+from pear_megatron.hf.lora import PEFT_CONFIG, PEFT_WEIGHTS, lora_parameters, peft_config
+from pear_megatron.hf.mapping import Parameter, parameters
 from pear_megatron.hf.safetensors_files import TensorSize, index_of, plan_files, write_file
 from pear_megatron.hf.weights import INDEX
+from pear_megatron.megatron.checkpoint.merge import Merged, Weights
 from pear_megatron.megatron.checkpoint.paths import resolve
 from pear_megatron.megatron.checkpoint.stored import StoredParameters
 from pear_megatron.ranks import from_main, together
+from pear_megatron.recipe import RecipeError
 from pear_megatron.storage import partial_of, publish
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -29,8 +32,9 @@ def export_checkpoint(
 ) -> None:
     """Writes the folder; ``AutoModelForCausalLM.from_pretrained`` opens it.
 
-    No model is built: a rank holds one parameter at a time. Where torch.distributed was started, its ranks share
-    the files. The folder appears whole or not at all, in the place of what may be there.
+    No model is built: a rank holds one parameter at a time, with a LoRA run's adapters merged into it. Where
+    torch.distributed was started, its ranks share the files. The folder appears whole or not at all, in the place
+    of what may be there.
 
     Args:
         checkpoint: a run, its checkpoints/, one of them, or the output of ``pear-megatron convert``.
@@ -43,9 +47,15 @@ def export_checkpoint(
             model, or the folder cannot be written.
     """
     root, folder = find_root(checkpoint), resolve(checkpoint)
-    model, stored_precision = read_model_file(root)
+    model, stored_precision = read_model_file(root, adapters=True)
     config = config_json(model, precision or stored_precision, root / ASSETS)
-    tensors = _Tensors(parameters(model), StoredParameters(folder, model), precision)
+    frozen = read_lora_file(root)
+    weights: Weights = (
+        StoredParameters(folder, model)
+        if frozen is None
+        else Merged(folder, frozen, model, _DTYPES[stored_precision])
+    )
+    tensors = _Tensors(parameters(model), weights, precision)
     files = plan_files(tensors.sizes, max_shard_size)
 
     rank, ranks = 0, 1
@@ -80,10 +90,40 @@ def export_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def export_adapters(checkpoint: Path, output: Path) -> None:
+    """Writes a LoRA run's adapters as the folder that PEFT reads; transformers' ``load_adapter`` opens it too.
+
+    It appears whole or not at all, in the place of what may be there. One process.
+
+    Args:
+        checkpoint: the run, its checkpoints/, or one of them.
+        output: the folder.
+
+    Raises:
+        RecipeError, CheckpointError: it is no LoRA run, or cannot be read.
+    """
+    root, folder = find_root(checkpoint), resolve(checkpoint)
+    frozen = read_lora_file(root)
+    if frozen is None:
+        raise RecipeError(f"{root} is not a LoRA run: it holds whole weights; leave --adapter out")
+    model, _ = read_model_file(root, adapters=True)
+    order = lora_parameters(model, frozen.lora)
+    tensors = _Tensors(order, StoredParameters(folder, model, order), None)
+    partial = partial_of(output)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write_file(partial / PEFT_WEIGHTS, tensors.sizes, tensors.read(tensors.sizes))
+        _write_json(partial / PEFT_CONFIG, peft_config(frozen.lora, frozen.base))
+        publish(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 class _Tensors:
     """The Hugging Face tensors of a stored model: their sizes, and the tensors one after the other."""
 
-    def __init__(self, order: list[Parameter], stored: StoredParameters, precision: str | None) -> None:
+    def __init__(self, order: list[Parameter], stored: Weights, precision: str | None) -> None:
         self.stored = stored
         self.sizes: list[TensorSize] = []
         self._parts: dict[str, tuple[Parameter, int]] = {}
@@ -101,8 +141,8 @@ class _Tensors:
             parameter, position = self._parts[size.name]
             if parameter is not held:
                 views = []  # lets go of the last one first
-                held, views = parameter, part_views(parameter, self.stored.read(parameter))
-            yield views[position].reshape(size.shape)
+                held, views = parameter, self.stored.parts(parameter)
+            yield views[position]
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -12,7 +12,15 @@ from pathlib import Path
 
 from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.checkpoint.background import write_format
-from pear_megatron.megatron.checkpoint.paths import FILES, LATEST, checkpoint_path, damage, steps_on_disk
+from pear_megatron.megatron.checkpoint.paths import (
+    BEST,
+    FILES,
+    LATEST,
+    best_step,
+    checkpoint_path,
+    damage,
+    steps_on_disk,
+)
 from pear_megatron.storage import sync
 
 log = logging.getLogger("pear_megatron")
@@ -21,7 +29,7 @@ _PASSING = (".partial-", ".removed-")
 
 
 class CheckpointFolder:
-    """The folder ``root``, in which ``keep_last`` checkpoints stay (None = all).
+    """The folder ``root``, in which ``keep_last`` checkpoints stay (None = all), and the best one.
 
     A process that dies between two lines here leaves whole checkpoints under their names and the rest
     under names that ``tidy`` removes.
@@ -46,7 +54,8 @@ class CheckpointFolder:
         steps = [
             s for s in steps_on_disk(self.root) if s <= step and not damage(checkpoint_path(self.root, s))
         ]
-        return steps[self.keep_last :]
+        best = best_step(self.root)
+        return [s for s in steps[self.keep_last :] if s != best]
 
     def make_room(self, step: int, size: int) -> str:
         """A new folder of a passing name for a checkpoint of that many bytes.
@@ -69,13 +78,32 @@ class CheckpointFolder:
     def _passing(self, step: int, word: str) -> Path:
         return self.root / f".iter_{step:07d}.{word}-{uuid.uuid4().hex[:8]}"
 
-    def commit(self, step: int, folder: Path, errors: list[BaseException]) -> None:
+    def point_to_best(self, step: int | None) -> None:
+        """Has the link ``best`` name a step's checkpoint; None = removes it. OSError if the disk takes no links."""
+        if step is None:
+            (self.root / BEST).unlink(missing_ok=True)
+            return
+        partial = self.root / f".{BEST}.partial"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(checkpoint_path(self.root, step).name)
+        os.replace(partial, self.root / BEST)
+        sync(self.root)
+
+    def try_links(self) -> None:
+        """Raises OSError where the disk takes no symbolic links."""
+        partial = self.root / f".{BEST}.partial"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(".")
+        partial.unlink()
+
+    def commit(self, step: int, folder: Path, errors: list[BaseException], *, best: bool = False) -> None:
         """Makes a checkpoint visible whose shards are written; then the older ones go.
 
         Args:
             step: the checkpoint's.
             folder: what ``make_room`` gave.
             errors: what could not be written beside the shards; the first one ends it.
+            best: it is the best one from now on.
 
         Raises:
             CheckpointError: it cannot be made visible, and is gone.
@@ -91,6 +119,8 @@ class CheckpointFolder:
             _write_synced(self.root / f".{LATEST}.partial", str(step))
             os.replace(self.root / f".{LATEST}.partial", self.root / LATEST)
             sync(self.root)
+            if best:
+                self.point_to_best(step)
         except OSError as error:
             raise CheckpointError(self.give_up(folder, str(error))) from error
         self._prune(step)
@@ -102,12 +132,13 @@ class CheckpointFolder:
         return f"{cause}, with {free / 1e9:.3g} GB free; {self._last_good()}"
 
     def _prune(self, newest: int) -> None:
-        kept = 0
+        kept, best = 0, best_step(self.root)
         for step in steps_on_disk(self.root):
             if self.keep_last is None or step > newest:
                 continue  # later ones belong to somebody who went back to this one
             if kept >= self.keep_last:
-                self._remove(step)
+                if step != best:
+                    self._remove(step)
             elif damage(checkpoint_path(self.root, step)) is None:
                 kept += 1
 

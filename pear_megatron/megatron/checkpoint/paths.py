@@ -3,6 +3,7 @@
 checkpoints/iter_0000020/                      one checkpoint, whole or not there (saver.py writes them)
 checkpoints/iter_0000020/files.json            its files and their sizes: how a truncated one is told
 checkpoints/latest_checkpointed_iteration.txt  Megatron's name for the one to resume from
+checkpoints/best                               a link to the best one, where checkpoint.keep_best asks for it
 
 They are mcore's ``torch_dist`` checkpoints: any TP x PP x DP layout can load them.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -19,8 +21,7 @@ from pear_megatron.errors import CheckpointError
 log = logging.getLogger("pear_megatron")
 
 LATEST = "latest_checkpointed_iteration.txt"
-
-
+BEST = "best"
 FILES = "files.json"
 
 
@@ -35,6 +36,13 @@ def steps_on_disk(root: Path) -> list[int]:
         return []
     found = (re.fullmatch(r"iter_(\d{7,})", path.name) for path in root.iterdir())
     return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def best_step(root: Path) -> int | None:
+    """Step of the checkpoint that the link to the best one names; None without a link."""
+    link = root / BEST
+    found = re.fullmatch(r"iter_(\d{7,})", os.readlink(link)) if link.is_symlink() else None
+    return int(found[1]) if found else None
 
 
 def damage(path: Path) -> str | None:

@@ -26,7 +26,7 @@ from pear_megatron.megatron.checkpoint.background import (
 )
 from pear_megatron.megatron.checkpoint.folder import CheckpointFolder
 from pear_megatron.megatron.checkpoint.megatron_lm import megatron_lm_state
-from pear_megatron.megatron.checkpoint.paths import checkpoint_path
+from pear_megatron.megatron.checkpoint.paths import checkpoint_path, damage
 from pear_megatron.megatron.checkpoint.state import SHARDING, model_state, rng
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.ranks import from_main
@@ -38,11 +38,13 @@ class _Pending:
 
     Attributes:
         errors: what rank 0 could not write after the shards (see ``saving_strategy``).
+        best: it is to be the best one.
     """
 
     step: int
     folder: Path
     errors: list[BaseException]
+    best: bool
 
 
 class CheckpointSaver:
@@ -53,25 +55,57 @@ class CheckpointSaver:
         layout: where this rank stands.
         keep_last: how many stay; None = all.
         asynchronous: write in the background.
+        on_commit: called with the step of a checkpoint once it is visible, on every rank.
 
     Raises:
         CheckpointError: ``root`` cannot be written to.
     """
 
     def __init__(
-        self, root: Path, layout: Layout, *, keep_last: int | None = None, asynchronous: bool = False
+        self,
+        root: Path,
+        layout: Layout,
+        *,
+        keep_last: int | None = None,
+        asynchronous: bool = False,
+        on_commit: Callable[[int], None] | None = None,
     ) -> None:
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-        self.layout, self.asynchronous = layout, asynchronous
+        self.layout, self.asynchronous, self._on_commit = layout, asynchronous, on_commit
         self.folder = CheckpointFolder(root, keep_last)
         self._queue = AsyncCallsQueue()
         self._results = use_results_file()
         self._pending: _Pending | None = None
         self._on_main(self.folder.tidy, f"checkpoints cannot be written to {root}")
 
+    def keep_best(self, step: int | None) -> int | None:
+        """Has the link to the best checkpoint name that of a step again, when a run begins or goes on.
+
+        Returns:
+            The step; None if its checkpoint is not there, or damaged.
+
+        Raises:
+            CheckpointError: the disk takes no symbolic links.
+        """
+
+        def point() -> int | None:
+            whole = step is not None and damage(checkpoint_path(self.folder.root, step)) is None
+            self.folder.try_links()
+            self.folder.point_to_best(step if whole else None)
+            return step if whole else None
+
+        return self._on_main(point, f"checkpoint.keep_best: no link can be made in {self.folder.root}")
+
     def save(
-        self, step: int, model: Any, optimizer: Any, scheduler: Any, common: dict[str, Any] | None = None
+        self,
+        step: int,
+        model: Any,
+        optimizer: Any,
+        scheduler: Any,
+        common: dict[str, Any] | None = None,
+        *,
+        best: bool = False,
     ) -> None:
         """Saves a checkpoint, or begins to; one that is still being written is waited for first.
 
@@ -80,6 +114,7 @@ class CheckpointSaver:
             model: a model, wrapped or not, or a list of chunks.
             optimizer, scheduler: of the run; None = the checkpoint is of a model alone.
             common: what else to remember, equal on all ranks: plain values.
+            best: it is better than all before it, and stays until a better one is there.
 
         Raises:
             CheckpointError: this checkpoint, or the one before, could not be written. Earlier ones stand.
@@ -92,7 +127,7 @@ class CheckpointSaver:
         torch.distributed.all_reduce(size)
         what = f"the checkpoint of step {step} cannot be written to {self.folder.root}"
         folder = self._on_main(partial(self.folder.make_room, step, int(size)), what)
-        pending = _Pending(step, Path(folder), [])
+        pending = _Pending(step, Path(folder), [], best)
         options: dict[str, Any] = {}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
             options["async_strategy"] = "mcore"
@@ -152,7 +187,12 @@ class CheckpointSaver:
             raise CheckpointError(f"{what}: {why}") from error
         if done:
             self._pending = None
-            self._on_main(partial(self.folder.commit, pending.step, pending.folder, pending.errors), what)
+            commit = partial(
+                self.folder.commit, pending.step, pending.folder, pending.errors, best=pending.best
+            )
+            self._on_main(commit, what)
+            if self._on_commit is not None:
+                self._on_commit(pending.step)
 
     def _on_main(self, action: Callable[[], Any], what: str) -> Any:
         """What something returns on rank 0, on every rank; its error begins with ``what``."""

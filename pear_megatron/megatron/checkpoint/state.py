@@ -9,6 +9,7 @@ from typing import Any
 from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.checkpoint import rng
 from pear_megatron.megatron.layout import Layout
+from pear_megatron.megatron.lora import adapters_only, has_adapters
 from pear_megatron.megatron.model import as_chunks, unwrap
 from pear_megatron.megatron.optimizer import load_optimizer, load_scheduler, prepare_to_load
 
@@ -19,10 +20,15 @@ SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def model_state(model: Any) -> dict[str, Any]:
-    """The sharded tensors of a model, or of a stage's chunks, as Megatron arranges them."""
+    """The sharded tensors of a model, or of a stage's chunks, as Megatron arranges them; of LoRA, the adapters'."""
     chunks = as_chunks(model)
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-    return {name: unwrap(chunk).sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
+    return {name: _stored(unwrap(chunk)) for name, chunk in zip(names, chunks, strict=True)}
+
+
+def _stored(gpt: Any) -> dict[str, Any]:
+    state = gpt.sharded_state_dict()
+    return adapters_only(state) if has_adapters(gpt) else state
 
 
 def read_common(path: Path) -> dict[str, Any]:
@@ -72,7 +78,8 @@ def load(
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{path} cannot be loaded into this model: {error}") from error
     for name, chunk in zip(models, as_chunks(model), strict=True):
-        unwrap(chunk).load_state_dict(loaded[name])
+        gpt = unwrap(chunk)
+        gpt.load_state_dict(loaded[name], strict=not has_adapters(gpt))  # frozen weights are elsewhere
     if optimizer is not None:
         load_optimizer(optimizer, loaded["optimizer"])
     if scheduler is not None:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from pear_megatron.errors import CheckpointError
-from pear_megatron.hf.mapping import Parameter, parameters
+from pear_megatron.hf.mapping import Parameter, parameters, part_views
 from pear_megatron.recipe import ModelConfig
 
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
@@ -44,12 +44,13 @@ class StoredParameters:
     Args:
         folder: the checkpoint, with ``.metadata`` in it.
         model: of what is stored.
+        expected: the parameters that it holds; None = the model's.
 
     Raises:
         CheckpointError: it cannot be read, or does not hold the model's parameters and no others.
     """
 
-    def __init__(self, folder: Path, model: ModelConfig) -> None:
+    def __init__(self, folder: Path, model: ModelConfig, expected: list[Parameter] | None = None) -> None:
         self.folder = folder
         self._reader = FileSystemReader(str(folder))
         try:
@@ -62,7 +63,12 @@ class StoredParameters:
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and name.startswith(_MODEL_PREFIXES)
         }
-        self._check(model)
+        self._check(model, parameters(model) if expected is None else expected)
+
+    def parts(self, parameter: Parameter) -> list[Tensor]:
+        """The Hugging Face tensors that the parameter is made of."""
+        views = part_views(parameter, self.read(parameter))
+        return [view.reshape(part.shape) for view, part in zip(views, parameter.parts, strict=True)]
 
     def dtype(self, parameter: Parameter) -> torch.dtype:
         """Type that the parameter is stored in."""
@@ -92,8 +98,7 @@ class StoredParameters:
             ) from error
         return target.view(shape)
 
-    def _check(self, model: ModelConfig) -> None:
-        expected = parameters(model)
+    def _check(self, model: ModelConfig, expected: list[Parameter]) -> None:
         for parameter in expected:
             entry = self._entries.get(parameter.name)
             if entry is None:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig, TrajectoryDataset, prepare
 from pear_megatron.errors import PearError, RecipeError
+from pear_megatron.report import WeightWatch
 from pear_megatron.rl.nemo_rl.loss import PearLoss
 
 
@@ -80,11 +81,14 @@ class _Loader:
 
 
 class _Policy:
-    """NeMo-RL's policy, whose ``train`` also gets what its loop leaves out of a batch."""
+    """NeMo-RL's policy, whose ``train`` also gets what its loop leaves out of a batch, and warns of its weights."""
 
-    def __init__(self, policy: Any, loader: _Loader, pad_token_id: int, divisible_by: int) -> None:
+    def __init__(
+        self, policy: Any, loader: _Loader, pad_token_id: int, divisible_by: int, config: PearConfig
+    ) -> None:
         self._policy, self._loader = policy, loader
         self._pad_token_id, self._divisible_by = pad_token_id, divisible_by
+        self._watch, self._steps = WeightWatch(config), 0
 
     def train(self, data: Any, loss_fn: Any, **options: Any) -> Any:
         """``Policy.train`` with ``behavior_logprobs`` [B, S] and ``reward`` [B] in ``data``."""
@@ -100,7 +104,12 @@ class _Policy:
             raise RuntimeError("NeMo-RL's SFT loop arranges a batch in a way this runner does not know")
         data["behavior_logprobs"] = flat["behavior_logprobs"]
         data["reward"] = torch.tensor([info["reward"] for info in batch["extra_env_info"]])
-        return self._policy.train(data, loss_fn, **options)
+        results = self._policy.train(data, loss_fn, **options)
+        # Each micro-batch's metrics are its share of the global batch's means.
+        means = {key: float(np.sum(values)) for key, values in results["all_mb_metrics"].items()}
+        self._steps += 1
+        self._watch({"step": self._steps, "decisions": means["num_unmasked_tokens"], **means})
+        return results
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)
@@ -168,7 +177,7 @@ def run(recipe: str, overrides: list[str]) -> None:
     )
     batches = _Loader(loader)
     divisible_by = config.policy["make_sequence_length_divisible_by"]
-    with_behavior = _Policy(policy, batches, tokenizer.pad_token_id, divisible_by)
+    with_behavior = _Policy(policy, batches, tokenizer.pad_token_id, divisible_by, pear)
     loss = PearLoss(pear, use_fused_linear_logprobs=nll.use_fused_linear_logprobs)
     with checkpointer:
         sft_train(with_behavior, batches, None, tokenizer, loss, config, logger, checkpointer, state)

@@ -165,3 +165,9 @@ def test_what_is_wrong_with_the_recipe_is_said_before_ray_starts(runner: Any) ->
         runner.run("recipe.yaml", ["+pear.gama=0.9"])
     with pytest.raises(RecipeError, match="has no section pear_data:"):
         runner.run("recipe.yaml", ["~pear_data"])
+
+
+def test_weights_at_their_floor_are_said(runner: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = losses(runner, "+pear.log_weight_clip=[4.9,5]")
+    assert rows[0]["pear/weight_at_floor"] > 0.5
+    assert "step 1: 100% of the weights are at their floor" in caplog.text

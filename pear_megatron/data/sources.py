@@ -1,0 +1,89 @@
+"""Sources: the data sets of ``data.train`` or ``data.validation``, each prepared on its own and opened as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pear_megatron.data.blend import AnyDataset, Blend, TrajectoryBlend
+from pear_megatron.data.config import DataConfig, DataSource
+from pear_megatron.data.errors import DataError
+from pear_megatron.data.packing import BatchPlan
+from pear_megatron.data.prepare import prepare
+from pear_megatron.data.store import TrajectoryDataset
+
+
+def prepare_sources(
+    config: DataConfig,
+    sources: Sequence[DataSource],
+    *,
+    require_behavior_logprobs: bool,
+    vocab_size: int | None,
+    progress: bool = False,
+) -> list[Path]:
+    """``prepare`` for each source -> their folders; each has a cache of its own.
+
+    Raises:
+        DataError: what is wrong with a source's data; names the source, where there are several.
+        ImportError: see ``prepare``.
+    """
+    folders: list[Path] = []
+    for source in sources:
+        try:
+            folders.append(
+                prepare(
+                    config.model_copy(update={"train": source.path}),
+                    require_behavior_logprobs=require_behavior_logprobs,
+                    vocab_size=vocab_size,
+                    progress=progress,
+                )
+            )
+        except DataError as error:
+            if len(sources) == 1:
+                raise
+            said = [f"source {source.name}: {problem}" for problem in error.problems]
+            raise DataError(said, error.total, error.listed) from error
+    return folders
+
+
+def open_sources(folders: Sequence[Path], sources: Sequence[DataSource]) -> AnyDataset:
+    """The prepared folders as one set of trajectories.
+
+    Raises:
+        DataError: a folder is not a whole cache, or two sources hold the same file.
+    """
+    datasets = [TrajectoryDataset.open(folder) for folder in folders]
+    if len(datasets) == 1:
+        return datasets[0]
+    owner: dict[Path, str] = {}
+    for source, dataset in zip(sources, datasets, strict=True):
+        for file in dataset.meta["files"]:
+            first = owner.setdefault(Path(file).resolve(), source.name)
+            if first != source.name:
+                raise DataError(
+                    [f"{file}: in source {first} and in source {source.name}; give it to one of them"]
+                )
+    return TrajectoryBlend(datasets, [source.name for source in sources])
+
+
+def plan_batches(
+    config: DataConfig, dataset: AnyDataset, *, global_batch_size: int, seed: int, multiple: int = 1
+) -> BatchPlan:
+    """BatchPlan of ``data.train``, whose weights draw from its sources; see there."""
+    return BatchPlan(
+        dataset.lengths,
+        config.seq_length,
+        global_batch_size,
+        seed=seed,
+        packing=config.packing,
+        multiple=multiple,
+        blend=blend_of(config, dataset),
+    )
+
+
+def blend_of(config: DataConfig, dataset: AnyDataset) -> Blend | None:
+    """How ``data.train``'s weights draw from its sources; None where every trajectory counts once an epoch."""
+    weights = [source.weight for source in config.train_sources if source.weight is not None]
+    if not isinstance(dataset, TrajectoryBlend) or not weights:
+        return None
+    return Blend.of(weights, [d.lengths for d in dataset.datasets], by=config.blend_by)

@@ -1,0 +1,66 @@
+"""ReportSums: the loss function's reports of many micro-batches as means over all of them, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pear_megatron.loss import BY_SOURCE, REPORT_KEYS
+from pear_megatron.megatron.layout import Layout
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What ``ReportSums.reduce`` gives, alike on every rank.
+
+    Attributes:
+        means: REPORT_KEYS -> ratios of global sums, and ``source/NAME/...`` of each source, with its ``decisions``.
+        decisions: that were counted.
+        flagged: whether any rank gave the flag.
+    """
+
+    means: dict[str, float]
+    decisions: int
+    flagged: bool
+
+
+class ReportSums:
+    """Adds up reports on the device; nothing waits for it before ``reduce``, which is one collective.
+
+    Args:
+        layout: where this rank stands.
+        sources: names of a blend's sources; empty = they are not told apart.
+    """
+
+    def __init__(self, layout: Layout, sources: Sequence[str] = ()) -> None:
+        self._layout, self._sources = layout, list(sources)
+        rows = (1 + len(self._sources)) * len(REPORT_KEYS) + 1
+        self._sums = torch.zeros((rows, 2), dtype=torch.float64, device=layout.device)
+
+    def add(self, reports: Sequence[dict[str, Tensor]]) -> None:
+        """Adds what run_schedule returned; on ranks whose loss does not count, nothing."""
+        for report in reports if self._layout.reports else []:
+            rows = torch.stack([report[key] for key in REPORT_KEYS])
+            if self._sources:
+                rows = torch.cat([rows, report[BY_SOURCE].flatten(0, 1)])
+            self._sums[:-1] += rows
+
+    def reduce(self, *, flag: bool = False) -> Reduced:
+        """The means over all that was added, on all ranks; ``flag`` of one of them is told to all."""
+        self._sums[-1, 0] = float(flag)
+        torch.distributed.all_reduce(self._sums)
+        values = self._sums.tolist()
+        means, decisions = self._means(values), round(values[REPORT_KEYS.index("nll")][1])
+        for number, name in enumerate(self._sources, 1):
+            part = values[number * len(REPORT_KEYS) :]
+            of_source = {"decisions": round(part[REPORT_KEYS.index("nll")][1]), **self._means(part)}
+            means |= {f"source/{name}/{key}": value for key, value in of_source.items()}
+        return Reduced(means, decisions, values[-1][0] > 0)
+
+    @staticmethod
+    def _means(values: Sequence[Sequence[float]]) -> dict[str, float]:
+        pairs = zip(REPORT_KEYS, values, strict=False)
+        return {key: total / count if count else 0.0 for key, (total, count) in pairs}
