@@ -20,6 +20,9 @@ def convert(
     pipeline_parallel: Annotated[
         int, typer.Option(min=1, help="processes that share the layers meanwhile")
     ] = 1,
+    expert_parallel: Annotated[
+        int, typer.Option(min=1, help="of these processes, those that share a mixture's experts")
+    ] = 1,
     dtype: Annotated[
         Literal["bf16", "fp32"] | None, typer.Option(help="default: bf16 if all tensors are, else fp32")
     ] = None,
@@ -38,13 +41,18 @@ def convert(
 
         convert_with_bridge(hf, output, reason)
         return
-    ensure_ranks(tensor_parallel * pipeline_parallel)
+    ensure_ranks(max(tensor_parallel, expert_parallel) * pipeline_parallel)
     warnings.simplefilter("ignore")  # of libraries, on every rank
     from pear_megatron.megatron.checkpoint.convert import convert_checkpoint
     from pear_megatron.megatron.layout import shutdown
 
     convert_checkpoint(
-        hf, output, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, precision=dtype
+        hf,
+        output,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        expert_parallel=expert_parallel,
+        precision=dtype,
     )
     shutdown()
     if is_main():

@@ -100,9 +100,13 @@ def _layout_table(found: Plan) -> Table:
     if parallel.context_parallel_size > 1:
         sizes.append(("CP", parallel.context_parallel_size))
     sizes.append(("DP", found.dp_size))
+    parameters = f"{found.parameters / 1e9:.3f} B"
+    if found.active_parameters < found.parameters:
+        parameters += f", of which a token meets {found.active_parameters / 1e9:.3f} B"
+        sizes.append(("EP", parallel.expert_model_parallel_size))
     train = recipe.train
     rows = [
-        ("parameters", f"{found.parameters / 1e9:.3f} B"),
+        ("parameters", parameters),
         ("GPUs", f"{found.gpus} = {cluster.num_nodes} node(s) x {cluster.gpus_per_node} {cluster.gpu}"),
         ("layout", " x ".join(f"{name} {size}" for name, size in sizes)),
         (

@@ -8,8 +8,8 @@ from typing import Any
 
 from pear_megatron.errors import RecipeError
 from pear_megatron.recipe import ModelConfig
-from pear_megatron.recipe.hf_config import FAMILIES, LLAMA3_SCALING, Family, model_keys, read_config
-from pear_megatron.recipe.sections import head_size, query_groups
+from pear_megatron.recipe.hf_config import LLAMA3_SCALING, Family, family_of, model_keys, read_config
+from pear_megatron.recipe.sections import expert_size, head_size, query_groups
 
 _TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 
@@ -60,7 +60,7 @@ def _check_is_of(model: ModelConfig, assets: Path) -> None:
 
 
 def _new_config(model: ModelConfig) -> dict[str, Any]:
-    family = _family_of(model)
+    family = family_of(model)
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -78,7 +78,34 @@ def _new_config(model: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": model.share_embeddings_and_output_weights,
         "attention_bias": False,
         "attention_dropout": 0.0,
+        **_experts(family, model),
     }
+
+
+def _experts(family: Family, model: ModelConfig) -> dict[str, Any]:
+    """A mixture's keys."""
+    if family.experts is None:
+        return {}
+    common = {
+        "num_experts_per_tok": model.moe_router_topk,
+        "num_local_experts": model.num_moe_experts,
+        "output_router_logits": False,
+    }
+    if family.experts == "mixtral":
+        return common | {"intermediate_size": expert_size(model), "sliding_window": None}
+    keys: dict[str, Any] = common | {
+        "num_experts": model.num_moe_experts,  # version 4's name, which other readers know alone
+        "moe_intermediate_size": expert_size(model),
+        "norm_topk_prob": not model.moe_router_pre_softmax,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    if family.shared_expert:
+        keys |= {
+            "shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+            "qkv_bias": True,
+        }
+    return keys
 
 
 def _special_tokens(assets: Path) -> dict[str, int | None]:
@@ -106,25 +133,3 @@ def generation_json(config: dict[str, Any]) -> dict[str, Any]:
     """A generation_config.json for a checkpoint that came without: config.json's special tokens."""
     ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {"_from_model_config": True} | {key: value for key, value in ids.items() if value is not None}
-
-
-def _family_of(model: ModelConfig) -> Family:
-    """The architecture that computes what the model does."""
-    for key, value in (
-        ("position_embedding_type", "rope"),
-        ("activation", "swiglu"),
-        ("normalization", "RMSNorm"),
-        ("add_bias_linear", False),
-    ):
-        if getattr(model, key) != value:
-            raise RecipeError(
-                f"model.{key} is {getattr(model, key)!r}: no Hugging Face architecture that is mapped here has it; "
-                f"a model to be exported needs {value!r}"
-            )
-    for family in FAMILIES:
-        if (family.add_qkv_bias, family.qk_layernorm) == (model.add_qkv_bias, model.qk_layernorm):
-            return family
-    raise RecipeError(
-        "model.add_qkv_bias and model.qk_layernorm are both true: no Hugging Face architecture that is mapped "
-        "here has both (Qwen2 has the first, Qwen3 the second)"
-    )

@@ -3,23 +3,34 @@
 Names on Megatron's side are those of its checkpoints, where every layer specification agrees. They are the
 Transformer Engine layers' parameter names, which put each norm into the projection behind it; the local
 layers' own names for these norms are in LOCAL_NAMES. A tensor-parallel rank's parameter is made of its slices
-of the tensors in the same way as a whole parameter of whole tensors.
+of the tensors in the same way as a whole parameter of whole tensors. Checkpoints stack experts as they stack
+layers; in a model an expert's number is in its parameters' names, counted within the rank.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from pear_megatron.recipe import ModelConfig
-from pear_megatron.recipe.sections import head_size, query_groups
+from pear_megatron.recipe.hf_config import family_of
+from pear_megatron.recipe.sections import expert_size, head_size, query_groups
 
 # Parameters of the local layer specification -> names in checkpoints and of Transformer Engine's layers.
 LOCAL_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
+# A mixture's norm has no one projection behind it, and is itself in every specification.
+_MIXTURE_LOCAL_NAMES = {"input_layernorm.weight": LOCAL_NAMES["input_layernorm.weight"]}
+_EXPERTS = "mlp.experts.experts."
+# An expert's parameter in a model: of SequentialMLP, or of Transformer Engine's grouped GEMM.
+_EXPERT = re.compile(
+    r"mlp\.experts\.(?:local_experts\.(?P<one>\d+)\.(?P<fc>linear_fc[12])|(?P<grouped>linear_fc[12]))"
+    r"\.weight(?P<number>\d*)"
+)
 _LAYER = "decoder.layers."
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
@@ -45,6 +56,8 @@ class Parameter:
         group: rows of each part that make one query group; the groups follow each other, each with its
             query, key and value rows. None: all rows of a part, then the next part.
         padded: rows beyond the part's are Megatron's padding of the vocabulary, and 0.
+        expert: the expert's number in the whole layer; None of what is no routed expert's. ``split`` is then over the
+            expert-tensor-parallel ranks.
     """
 
     name: str
@@ -53,6 +66,7 @@ class Parameter:
     split: int | None
     group: tuple[int, ...] | None = None
     padded: bool = False
+    expert: int | None = None
 
 
 def parameters(model: ModelConfig) -> list[Parameter]:
@@ -100,9 +114,13 @@ def _layer_parameters(model: ModelConfig, layer: int) -> list[Parameter]:
     if model.qk_layernorm:
         found.append(parameter("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight", (head,))))
         found.append(parameter("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight", (head,))))
+    found.append(
+        parameter("self_attention.linear_proj.weight", ("self_attn.o_proj.weight", (hidden, q)), split=1)
+    )
+    if model.num_moe_experts is not None:
+        return found + _mixture_parameters(model, layer)
     gate_up = [("mlp.gate_proj.weight", (ffn, hidden)), ("mlp.up_proj.weight", (ffn, hidden))]
     found += [
-        parameter("self_attention.linear_proj.weight", ("self_attn.o_proj.weight", (hidden, q)), split=1),
         parameter("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight", (hidden,))),
         parameter("mlp.linear_fc1.weight", *gate_up, split=0),
         parameter("mlp.linear_fc2.weight", ("mlp.down_proj.weight", (hidden, ffn)), split=1),
@@ -110,17 +128,57 @@ def _layer_parameters(model: ModelConfig, layer: int) -> list[Parameter]:
     return found
 
 
-def checkpoint_name(name: str, layer_numbers: list[int]) -> tuple[str, int | None]:
-    """A model's own parameter name -> its name in checkpoints and its layer in the whole model.
+def _mixture_parameters(model: ModelConfig, layer: int) -> list[Parameter]:
+    """The norm, the router, the experts and the shared one, in place of a dense layer's MLP."""
+    hidden, ffn, shared = model.hidden_size, expert_size(model), model.moe_shared_expert_intermediate_size
+    mixtral = family_of(model).experts == "mixtral"
+    block = f"model.layers.{layer}." + ("block_sparse_moe." if mixtral else "mlp.")
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    experts = model.num_moe_experts or 0
+
+    def mlp(name: str, part: str, width: int, expert: int | None = None) -> list[Parameter]:
+        fc1 = tuple(Part(f"{block}{part}{which}.weight", (width, hidden)) for which in (gate, up))
+        fc2 = (Part(f"{block}{part}{down}.weight", (hidden, width)),)
+        return [
+            Parameter(f"{_LAYER}{name}linear_fc1.weight", layer, fc1, split=0, expert=expert),
+            Parameter(f"{_LAYER}{name}linear_fc2.weight", layer, fc2, split=1, expert=expert),
+        ]
+
+    norm = Part(f"model.layers.{layer}.post_attention_layernorm.weight", (hidden,))
+    router = Part(f"{block}gate.weight", (experts, hidden))
+    found = [
+        Parameter(_LAYER + "pre_mlp_layernorm.weight", layer, (norm,), split=None),
+        Parameter(_LAYER + "mlp.router.weight", layer, (router,), split=None),
+    ]
+    for expert in range(experts):
+        found += mlp(_EXPERTS, f"experts.{expert}.", ffn, expert)
+    if shared is not None:
+        found += mlp("mlp.shared_experts.", "shared_expert.", shared)
+        gate_part = Part(f"{block}shared_expert_gate.weight", (1, hidden))
+        found.append(Parameter(_LAYER + "mlp.shared_experts.gate_weight", layer, (gate_part,), split=None))
+    return found
+
+
+def checkpoint_name(
+    name: str, layer_numbers: list[int], first_expert: int | None = None
+) -> tuple[str, int | None, int | None]:
+    """A model's own parameter name -> its name in checkpoints, its layer and its expert in the whole model.
 
     Args:
-        name: as ``named_parameters`` gives it; the layer's number in it counts within this pipeline stage.
+        name: as ``named_parameters`` gives it; the numbers in it count within this rank.
         layer_numbers: for each layer of this stage, its number in the whole model, from 0.
+        first_expert: of this rank's experts, the first one's number; None = the model has none.
     """
     if not name.startswith(_LAYER):
-        return name, None
+        return name, None, None
     local, _, inner = name.removeprefix(_LAYER).partition(".")
-    return _LAYER + LOCAL_NAMES.get(inner, inner), layer_numbers[int(local)]
+    layer = layer_numbers[int(local)]
+    if first_expert is None:
+        return _LAYER + LOCAL_NAMES.get(inner, inner), layer, None
+    if (found := _EXPERT.fullmatch(inner)) is not None:
+        projection, number = found["fc"] or found["grouped"], found["one"] or found["number"]
+        return f"{_LAYER}{_EXPERTS}{projection}.weight", layer, first_expert + int(number)
+    return _LAYER + _MIXTURE_LOCAL_NAMES.get(inner, inner), layer, None
 
 
 def part_views(parameter: Parameter, tensor: Tensor) -> list[Tensor]:

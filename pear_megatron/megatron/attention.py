@@ -63,7 +63,8 @@ def check_attention(parallel: ParallelConfig, train: TrainConfig) -> None:
         return
     for key, used, way_out in (
         ("context_parallel_size", parallel.context_parallel_size > 1, "set it to 1"),
-        ("sequence_parallel", parallel.sequence_parallel, "leave it out"),
+        # cpu.py lends it to torch's norms; on a GPU nothing does.
+        ("sequence_parallel", parallel.sequence_parallel and torch.cuda.is_available(), "leave it out"),
     ):
         if used:
             raise RecipeError(
@@ -72,14 +73,20 @@ def check_attention(parallel: ParallelConfig, train: TrainConfig) -> None:
             )
 
 
-def layer_spec(train: TrainConfig, *, normalization: str, qk_layernorm: bool) -> Any:
-    """mcore's layer spec of a dense GPT, with the attention of ``attention_path``."""
+def layer_spec(
+    train: TrainConfig, *, normalization: str, qk_layernorm: bool, num_experts: int | None = None
+) -> Any:
+    """mcore's layer spec of a GPT, dense or with experts in every layer, with the attention of ``attention_path``."""
     from megatron.core.models.gpt import gpt_layer_specs as specs
 
     path = attention_path(train)
     if path == "transformer_engine":
-        return specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
-    spec = specs.get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization=normalization)
+        return specs.get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts, moe_grouped_gemm=num_experts is not None, qk_layernorm=qk_layernorm
+        )
+    spec = specs.get_gpt_layer_local_spec(
+        num_experts=num_experts, qk_layernorm=qk_layernorm, normalization=normalization
+    )
     return with_varlen_attention(spec) if path == "varlen" else spec
 
 

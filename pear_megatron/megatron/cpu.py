@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -37,6 +38,8 @@ def enable() -> bool:
         _answer_type_checks()
         with _without_compiler():
             _disable_cuda_rng()
+            _let_norms_be_sequence_parallel()
+            _exchange_tokens_over_gloo()
         _enabled = True
     return True
 
@@ -115,7 +118,10 @@ def _silence_streams() -> None:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             return None
 
-        wait_stream = wait_event = synchronize = record_event = record = nothing
+        wait_stream = wait_event = synchronize = record = nothing
+
+        def record_event(self, *args: Any) -> Any:
+            return self
 
     # A function of its own for each: torch.compile tells torch's functions apart by their identity.
     for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats"):
@@ -179,3 +185,58 @@ def _disable_cuda_rng() -> None:
     # Recomputed activations ask for the states before they are computed again.
     random._get_cuda_rng_state = lambda *args, **kwargs: None
     random._set_cuda_rng_state = lambda *args, **kwargs: None
+
+
+def _let_norms_be_sequence_parallel() -> None:
+    """torch's norms compute what Megatron's do; all they lack is the mark by which their gradients are summed up."""
+    from megatron.core.transformer import torch_norm
+
+    original = torch_norm.WrappedTorchNorm.__new__
+
+    def build(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        plain = copy.copy(config)
+        plain.sequence_parallel = False
+        norm = original(cls, plain, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    torch_norm.WrappedTorchNorm.__new__ = build  # type: ignore[method-assign]
+
+
+def _exchange_tokens_over_gloo() -> None:
+    """Experts' tokens: split sizes as arrays, as from a GPU, and the collectives of uneven sizes that gloo has not."""
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import token_dispatcher
+
+    to_cpu = token_dispatcher.maybe_move_tensor_to_cpu
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and isinstance(tensor, torch.Tensor):
+            return tensor.numpy()
+        return to_cpu(tensor, as_numpy, record_stream)
+
+    def gather_uneven(
+        x: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return gather(x, group, sizes, *args)
+        longest = max(1, *sizes)
+        padded = x.new_zeros((longest, *x.shape[1:]))
+        padded[: len(x)] = x
+        pieces = gather(padded, group).split(longest)
+        return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
+
+    def reduce_scatter_uneven(
+        x: torch.Tensor, group: Any, sizes: list[int] | None = None, *args: Any
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return reduce_scatter(x, group, sizes, *args)
+        total = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()].clone()
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move
+    mappings._gather_along_first_dim = gather_uneven
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven

@@ -35,16 +35,22 @@ def load_weights(weights: HFWeights, model: Any, layout: Layout) -> None:
     Raises:
         CheckpointError: a tensor cannot be read, or the model has a parameter that the checkpoint has not.
     """
-    known = {(parameter.name, parameter.layer): parameter for parameter in parameters(weights.model)}
+    known = {(found.name, found.layer, found.expert): found for found in parameters(weights.model)}
     if weights.model.share_embeddings_and_output_weights:  # the last pipeline stage keeps a copy
-        known[OUTPUT_LAYER, None] = known[EMBEDDING, None]
+        known[OUTPUT_LAYER, None, None] = known[EMBEDDING, None, None]
+    first_expert = None
+    if weights.model.num_moe_experts is not None:
+        first_expert = layout.ep_rank * (weights.model.num_moe_experts // layout.ep_size)
     for gpt in map(unwrap, as_chunks(model)):
         layer_numbers = [layer.layer_number - 1 for layer in gpt.decoder.layers]
         for name, target in gpt.named_parameters():
-            parameter = known.get(checkpoint_name(name, layer_numbers))
+            parameter = known.get(checkpoint_name(name, layer_numbers, first_expert))
             if parameter is None:
                 raise CheckpointError(f"{weights.folder} has nothing for the model's parameter {name}")
-            _fill(target, weights, parameter, layout.tp_group.rank(), layout.tp_size)
+            if parameter.expert is None:
+                _fill(target, weights, parameter, layout.tp_group.rank(), layout.tp_size)
+            else:
+                _fill(target, weights, parameter, layout.expert_tp_rank, layout.expert_tp_size)
 
 
 def _fill(target: Tensor, weights: HFWeights, parameter: Parameter, tp_rank: int, tp_size: int) -> None:

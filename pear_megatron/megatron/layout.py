@@ -11,6 +11,7 @@ import torch
 from pear_megatron.megatron import cpu
 from pear_megatron.megatron.attention import check_attention
 from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig, check_layout
+from pear_megatron.recipe.sections import expert_tensor_size
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Layout:
         vpp_size: model chunks that this rank's pipeline stage holds; 1 without interleaving.
         is_first_stage, is_last_stage: of the pipeline; with interleaving, the stage's first or last chunk.
         dp_group: without the context-parallel ranks.
+        ep_size, ep_rank: expert-parallel ranks, and which experts this one holds.
+        expert_tp_size, expert_tp_rank: ranks that share each expert.
     """
 
     rank: int
@@ -40,6 +43,10 @@ class Layout:
     cp_size: int = 1
     cp_group: torch.distributed.ProcessGroup | None = None
     sequence_parallel: bool = False
+    ep_size: int = 1
+    ep_rank: int = 0
+    expert_tp_size: int = 1
+    expert_tp_rank: int = 0
 
     @property
     def cp_rank(self) -> int:
@@ -88,6 +95,8 @@ def initialize(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig)
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_size(parallel),
     )
     if not on_cpu:
         model_parallel_cuda_manual_seed(0)  # dropout is 0; initial weights come from initialize_weights
@@ -109,6 +118,10 @@ def initialize(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig)
         cp_size=parallel.context_parallel_size,
         cp_group=parallel_state.get_context_parallel_group(),
         sequence_parallel=parallel.sequence_parallel,
+        ep_size=parallel.expert_model_parallel_size,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_tp_size=expert_tensor_size(parallel),
+        expert_tp_rank=parallel_state.get_expert_tensor_parallel_rank(),
     )
 
 

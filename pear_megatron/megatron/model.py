@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pear_megatron.megatron.attention import layer_spec
+from pear_megatron.megatron import moe
+from pear_megatron.megatron.attention import attention_path, layer_spec
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig
-from pear_megatron.recipe.sections import padded_vocab_size
+from pear_megatron.recipe.sections import expert_size, padded_vocab_size
 
 
 def transformer_config(model: ModelConfig, layout: Layout, train: TrainConfig) -> Any:
@@ -61,6 +62,7 @@ def transformer_config(model: ModelConfig, layout: Layout, train: TrainConfig) -
         bias_dropout_fusion=on_gpu,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
+        **_expert_settings(model, layout, train),
     )
     if model.yarn_rotary_scaling_factor is not None:
         _set_yarn(config, model)
@@ -74,6 +76,29 @@ def _set_yarn(config: Any, model: ModelConfig) -> None:
     config.yarn_beta_fast, config.yarn_beta_slow = 32.0, 1.0
     config.yarn_mscale = config.yarn_mscale_all_dim = None  # cosines and sines times 0.1 ln(factor) + 1
     config.yarn_correction_range_round_to_int = True
+
+
+def _expert_settings(model: ModelConfig, layout: Layout, train: TrainConfig) -> dict[str, Any]:
+    """A mixture's: the router in float32, no token dropped, the experts' GEMMs grouped where TE does that."""
+    if model.num_moe_experts is None:
+        return {}
+    moe.check_recompute(train.recompute_method)
+    return {
+        "num_moe_experts": model.num_moe_experts,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_ffn_hidden_size": expert_size(model),
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss" if train.moe_aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": train.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": train.moe_z_loss_coeff or None,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": model.moe_shared_expert_gate,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": attention_path(train) == "transformer_engine",
+        "expert_model_parallel_size": layout.ep_size,
+        "expert_tensor_parallel_size": layout.expert_tp_size,
+    }
 
 
 def build_chunks(model: ModelConfig, layout: Layout, train: TrainConfig) -> list[Any]:
@@ -97,7 +122,12 @@ def build_model(
     from megatron.core.transformer.module import Float16Module
 
     config = transformer_config(model, layout, train)
-    spec = layer_spec(train, normalization=model.normalization, qk_layernorm=model.qk_layernorm)
+    experts = model.num_moe_experts
+    spec = layer_spec(
+        train, normalization=model.normalization, qk_layernorm=model.qk_layernorm, num_experts=experts
+    )
+    if experts is not None:
+        spec = moe.use_router(spec)
     gpt = GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -113,6 +143,8 @@ def build_model(
         rope_scaling_factor=model.rope_scaling_factor or 1.0,
         vp_stage=vp_stage,
     ).to(layout.device)
+    if experts is not None:
+        moe.count_dispatched(gpt)
     return Float16Module(config, gpt) if train.precision == "bf16" else gpt
 
 

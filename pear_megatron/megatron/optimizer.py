@@ -103,46 +103,54 @@ def load_scheduler(scheduler: Any, state: dict[str, Any]) -> None:
         )
 
 
-def _on_torch_adam(optimizer: Any) -> Any | None:
-    """The distributed optimizer in ``optimizer`` if it runs torch's own Adam: without Apex and TE, so on CPU."""
+def _on_torch_adam(optimizer: Any) -> list[Any]:
+    """The distributed optimizers in ``optimizer`` that run torch's own Adam: without Apex and TE, so on CPU."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part, DistributedOptimizer) and isinstance(
-            part.optimizer, torch.optim.Adam | torch.optim.AdamW
-        ):
-            return part
-    return None
+    return [
+        part
+        for part in _parts(optimizer)
+        if isinstance(part, DistributedOptimizer)
+        and isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)
+    ]
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """mcore's optimizers of a model: one, or the dense parameters' and the experts'."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def prepare_to_load(optimizer: Any) -> None:
     """Allocates the state that mcore's distributed optimizer takes for given when it is to load one."""
-    part = _on_torch_adam(optimizer)
-    if part is None:
-        return
-    for group in part.optimizer.param_groups:
-        for parameter in group["params"]:
-            if not part.optimizer.state[parameter]:
-                part.optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+    for part in _on_torch_adam(optimizer):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not part.optimizer.state[parameter]:
+                    part.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
 
 
-def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+def load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
     """``optimizer.load_state_dict(state)``, with torch's Adam in a distributed optimizer too.
 
     torch's Adam keeps a step for every parameter. mcore does not expect it among the tensors to load, and
     gives all parameters one tensor, which Adam would count up for each of them.
     """
-    part = _on_torch_adam(optimizer)
-    if part is None:
+    if not _on_torch_adam(optimizer):
         optimizer.load_state_dict(state)
         return
-    state = dict(state)
+    parts = _parts(optimizer)
+    states = [state] if len(parts) == 1 else [state[i] for i in range(len(parts))]
+    for part, own in zip(parts, states, strict=True):
+        _load_torch_adam(part, dict(own))
+
+
+def _load_torch_adam(part: Any, state: dict[str, Any]) -> None:
     tensors = state.pop("param_state")
-    optimizer.load_state_dict(state)
+    part.load_state_dict(state)
     states = list(part.optimizer.state.values())
     steps = [one.pop("step") for one in states]
     part.load_parameter_state_from_fully_reshardable(tensors)

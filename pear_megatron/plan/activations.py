@@ -9,6 +9,13 @@ widths of queries and of keys, f the MLP's, T tensor-parallel ranks, and S = T w
     MLP            3f / T          SwiGLU's input (gate and up) and output; 2f / T for GELU
     rotary         4d              cosines and sines of queries and of keys, not split
 
+In a mixture whose experts T' ranks share, with k experts per token, E in all and their load even, in place of the MLP:
+
+    router         2E / S          its logits and weights, in float32
+    experts        3kf / T         as an MLP's, for k experts of width f
+    dispatch       3kh T' / T      what an expert gets, gives, and is weighed; gathered over T'
+    shared         3f / T          of its own width
+
 and the softmax's float32 log-sum-exp, one per head and token. With q = k = h, f = 4h, GELU, d = 0 and two bytes
 this is the paper's 34h less its two bytes of dropout masks, which are not there: dropout is 0.
 
@@ -22,7 +29,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pear_megatron.recipe import Recipe
-from pear_megatron.recipe.sections import head_size, padded_vocab_size, query_groups
+from pear_megatron.recipe.sections import (
+    expert_size,
+    expert_tensor_size,
+    head_size,
+    padded_vocab_size,
+    query_groups,
+)
 
 _FLOAT32 = 4
 _LOSS_BYTES = 72  # a token's targets, mask, log-probs and weights, all [T] vectors, and the batch itself
@@ -61,8 +74,19 @@ def activations(recipe: Recipe) -> Activations:
     q, k = model.num_attention_heads * head, query_groups(model) * head
     fc1 = 2 * f if model.activation == "swiglu" else f
 
+    mlp = (fc1 + f) / tp
+    backward, largest = (fc1 + f) // tp + 2 * h, h * fc1 // tp
+    if model.num_moe_experts is not None:
+        k, expert_tp = model.moe_router_topk or 0, expert_tensor_size(parallel)
+        wide = fc1 // f * expert_size(model) + expert_size(model)
+        shared = (fc1 // f + 1) * (model.moe_shared_expert_intermediate_size or 0)
+        spread = k * h * expert_tp / tp
+        mlp = (k * wide + shared) / tp + 3 * spread + 2 * model.num_moe_experts / split * (4 / element)
+        backward = int((k * wide + shared) / tp + 2 * spread + 2 * h)
+        largest = h * fc1 // f * expert_size(model) // expert_tp
+
     attention = 2 * q + 2 * k + (q + k if model.qk_layernorm else 0)
-    kept = 4 * h / split + (attention + fc1 + f) / tp
+    kept = 4 * h / split + attention / tp + mlp
     if model.position_embedding_type == "rope":
         kept += 4 * head
     softmax = _softmax_bytes(recipe, q) / tp
@@ -73,7 +97,7 @@ def activations(recipe: Recipe) -> Activations:
         logits=min(tokens, train.output_chunk_tokens or tokens) * element * columns,
         loss=tokens * (_LOSS_BYTES + _GATHERED_BYTES * tp),
         # Of the MLP: gradients of both its inner tensors, and hidden states gathered for them, there and back.
-        layer_backward=element * (tokens * ((fc1 + f) // tp + 2 * h) + h * fc1 // tp),
+        layer_backward=element * (tokens * backward + largest),
         output_backward=element * (tokens * 2 * h + columns * h),
     )
 

@@ -10,7 +10,7 @@ from pear_megatron.plan.flops import training_flops
 from pear_megatron.plan.gpus import GIB, GPUS
 from pear_megatron.plan.length import RunLength
 from pear_megatron.plan.memory import StageMemory, stage_memory
-from pear_megatron.plan.parameters import model_parameters
+from pear_megatron.plan.parameters import active_parameters, model_parameters
 from pear_megatron.plan.remedies import Remedy, layout, remedies
 from pear_megatron.recipe import Recipe, RecipeError
 
@@ -22,6 +22,7 @@ class Plan:
     Attributes:
         gpus: GPUs of the cluster.
         parameters: of the model, without padding of the vocabulary.
+        active_parameters: those that a token meets; fewer in a mixture of experts.
         dp_size, num_microbatches: data-parallel size, and micro-batches a step on each of its ranks.
         bubble: share of the time in which a pipeline stage waits at the ends of a step.
         stages: peak memory of every pipeline stage's ranks.
@@ -36,6 +37,7 @@ class Plan:
     recipe: Recipe
     gpus: int
     parameters: int
+    active_parameters: int
     dp_size: int
     num_microbatches: int
     bubble: float
@@ -87,11 +89,13 @@ class Plan:
             "fits": self.fits,
             "remedies": [remedy.overrides for remedy in self.remedies],
             "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
             "gpu": self.recipe.cluster.gpu,
             "gpus": self.gpus,
             "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
             "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
             "context_parallel_size": parallel.context_parallel_size,
+            "expert_model_parallel_size": parallel.expert_model_parallel_size,
             "data_parallel_size": self.dp_size,
             "num_microbatches": self.num_microbatches,
             "pipeline_bubble": self.bubble,
@@ -138,6 +142,7 @@ def make_plan(recipe: Recipe, *, length: RunLength | None = None, mfu: float = 0
         recipe=recipe,
         gpus=gpus,
         parameters=model_parameters(recipe.model),
+        active_parameters=active_parameters(recipe.model),
         dp_size=dp_size,
         num_microbatches=num_microbatches,
         bubble=idle / (busy + idle),

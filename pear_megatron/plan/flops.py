@@ -7,6 +7,8 @@ width f and V tokens in its vocabulary, on n tokens in sequences of n_1, n_2, ..
     training = 3 forward
 
 - m is 3 for SwiGLU (gate, up, down), 2 otherwise. A matrix product takes 2 FLOPs per weight and token.
+- In a mixture m h f is that of the experts that a token goes to and of the shared one, and h E of the router is added:
+  FLOPs are those of the active parameters.
 - The second term is attention: scores, and their product with the values, take 2*q FLOPs each for a pair of
   tokens, and causal attention has n_i^2 / 2 pairs. The masked half is not counted: flash attention skips it.
 - n_i are the lengths of the trajectories, not of the rows they are packed in: tokens of one trajectory do not
@@ -22,14 +24,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pear_megatron.recipe import ModelConfig
-from pear_megatron.recipe.sections import head_size, query_groups
+from pear_megatron.recipe.sections import expert_size, head_size, query_groups
 
 
 def flops_per_token(model: ModelConfig, *, frozen: bool = False) -> int:
     """Training FLOPs of one token in all matrix products with weights, which may be frozen (LoRA)."""
     h, head = model.hidden_size, head_size(model)
     q, k = model.num_attention_heads * head, query_groups(model) * head
-    mlp = (3 if model.activation == "swiglu" else 2) * h * model.ffn_hidden_size
+    width, router = model.ffn_hidden_size, 0
+    if model.num_moe_experts is not None:
+        width = (model.moe_router_topk or 0) * expert_size(model) + (
+            model.moe_shared_expert_intermediate_size or 0
+        )
+        router = h * (model.num_moe_experts + model.moe_shared_expert_gate)
+    mlp = (3 if model.activation == "swiglu" else 2) * h * width + router
     passes = 2 if frozen else 3
     return passes * 2 * (model.num_layers * (h * (q + 2 * k) + q * h + mlp) + h * model.vocab_size)
 

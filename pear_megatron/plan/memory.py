@@ -10,8 +10,14 @@ from dataclasses import dataclass
 
 from pear_megatron.plan.activations import Activations, activations
 from pear_megatron.plan.gpus import GIB
-from pear_megatron.plan.parameters import adapter_parameters, rank_parameters, word_embedding_parameters
+from pear_megatron.plan.parameters import (
+    adapter_parameters,
+    expert_parameters,
+    rank_parameters,
+    word_embedding_parameters,
+)
 from pear_megatron.recipe import Recipe
+from pear_megatron.recipe.sections import expert_tensor_size
 
 _CONTEXT = 3 * GIB  # CUDA's and NCCL's own memory, workspaces of cuBLAS and Transformer Engine
 _FRAGMENTATION = 0.08  # of what comes and goes in every step
@@ -70,11 +76,17 @@ def _stage(recipe: Recipe, dp_size: int, stage: int) -> StageMemory:
     model, parallel, bf16 = recipe.model, recipe.parallel, recipe.train.precision == "bf16"
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     last = stage == pp - 1
-    count = trained = rank_parameters(model, tp, pp, stage)
-    if recipe.lora is not None:
-        trained = adapter_parameters(model, recipe.lora, tp, pp)
-        count += trained
+    ep, expert_tp = parallel.expert_model_parallel_size, expert_tensor_size(parallel)
+    dense = rank_parameters(model, tp, pp, stage)
+    experts = model.num_layers // pp * expert_parameters(model, ep, expert_tp)
+    count = dense + experts
+    if recipe.lora is not None:  # not of mixtures
+        dense = adapter_parameters(model, recipe.lora, tp, pp)
+        experts, count = 0, count + dense
+    # An expert's copies are on fewer ranks than a dense parameter's: its optimizer state is in fewer shards.
     shards = dp_size * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
+    expert_shards = shards * tp // (ep * expert_tp) if parallel.use_distributed_optimizer else 1
+    state = 12 if bf16 else 8
     sizes = activations(recipe)
     num_microbatches = recipe.train.global_batch_size // (recipe.train.micro_batch_size * dp_size)
     kept, recomputed = _kept(recipe, sizes, stage, num_microbatches)
@@ -93,8 +105,8 @@ def _stage(recipe: Recipe, dp_size: int, stage: int) -> StageMemory:
         stage=stage,
         parameters=count,
         weights=count * (2 if bf16 else 4),
-        gradients=trained * 4,
-        optimizer=-(-trained * (12 if bf16 else 8) // shards),
+        gradients=(dense + experts) * 4,
+        optimizer=-(-dense * state // shards) - (-experts * state // expert_shards),
         activations=kept,
         logits=logits,
         loss=loss,

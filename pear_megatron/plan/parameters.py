@@ -6,20 +6,35 @@ import math
 
 from pear_megatron.hf.lora import lora_parameters
 from pear_megatron.recipe import LoraConfig, ModelConfig
-from pear_megatron.recipe.sections import head_size, padded_vocab_size, query_groups
+from pear_megatron.recipe.sections import expert_size, head_size, padded_vocab_size, query_groups
 
 
 def _norm(model: ModelConfig, width: int) -> int:
     return width if model.normalization == "RMSNorm" else 2 * width
 
 
+def _mlp(model: ModelConfig, width: int) -> int:
+    """Weights of an MLP, of an expert, or of the shared one."""
+    return model.hidden_size * width * (3 if model.activation == "swiglu" else 2)
+
+
+def expert_parameters(model: ModelConfig, ep_size: int = 1, expert_tp_size: int = 1) -> int:
+    """Parameters of one layer's routed experts on one rank; 0 in a dense model."""
+    return (model.num_moe_experts or 0) // ep_size * _mlp(model, expert_size(model)) // expert_tp_size
+
+
 def layer_parameters(model: ModelConfig, tp_size: int) -> int:
-    """Parameters of one transformer layer on one tensor-parallel rank."""
+    """Parameters of one transformer layer on one tensor-parallel rank, without routed experts."""
     h, head = model.hidden_size, head_size(model)
     q, kv = model.num_attention_heads * head, 2 * query_groups(model) * head
     fc1 = model.ffn_hidden_size * (2 if model.activation == "swiglu" else 1)
-    split = h * (q + kv) + q * h + h * fc1 + model.ffn_hidden_size * h
+    split = h * (q + kv) + q * h
     whole = 2 * _norm(model, h)
+    if model.num_moe_experts is None:
+        split += _mlp(model, model.ffn_hidden_size)
+    else:
+        split += _mlp(model, model.moe_shared_expert_intermediate_size or 0)
+        whole += h * (model.num_moe_experts + model.moe_shared_expert_gate)  # the router, and the gate
     if model.add_qkv_bias or model.add_bias_linear:
         split += q + kv
     if model.add_bias_linear:
@@ -36,7 +51,7 @@ def word_embedding_parameters(model: ModelConfig, tp_size: int) -> int:
 
 
 def rank_parameters(model: ModelConfig, tp_size: int, pp_size: int, stage: int) -> int:
-    """Parameters of one rank of pipeline stage ``stage``, counted from 0.
+    """Parameters of one rank of pipeline stage ``stage``, counted from 0, without routed experts.
 
     Padding of the vocabulary is included. With tied embeddings the last stage holds a copy of its own.
     """
@@ -67,4 +82,11 @@ def model_parameters(model: ModelConfig) -> int:
     """Parameters of the whole model, without padding of the vocabulary: as its name counts them."""
     padding = padded_vocab_size(model.vocab_size, 1) - model.vocab_size
     copies = 1 if model.share_embeddings_and_output_weights else 2
-    return rank_parameters(model, 1, 1, 0) - copies * padding * model.hidden_size
+    dense = rank_parameters(model, 1, 1, 0) - copies * padding * model.hidden_size
+    return dense + model.num_layers * expert_parameters(model)
+
+
+def active_parameters(model: ModelConfig) -> int:
+    """Parameters that a token meets: of the routed experts those that it goes to."""
+    idle = (model.num_moe_experts or 0) - (model.moe_router_topk or 0)
+    return model_parameters(model) - model.num_layers * idle * _mlp(model, expert_size(model))

@@ -142,7 +142,16 @@ def _same_gpus(recipe: Recipe) -> Iterator[tuple[float, dict[str, Any]]]:
             "train.output_chunk_tokens": chunk,
             **recompute,
         }
-        yield cost, change
+        if recipe.model.num_moe_experts is None:
+            yield cost, change
+            continue
+        for ep in sizes:  # experts whole, as Megatron-Core has them where a rank holds all of them
+            more = cost + abs(math.log2(ep / parallel.expert_model_parallel_size))
+            experts = {
+                "parallel.expert_model_parallel_size": ep,
+                "parallel.expert_tensor_parallel_size": 1 if ep > 1 else None,
+            }
+            yield more, {**change, **experts}
 
 
 def _more_gpus(recipe: Recipe) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from pear_megatron.errors import RecipeError
-from pear_megatron.recipe.sections import ModelConfig, ParallelConfig, TrainConfig
+from pear_megatron.recipe.sections import (
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    expert_size,
+    expert_tensor_size,
+)
 
 
 def check_layout(
@@ -39,14 +45,16 @@ def check_layout(
             f"{train.micro_batch_size} x {dp} data-parallel rank(s)"
         )
     groups = model.num_query_groups or model.num_attention_heads
+    dense = model.num_moe_experts is None
     for key, value, size, size_key in (
         ("model.num_attention_heads", model.num_attention_heads, tp, "tensor_model_parallel_size"),
         ("model.num_query_groups", groups, tp, "tensor_model_parallel_size"),
-        ("model.ffn_hidden_size", model.ffn_hidden_size, tp, "tensor_model_parallel_size"),
+        ("model.ffn_hidden_size", model.ffn_hidden_size if dense else 0, tp, "tensor_model_parallel_size"),
         ("model.num_layers", model.num_layers, pp, "pipeline_model_parallel_size"),
     ):
         if value % size:
             raise RecipeError(f"{key} {value} is not divisible by parallel.{size_key} {size}")
+    _check_experts(model, parallel, world_size)
     if parallel.virtual_pipeline_model_parallel_size is not None:
         _check_interleaving(model, parallel, train, dp)
     if parallel.sequence_parallel and tp == 1:
@@ -57,6 +65,53 @@ def check_layout(
     if seq_length is not None:
         _check_seq_length(seq_length, parallel)
     return dp
+
+
+def _check_experts(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
+    """Experts lie over the ranks of a pipeline stage in an order of their own: ETP x EP, and copies of that."""
+    ep, pp = parallel.expert_model_parallel_size, parallel.pipeline_model_parallel_size
+    if model.num_moe_experts is None:
+        if ep > 1 or parallel.expert_tensor_parallel_size is not None:
+            key = "expert_model_parallel_size" if ep > 1 else "expert_tensor_parallel_size"
+            raise RecipeError(
+                f"parallel.{key} {getattr(parallel, key)} splits experts, and model.num_moe_experts is not set; "
+                "leave it out"
+            )
+        return
+    etp, tp = expert_tensor_size(parallel), parallel.tensor_model_parallel_size
+    if ep == 1 and etp != tp:
+        raise RecipeError(
+            f"parallel.expert_tensor_parallel_size {etp} other than parallel.tensor_model_parallel_size {tp} needs "
+            "parallel.expert_model_parallel_size of 2 or more: Megatron-Core takes the experts of one rank for dense "
+            "parameters, and would not add up their gradients; raise that, or leave this out"
+        )
+    if model.num_moe_experts % ep:
+        raise RecipeError(
+            f"model.num_moe_experts {model.num_moe_experts} is not divisible by "
+            f"parallel.expert_model_parallel_size {ep}"
+        )
+    if expert_size(model) % etp:
+        key = "moe_ffn_hidden_size" if model.moe_ffn_hidden_size else "ffn_hidden_size"
+        raise RecipeError(
+            f"model.{key} {expert_size(model)} is not divisible by parallel.expert_tensor_parallel_size {etp}"
+            + (
+                ""
+                if parallel.expert_tensor_parallel_size
+                else " (which is tensor_model_parallel_size's; set it to 1)"
+            )
+        )
+    shared = model.moe_shared_expert_intermediate_size or 0
+    if shared % tp:
+        raise RecipeError(
+            f"model.moe_shared_expert_intermediate_size {shared} is not divisible by "
+            f"parallel.tensor_model_parallel_size {tp}"
+        )
+    if world_size % (etp * ep * pp):
+        raise RecipeError(
+            f"parallel.expert_tensor_parallel_size {etp} x parallel.expert_model_parallel_size {ep} x "
+            f"parallel.pipeline_model_parallel_size {pp} = {etp * ep * pp} does not divide the {world_size} "
+            "process(es) that torchrun started; change them or --nproc-per-node"
+        )
 
 
 def _check_interleaving(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, dp: int) -> None:

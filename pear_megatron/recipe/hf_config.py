@@ -6,9 +6,10 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pear_megatron.errors import RecipeError
+from pear_megatron.recipe.sections import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -20,25 +21,36 @@ class Family:
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
     default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    experts: Literal["qwen", "mixtral"] | None = None  # whose names config.json and the weights have for them
+    shared_expert: bool = False
 
 
 FAMILIES = (
     Family("LlamaForCausalLM", "llama"),  # Llama 2 and 3, SmolLM2, DeepSeek-R1-Distill-Llama
     Family("Qwen2ForCausalLM", "qwen2", add_qkv_bias=True),  # Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen
     Family("Qwen3ForCausalLM", "qwen3", qk_layernorm=True, default_head_dim=128),
+    Family("MixtralForCausalLM", "mixtral", experts="mixtral"),
+    Family(
+        "Qwen3MoeForCausalLM", "qwen3_moe", qk_layernorm=True, experts="qwen"
+    ),  # Qwen3-30B-A3B, -235B-A22B
+    Family("Qwen2MoeForCausalLM", "qwen2_moe", add_qkv_bias=True, experts="qwen", shared_expert=True),
 )
 
 # All that Megatron-Core's Llama-3 scaling knows besides its factor (RotaryEmbedding._apply_scaling).
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 # Keys that change what the model computes, with the values under which it is what Megatron-Core computes.
-_ONLY = {
+_ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "partial_rotary_factor": (1, None),
     "use_mrope": (False, None),
     "quantization_config": (None,),
+    "router_jitter_noise": (0, None),
+    "decoder_sparse_step": (1, None),
+    "mlp_only_layers": ([], None),
+    "clip_qkv": (None,),
 }
 
 
@@ -91,6 +103,46 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def family_of(model: ModelConfig) -> Family:
+    """The architecture that computes what the model does.
+
+    Raises:
+        RecipeError: there is none among those that are mapped; names the keys.
+    """
+    for key, value in (
+        ("position_embedding_type", "rope"),
+        ("activation", "swiglu"),
+        ("normalization", "RMSNorm"),
+        ("add_bias_linear", False),
+    ):
+        if getattr(model, key) != value:
+            raise RecipeError(
+                f"model.{key} is {getattr(model, key)!r}: no Hugging Face architecture that is mapped here has it; "
+                f"a model to be exported needs {value!r}"
+            )
+    shared = model.moe_shared_expert_intermediate_size is not None
+    for family in FAMILIES:
+        if (
+            (family.add_qkv_bias, family.qk_layernorm) == (model.add_qkv_bias, model.qk_layernorm)
+            and (family.experts is not None) == (model.num_moe_experts is not None)
+            and family.shared_expert == shared == model.moe_shared_expert_gate
+            and not (family.experts == "mixtral" and model.moe_router_pre_softmax)
+        ):
+            return family
+    if model.num_moe_experts is None:
+        raise RecipeError(
+            "model.add_qkv_bias and model.qk_layernorm are both true: no Hugging Face architecture that is mapped "
+            "here has both (Qwen2 has the first, Qwen3 the second)"
+        )
+    raise RecipeError(
+        "no Hugging Face architecture that is mapped here is a mixture of experts with model.add_qkv_bias "
+        f"{model.add_qkv_bias}, model.qk_layernorm {model.qk_layernorm}, model.moe_router_pre_softmax "
+        f"{model.moe_router_pre_softmax}, model.moe_shared_expert_intermediate_size "
+        f"{model.moe_shared_expert_intermediate_size} and model.moe_shared_expert_gate {model.moe_shared_expert_gate}: "
+        "Mixtral has none of them, Qwen3-MoE qk_layernorm, Qwen2-MoE add_qkv_bias and a shared expert with a gate"
+    )
+
+
 class _Reader:
     """config.json's keys, checked one by one; errors name the file and the key."""
 
@@ -102,7 +154,7 @@ class _Reader:
         for key, values in _ONLY.items():
             if self.config.get(key, values[0]) not in values:
                 self._refuse(key, self.config[key], f"only {values[0]!r} is supported")
-        self._check_attention()
+        self._check_attention(family)
         heads, hidden = self._integer("num_attention_heads"), self._integer("hidden_size")
         groups = heads if family.model_type == "llama" else None
         rope = self._rope()
@@ -128,7 +180,26 @@ class _Reader:
             "add_qkv_bias": family.add_qkv_bias,
             "qk_layernorm": family.qk_layernorm,
             "share_embeddings_and_output_weights": bool(self.config.get("tie_word_embeddings", False)),
+            **self._experts(family),
         }
+
+    def _experts(self, family: Family) -> dict[str, Any]:
+        """The keys of a mixture; of a dense model none, so that its checkpoints stay what they were."""
+        if family.experts is None:
+            return {}
+        count = "num_experts" if self.config.get("num_experts") is not None else "num_local_experts"
+        mixtral = family.experts == "mixtral"
+        keys: dict[str, Any] = {
+            "num_moe_experts": self._integer(count),
+            "moe_router_topk": self._integer("num_experts_per_tok"),
+            "moe_ffn_hidden_size": self._integer("intermediate_size" if mixtral else "moe_intermediate_size"),
+            # transformers takes the softmax over all experts; divided by those chosen, it is the softmax over them.
+            "moe_router_pre_softmax": not (mixtral or self.config.get("norm_topk_prob", False)),
+        }
+        if family.shared_expert:
+            keys["moe_shared_expert_intermediate_size"] = self._integer("shared_expert_intermediate_size")
+            keys["moe_shared_expert_gate"] = True
+        return keys
 
     def _refuse(self, key: str, value: Any, why: str) -> None:
         raise RecipeError(f"{self.path}: {key} is {value!r}; {why}")
@@ -163,8 +234,16 @@ class _Reader:
             self._refuse(key, value, "expected a positive number")
         return float(value)
 
-    def _check_attention(self) -> None:
+    def _check_attention(self, family: Family) -> None:
         """Refuses sliding windows where a layer uses one."""
+        if family.model_type == "mixtral" and self.config.get("sliding_window") is not None:
+            self._refuse(
+                "sliding_window",
+                self.config["sliding_window"],
+                "every layer would use it; only null is supported",
+            )
+        if family.model_type == "qwen2_moe" and not self.config.get("qkv_bias", True):
+            self._refuse("qkv_bias", self.config["qkv_bias"], "only true is supported")
         layer_types = self.config.get("layer_types")
         if layer_types is not None:
             if other := set(layer_types) - {"full_attention"}:

@@ -13,9 +13,17 @@ from pear_megatron.schema import StrictModel
 # What a checkpoint can be the best by; the last one is better when it is higher, the others when lower.
 BestMetric = Literal["validation/nll", "validation/loss", "validation/pear/effective_sample_size"]
 
+_EXPERT_KEYS = (
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_router_pre_softmax",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+)
+
 
 class ModelConfig(StrictModel):
-    """A dense Llama/Qwen-like GPT, in Megatron-Core's words.
+    """A Llama/Qwen-like GPT, dense or with a mixture of experts in every layer, in Megatron-Core's words.
 
     Attributes:
         hf: folder of a Hugging Face checkpoint that training starts from. Keys below that a recipe does not
@@ -24,6 +32,13 @@ class ModelConfig(StrictModel):
             factors 1 and 4 and its original length 8192 (all that Megatron-Core has); None = none.
         yarn_rotary_scaling_factor, yarn_original_max_position_embeddings: YaRN (arXiv 2309.00071), which stretches
             the second, the length the model was trained at, by the first; its betas are 32 and 1. None = none.
+        num_moe_experts: experts of every layer; None = a dense model.
+        moe_router_topk: experts that a token goes to.
+        moe_ffn_hidden_size: width of an expert; None = ffn_hidden_size, which a mixture has no other use for.
+        moe_router_pre_softmax: a token's weights are the softmax over all experts (transformers' norm_topk_prob
+            false); false = over those that it goes to, so that they add up to 1.
+        moe_shared_expert_intermediate_size: width of the expert that every token goes to; None = there is none.
+        moe_shared_expert_gate: a sigmoid gate scales that expert's output (Qwen2-MoE).
     """
 
     hf: str | None = None
@@ -47,6 +62,12 @@ class ModelConfig(StrictModel):
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
     share_embeddings_and_output_weights: bool = False
+    num_moe_experts: int | None = Field(default=None, ge=1)
+    moe_router_topk: int | None = Field(default=None, ge=1)
+    moe_ffn_hidden_size: int | None = Field(default=None, ge=1)
+    moe_router_pre_softmax: bool = False
+    moe_shared_expert_intermediate_size: int | None = Field(default=None, ge=1)
+    moe_shared_expert_gate: bool = False
     init_method_std: float = Field(default=0.02, gt=0)
     embedding_init_method_std: float | None = Field(default=None, gt=0)
 
@@ -83,7 +104,32 @@ class ModelConfig(StrictModel):
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by num_query_groups {groups}"
             )
+        self._check_experts()
         return self
+
+    def _check_experts(self) -> None:
+        if self.num_moe_experts is None:
+            for key in _EXPERT_KEYS:
+                if getattr(self, key):
+                    raise ValueError(
+                        f"{key} {getattr(self, key)} needs num_moe_experts; set that or leave it out"
+                    )
+            return
+        if self.moe_router_topk is None:
+            raise ValueError("num_moe_experts needs moe_router_topk: how many experts a token goes to")
+        if self.moe_router_topk > self.num_moe_experts:
+            raise ValueError(
+                f"moe_router_topk {self.moe_router_topk} exceeds num_moe_experts {self.num_moe_experts}"
+            )
+        if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
+            raise ValueError(
+                "moe_router_topk 1 needs moe_router_pre_softmax: over one expert the softmax is 1, and the router "
+                "would learn nothing"
+            )
+        if self.moe_shared_expert_gate and self.moe_shared_expert_intermediate_size is None:
+            raise ValueError("moe_shared_expert_gate needs moe_shared_expert_intermediate_size; set both")
+        if self.add_bias_linear:
+            raise ValueError("add_bias_linear does not go with num_moe_experts; leave it out")
 
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -115,7 +161,10 @@ class ParallelConfig(StrictModel):
     Attributes:
         virtual_pipeline_model_parallel_size: model chunks a pipeline stage holds (the interleaved schedule).
         context_parallel_size: ranks that share each sequence, in zigzag chunks; needs Transformer Engine.
-        sequence_parallel: norms and dropout split over the tensor-parallel ranks; needs a GPU.
+        sequence_parallel: norms and dropout split over the tensor-parallel ranks.
+        expert_model_parallel_size: ranks that share each layer's experts; they are ranks of tensor, context and
+            data parallelism, so that the world does not grow by them.
+        expert_tensor_parallel_size: ranks that share each expert; None = tensor_model_parallel_size.
         use_distributed_optimizer: the optimizer's state is split over the data-parallel ranks.
         overlap_grad_reduce, overlap_param_gather: data-parallel collectives beside the computation.
     """
@@ -125,6 +174,8 @@ class ParallelConfig(StrictModel):
     virtual_pipeline_model_parallel_size: int | None = Field(default=None, ge=2)
     context_parallel_size: int = Field(default=1, ge=1)
     sequence_parallel: bool = False
+    expert_model_parallel_size: int = Field(default=1, ge=1)
+    expert_tensor_parallel_size: int | None = Field(default=None, ge=1)
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
@@ -181,6 +232,8 @@ class TrainConfig(StrictModel):
             once. Needs megatron-core 0.19+ (docs/long-sequences.md).
         check_alignment: before the first step, compare the model's log-probs with the behaviour log-probs of
             the first batch, and refuse data that fit better shifted by a token or two.
+        moe_aux_loss_coeff: of the routers' load-balancing loss; its gradient alone is added, ``loss`` is without it.
+        moe_z_loss_coeff: of the routers' z-loss (docs/moe.md).
         profile: steps to write a profile of; None = none.
     """
 
@@ -198,6 +251,8 @@ class TrainConfig(StrictModel):
     recompute_num_layers: int | None = Field(default=None, ge=1)
     output_chunk_tokens: int | None = Field(default=None, ge=1)
     check_alignment: bool = True
+    moe_aux_loss_coeff: float = Field(default=0.0, ge=0)
+    moe_z_loss_coeff: float = Field(default=0.0, ge=0)
     profile: ProfileConfig | None = None
 
     @model_validator(mode="after")
@@ -346,6 +401,7 @@ class Recipe(StrictModel):
             raise ValueError(
                 "model.hf and checkpoint.pretrained both name weights to start from; give one of them"
             )
+        self._check_experts()
         if self.lora is not None and not (self.model.hf or self.checkpoint.pretrained):
             raise ValueError(
                 "lora trains adapters of a model that is there; give model.hf or checkpoint.pretrained, or leave "
@@ -358,6 +414,24 @@ class Recipe(StrictModel):
             )
         return self
 
+    def _check_experts(self) -> None:
+        if self.lora is not None and self.model.num_moe_experts is not None:
+            raise ValueError(
+                "lora has no adapters for a mixture of experts (model.num_moe_experts); leave lora out"
+            )
+        if self.model.num_moe_experts is None:
+            for key in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+                if getattr(self.train, key):
+                    raise ValueError(
+                        f"train.{key} is of routers, and model.num_moe_experts is not set; leave it out"
+                    )
+        elif self.parallel.tensor_model_parallel_size > 1 and not self.parallel.sequence_parallel:
+            raise ValueError(
+                "a mixture of experts with parallel.tensor_model_parallel_size "
+                f"{self.parallel.tensor_model_parallel_size} needs parallel.sequence_parallel, or every "
+                "tensor-parallel rank would route every token; set it to true"
+            )
+
 
 def head_size(model: ModelConfig) -> int:
     """Width of an attention head."""
@@ -367,6 +441,16 @@ def head_size(model: ModelConfig) -> int:
 def query_groups(model: ModelConfig) -> int:
     """Number of key and value heads."""
     return model.num_query_groups or model.num_attention_heads
+
+
+def expert_size(model: ModelConfig) -> int:
+    """Width of an expert."""
+    return model.moe_ffn_hidden_size or model.ffn_hidden_size
+
+
+def expert_tensor_size(parallel: ParallelConfig) -> int:
+    """Ranks that share each expert."""
+    return parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:

@@ -46,6 +46,7 @@ def announce(trainer: Trainer) -> None:
 
 def _sizes(layout: Layout) -> str:
     sizes = {"TP": layout.tp_size, "PP": layout.pp_size, "VPP": layout.vpp_size, "CP": layout.cp_size}
+    sizes["EP"] = layout.ep_size
     used = [f"{name} {n}" for name, n in {**sizes, "DP": layout.dp_size}.items() if n > 1]
     return " x ".join(used) or "one process"
 

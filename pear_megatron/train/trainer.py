@@ -12,6 +12,7 @@ import torch
 
 from pear_megatron.data import AnyDataset, TrajectoryBlend, plan_batches
 from pear_megatron.data.blend import source_names
+from pear_megatron.megatron import moe
 from pear_megatron.megatron.attention import packed_attention
 from pear_megatron.megatron.checkpoint.paths import checkpoint_path
 from pear_megatron.megatron.checkpoint.saver import CheckpointSaver
@@ -81,6 +82,7 @@ class Trainer:
             multiple=self.position.multiple,
         )
         self.total_steps = recipe.train.max_steps or self.plan.first_step(recipe.train.num_epochs)
+        self.routes = recipe.model.num_moe_experts is not None
         self.profile = StepProfile(recipe, layout, self.total_steps)
 
         chunks = build_chunks(recipe.model, layout, recipe.train)
@@ -228,6 +230,10 @@ class Trainer:
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        epoch, planned = self.plan.rows(self.step)
+        lengths = [int(self.dataset.lengths[i]) - 1 for row in planned for i in row]
+        if self.routes:
+            self._start_routers(planned, sum(lengths))
         reports = self.passes.run(self.model, self.step)
         sums = ReportSums(self.layout, self.sources)
         sums.add(reports)
@@ -247,14 +253,12 @@ class Trainer:
         _, grad_norm, _ = self.optimizer.step()
         if recipe.optimizer.clip_grad == 0:
             grad_norm = self.optimizer.get_grad_norm()
-        epoch, planned = self.plan.rows(self.step)
         if not math.isfinite(grad_norm):
             self.saver.finish()
             raise_bad_gradient(grad_norm, self.step + 1, planned, self.dataset)
         self.scheduler.step(increment=1)
         self.step += 1
         self.evaluated = False
-        lengths = [int(self.dataset.lengths[i]) - 1 for row in planned for i in row]
         seconds = time.perf_counter() - started
         metrics = {
             "step": self.step,
@@ -267,9 +271,26 @@ class Trainer:
             "decisions": reduced.decisions,
             "trajectories": digest([i for row in planned for i in row]),
             **means,
+            **(self._router_losses(sum(lengths)) if self.routes else {}),
             **self._epochs_of_sources(),
         }
         return metrics, reduced.flagged
+
+    def _start_routers(self, planned: Any, tokens: int) -> None:
+        """Tells the routers what the step's gradients are divided by: what the loss's normalization counts."""
+        decisions = [int(self.dataset.num_decisions[i]) for row in planned for i in row]
+        by_token = self.recipe.train.loss_normalization == "token"
+        divisor = sum(decisions) if by_token else sum(n > 0 for n in decisions)
+        moe.start_step(self.model, divisor=max(divisor, 1), tokens=tokens)
+
+    def _router_losses(self, tokens: int) -> dict[str, float]:
+        """The routers' losses without their coefficients, means over layers and the step's tokens, on every rank."""
+        sums = moe.step_sums(self.model, self.layout.device)
+        torch.distributed.all_reduce(sums)
+        count = tokens * self.recipe.model.num_layers
+        kinds = (self.recipe.train.moe_aux_loss_coeff, self.recipe.train.moe_z_loss_coeff)
+        means = zip(moe.METRICS, (sums / max(count, 1)).tolist(), kinds, strict=True)
+        return {name: mean for name, mean, coefficient in means if coefficient}
 
     def _epochs_of_sources(self) -> dict[str, float]:
         """How often each source was gone through so far."""

@@ -46,13 +46,30 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-yarn": ("Qwen3", {"vocab_size": 517, "head_dim": 24, "rope_parameters": YARN_ROPE}),
     "qwen3-tied": ("Qwen3", {"vocab_size": 517, "head_dim": 24, "tie_word_embeddings": True}),
 }
+# Mixtures: both ways of weighing the experts, and a shared one.
+_EXPERTS: dict[str, Any] = {"vocab_size": 259, "num_experts_per_tok": 2}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "norm_topk_prob": True},
+    ),
+    "qwen3-moe-bf16": (
+        "Qwen3Moe",
+        {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "dtype": torch.bfloat16},
+    ),
+    "mixtral": ("Mixtral", {**_EXPERTS, "num_local_experts": 4}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    ),
+}
 
 
 def save_model(name: str, folder: Path, **changes: Any) -> Path:
     """The random model of that name, saved by transformers; biases and norms are random too."""
     import transformers
 
-    architecture, options = MODELS[name]
+    architecture, options = (MODELS | MIXTURES)[name]
     config = getattr(transformers, f"{architecture}Config")(**SIZES | options | changes)
     torch.manual_seed(0)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config)
@@ -82,7 +99,7 @@ def save_tokenizer(folder: Path, end: str = "<|im_end|>") -> Path:
 
 def tokens_for(name: str, length: int = 40) -> torch.Tensor:
     """[1, length] random tokens of the model's vocabulary, its last one among them."""
-    vocab_size = MODELS[name][1]["vocab_size"]
+    vocab_size = (MODELS | MIXTURES)[name][1]["vocab_size"]
     tokens = torch.randint(0, vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
     tokens[0, 3] = vocab_size - 1
     return tokens

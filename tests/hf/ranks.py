@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 
-def load(folder: Path, tp: int, pp: int) -> tuple[Any, Any, Any]:
+def load(folder: Path, tp: int, pp: int, ep: int = 1) -> tuple[Any, Any, Any]:
     from pear_megatron.megatron.checkpoint.load_model import load_for_inference
 
-    return load_for_inference(folder, tensor_parallel=tp, pipeline_parallel=pp, precision="fp32")
+    return load_for_inference(
+        folder, tensor_parallel=tp, pipeline_parallel=pp, expert_parallel=ep, precision="fp32"
+    )
 
 
 def leave() -> None:
@@ -56,24 +58,26 @@ def logprobs(model: Any, keys: Any, layout: Any, tokens: Tensor) -> Tensor | Non
 
 
 def rank_logprobs(
-    rank: int, cases: dict[str, tuple[Path, Tensor]], layouts: list[tuple[int, int]]
-) -> dict[tuple[str, int, int], Tensor | None]:
-    """Log-probs of every case on every layout, in one world."""
+    rank: int, cases: dict[str, tuple[Path, Tensor]], layouts: list[tuple[int, ...]]
+) -> dict[tuple[Any, ...], Tensor | None]:
+    """Log-probs of every case on every layout (TP, PP, and EP where given), in one world."""
     found = {}
-    for tp, pp in layouts:
+    for sizes in layouts:
         for name, (folder, tokens) in cases.items():
-            model, keys, layout = load(folder, tp, pp)
-            found[name, tp, pp] = logprobs(model, keys, layout, tokens)
+            model, keys, layout = load(folder, *sizes)
+            found[(name, *sizes)] = logprobs(model, keys, layout, tokens)
             leave()
     return found
 
 
-def rank_convert(rank: int, cases: dict[str, Path], output: Path, tp: int, pp: int) -> None:
+def rank_convert(rank: int, cases: dict[str, Path], output: Path, tp: int, pp: int, ep: int = 1) -> None:
     """Converts every case into ``output / name``."""
     from pear_megatron.megatron.checkpoint.convert import convert_checkpoint
 
     for name, folder in cases.items():
-        convert_checkpoint(folder, output / name, tensor_parallel=tp, pipeline_parallel=pp)
+        convert_checkpoint(
+            folder, output / name, tensor_parallel=tp, pipeline_parallel=pp, expert_parallel=ep
+        )
         leave()
 
 

@@ -131,7 +131,7 @@ def rank_parameters(rank: int, folder: Path, pp: int, vpp: int | None) -> dict[A
     for chunk in chunks:
         layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         for name, parameter in chunk.named_parameters():
-            found[checkpoint_name(name, layers)] = parameter.detach().clone()
+            found[checkpoint_name(name, layers)[:2]] = parameter.detach().clone()
     return found
 
 

@@ -97,7 +97,7 @@ def test_export_refuses_a_folder_in_use_and_replaces_it_when_told(
     ("arguments", "message"),
     [
         (["convert", "--hf", "{}/nothing", "--output", "{}/out"], "no Hugging Face checkpoint at"),
-        (["convert", "--hf", "{}/mixtral", "--output", "{}/out"], "Megatron-Bridge.*not installed here"),
+        (["convert", "--hf", "{}/olmoe", "--output", "{}/out"], "Megatron-Bridge.*not installed here"),
         (["export", "--checkpoint", "{}/nothing", "--output", "{}/out"], "no checkpoint at"),
         (["export", "--checkpoint", "{}", "--output", "{}/out", "--hf", "{}"], "not installed here"),
         (
@@ -107,8 +107,8 @@ def test_export_refuses_a_folder_in_use_and_replaces_it_when_told(
     ],
 )
 def test_commands_say_what_is_wrong(tmp_path: Path, arguments: list[str], message: str) -> None:
-    (tmp_path / "mixtral").mkdir()
-    (tmp_path / "mixtral" / "config.json").write_text('{"architectures": ["MixtralForCausalLM"]}')
+    (tmp_path / "olmoe").mkdir()
+    (tmp_path / "olmoe" / "config.json").write_text('{"architectures": ["OlmoeForCausalLM"]}')
     result = CliRunner().invoke(app, [argument.format(tmp_path) for argument in arguments])
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")

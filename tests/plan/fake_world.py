@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pear_megatron.recipe.sections import expert_tensor_size
 from tests.plan import recipes
 
 
@@ -32,7 +33,11 @@ def _layout(recipe: Any, rank: int) -> Any:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, create_gloo_process_groups=False
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_size(parallel),
+        create_gloo_process_groups=False,
     )
     return Layout(
         rank=rank,
@@ -50,6 +55,8 @@ def _layout(recipe: Any, rank: int) -> Any:
         dp_group=parallel_state.get_data_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(),
         sequence_parallel=parallel.sequence_parallel,
+        ep_size=parallel.expert_model_parallel_size,
+        expert_tp_size=expert_tensor_size(parallel),
     )
 
 
@@ -74,7 +81,7 @@ def build_every_stage(_rank: int, name: str) -> list[BuiltRank]:
         layout = replace(layout, sequence_parallel=False)
         with torch.device("meta"):
             model = wrap_ddp(build_model(recipe.model, layout, recipe.train), recipe.parallel)
-        buffers = model.buffers
+        buffers = model.buffers + model.expert_parallel_buffers
         built.append(
             BuiltRank(
                 stage=parallel_state.get_pipeline_model_parallel_rank(),

@@ -18,6 +18,7 @@ def convert_checkpoint(
     *,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
+    expert_parallel: int = 1,
     precision: str | None = None,
 ) -> None:
     """Writes the checkpoint, with model.yaml and hf/ beside it; it appears whole or not at all.
@@ -29,13 +30,18 @@ def convert_checkpoint(
         output: root of the new one, put in the place of what may be there.
         tensor_parallel, pipeline_parallel: ranks that share the model while it is in memory, as many as
             torchrun started; the checkpoint does not depend on them.
+        expert_parallel: of these ranks, those that share a mixture's experts.
         precision: ``bf16`` or ``fp32``; None = bf16 if every tensor is, else fp32.
 
     Raises:
         RecipeError, CheckpointError: on every rank: the source cannot be read or the output not be written.
     """
     model, keys, layout = load_for_inference(
-        folder, tensor_parallel=tensor_parallel, pipeline_parallel=pipeline_parallel, precision=precision
+        folder,
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        expert_parallel=expert_parallel,
+        precision=precision,
     )
     partial = partial_of(output)
 

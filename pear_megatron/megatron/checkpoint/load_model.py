@@ -71,6 +71,7 @@ def load_for_inference(
     *,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
+    expert_parallel: int = 1,
     precision: str | None = None,
 ) -> tuple[Any, ModelConfig, Layout]:
     """This rank's part of a model, in evaluation mode, with the model's keys and the rank's layout.
@@ -83,6 +84,8 @@ def load_for_inference(
             ``pear-megatron convert``.
         tensor_parallel: ranks that share each layer.
         pipeline_parallel: stages.
+        expert_parallel: ranks that share a mixture's experts, each of them whole; every forward pass is then all
+            these ranks' together.
         precision: ``bf16`` or ``fp32``; None = that of the stored weights (fp32 for float16 ones).
 
     Raises:
@@ -91,22 +94,29 @@ def load_for_inference(
     if (Path(path) / "config.json").is_file():
         model = ModelConfig.model_validate(model_keys(path))
         with HFWeights(path, model) as weights:
-            built, layout = _build(model, tensor_parallel, pipeline_parallel, precision or weights.precision)
+            built, layout = _build(
+                model, tensor_parallel, pipeline_parallel, expert_parallel, precision or weights.precision
+            )
             load_weights(weights, built, layout)
         return built.eval(), model, layout
     checkpoint_folder = resolve(path)
     model, stored_precision = read_model_file(find_root(path))
-    built, layout = _build(model, tensor_parallel, pipeline_parallel, precision or stored_precision)
+    built, layout = _build(
+        model, tensor_parallel, pipeline_parallel, expert_parallel, precision or stored_precision
+    )
     checkpoint.load(checkpoint_folder, built)
     return built.eval(), model, layout
 
 
 def _build(
-    model: ModelConfig, tensor_parallel: int, pipeline_parallel: int, precision: str
+    model: ModelConfig, tensor_parallel: int, pipeline_parallel: int, expert_parallel: int, precision: str
 ) -> tuple[Any, Layout]:
     """This rank's part of the model, unfilled; ranks beyond TP x PP are data parallel."""
     parallel = ParallelConfig(
-        tensor_model_parallel_size=tensor_parallel, pipeline_model_parallel_size=pipeline_parallel
+        tensor_model_parallel_size=tensor_parallel,
+        pipeline_model_parallel_size=pipeline_parallel,
+        expert_model_parallel_size=expert_parallel,
+        expert_tensor_parallel_size=1 if expert_parallel > 1 else None,
     )
     from megatron.core.utils import get_model_config
 

@@ -23,6 +23,7 @@ def describe(layout: Layout) -> dict[str, int]:
         "tp_size": layout.tp_size,
         "pp_size": layout.pp_size,
         "cp_size": layout.cp_size,
+        **({"ep_size": layout.ep_size} if layout.ep_size > 1 else {}),
     }
 
 

@@ -1,7 +1,7 @@
 """Parameters of a Megatron-Core torch_dist checkpoint, read one at a time without building the model.
 
 Such a checkpoint holds whole parameters: one entry for the embedding, one for each kind of layer parameter with
-the layers along its first axis, whatever tensor- and pipeline-parallel sizes wrote it.
+the layers along its first axis (and the experts along its second), whatever parallel sizes wrote it.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class StoredParameters:
         """
         shape = whole_shape(parameter)
         size, offset = shape, (0,) * len(shape)
-        if parameter.layer is not None:
-            size, offset = (1, *shape), (parameter.layer, *offset)
+        stacked = [number for number in (parameter.layer, parameter.expert) if number is not None]
+        size, offset = (*(1 for _ in stacked), *shape), (*stacked, *offset)
         entry = self._entries[parameter.name]
         target = torch.empty(size, dtype=entry.properties.dtype)
         chunk = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(size))
@@ -104,7 +104,8 @@ class StoredParameters:
             if entry is None:
                 raise CheckpointError(f"{self.folder} does not hold parameter {parameter.name}")
             layers = () if parameter.layer is None else (model.num_layers,)
-            shape = (*layers, *whole_shape(parameter))
+            experts = () if parameter.expert is None else (model.num_moe_experts,)
+            shape = (*layers, *experts, *whole_shape(parameter))
             fits = tuple(entry.size) == shape
             if parameter.padded:
                 fits = entry.size[0] >= shape[0] and tuple(entry.size[1:]) == shape[1:]
@@ -118,10 +119,11 @@ class StoredParameters:
 
 
 def whole_shape(parameter: Parameter) -> tuple[int, ...]:
-    """Shape of a parameter of one layer, before Megatron pads the vocabulary and before ranks share it."""
+    """Shape of a parameter of one layer or expert, before Megatron pads the vocabulary and before ranks share it."""
     rows = sum(part.shape[0] for part in parameter.parts)
     return (rows, *parameter.parts[0].shape[1:])
 
 
 def _place(parameter: Parameter) -> str:
-    return parameter.name if parameter.layer is None else f"{parameter.name} of layer {parameter.layer}"
+    place = parameter.name if parameter.layer is None else f"{parameter.name} of layer {parameter.layer}"
+    return place if parameter.expert is None else f"{place} and expert {parameter.expert}"

@@ -67,13 +67,17 @@ policy:
     num_layers_in_first_pipeline_stage: null
     num_layers_in_last_pipeline_stage: null
     sequence_parallel: false
+    expert_tensor_parallel_size: 1
+    expert_model_parallel_size: 1
+    env_vars: null
     optimizer: {lr: 5.0e-6, min_lr: 5.0e-7}
     scheduler: {lr_warmup_iters: 13, lr_warmup_init: 5.0e-7}
   generation:
     temperature: 1.0
     stop_token_ids: null
     vllm_cfg: {async_engine: false, tensor_parallel_size: 1, pipeline_parallel_size: 1,
-      max_model_len: "${policy.max_total_sequence_length}"}
+      max_model_len: "${policy.max_total_sequence_length}",
+      gpu_memory_utilization: 0.6}
     vllm_kwargs: {}
     colocated: {enabled: true, resources: {gpus_per_node: null, num_nodes: null}}
 data:

@@ -18,6 +18,7 @@ LAYOUTS = {  # nodes, TP, PP, DP, TP of vLLM
     "qwen3-8b": (1, 1, 2, 4, 1),
     "deepseek-r1-distill-qwen-7b": (4, 2, 1, 16, 4),
     "qwen3-14b": (2, 4, 1, 4, 2),
+    "qwen3-30b-a3b": (8, 2, 1, 32, 4),
     "qwen2.5-32b": (4, 4, 4, 2, 4),
     "qwen2.5-72b": (8, 4, 4, 4, 8),
     "llama-3.3-70b": (8, 4, 4, 4, 8),
