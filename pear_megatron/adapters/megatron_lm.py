@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 
+from pear_megatron.adapters.megatron_lm_model import describe_checkpoints
 from pear_megatron.adapters.offline_data import OfflineBatches, open_trajectories
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig
@@ -105,6 +106,7 @@ def datasets(
         args, args.pear_data, args.global_batch_size, consumed_samples=args.consumed_train_samples
     )
     if args.rank == 0:
+        describe_checkpoints(args, _vocab_size(args))
         epochs = (args.train_iters or 0) / train.steps_per_epoch
         log.warning(
             "PEAR: an epoch is %d iterations; %.2f epochs are asked for", train.steps_per_epoch, epochs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Self
 
@@ -28,6 +29,13 @@ def open_trajectories(config: DataConfig, *, needs_logprobs: bool, vocab_size: i
         prepare, config, require_behavior_logprobs=needs_logprobs, vocab_size=vocab_size, progress=True
     )
     return TrajectoryDataset.open(from_main(work))
+
+
+def _routing_one_token(padding_mask: torch.Tensor) -> torch.Tensor:
+    """Padding alone, but for a position: Megatron's routers divide their losses by the tokens that are none."""
+    changed = padding_mask.clone()
+    changed[0, 0] = False
+    return changed
 
 
 class OfflineBatches(Iterator[PackedBatch]):
@@ -107,4 +115,6 @@ class OfflineBatches(Iterator[PackedBatch]):
             self._current = self._micro_batches(step)
             self._step += 1
             batch = next(self._current)
+        if batch.padding_mask.all():  # at the end of an epoch
+            batch = replace(batch, padding_mask=_routing_one_token(batch.padding_mask))
         return batch if self._device is None else batch.to(self._device, non_blocking=True)

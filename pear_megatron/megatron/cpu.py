@@ -165,7 +165,7 @@ class _CpuRngTracker:
         return True
 
     def get_states(self) -> dict[str, Any]:
-        return {}
+        return {"model-parallel-rng": torch.get_rng_state()}  # none would end Megatron-LM's resume
 
     def set_states(self, states: dict[str, Any]) -> None:
         return None

@@ -166,6 +166,16 @@ class PearForwardStep:
         tp_group, cp_group = _groups_of(model)
         self.tp_group = tp_group if self.tp_group is None else self.tp_group
         self.cp_group = cp_group if self.cp_group is None else self.cp_group
+        shared, cp_size = (
+            1 if self.cp_group is None else self.cp_group.size(),
+            model_config.context_parallel_size,
+        )
+        if shared != cp_size:
+            raise RecipeError(
+                f"the model's config has context_parallel_size {cp_size} and its context-parallel group {shared} "
+                "rank(s): weights would be those of pieces of trajectories; give cp_group, or build the model with its "
+                "process groups"
+            )
         if self.use_output_processor is None:
             self.use_output_processor = supports_output_processor(model)
         if self.output_chunk_tokens is not None:

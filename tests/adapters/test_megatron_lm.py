@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -32,7 +33,8 @@ MODEL = """
 """
 TRAINING = f"""
     --seq-length 128 --micro-batch-size 2 --global-batch-size 8 --train-iters {STEPS} --seed 1234
-    --lr 1e-3 --lr-decay-style constant --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8
+    --lr 1e-3 --lr-decay-style constant --lr-decay-iters {STEPS} --weight-decay 0.1 --adam-beta1 0.9
+    --adam-beta2 0.95 --adam-eps 1e-8
     --clip-grad 1.0 --calculate-per-token-loss --tokenizer-type NullTokenizer --eval-interval 5
     --tensorboard-log-interval 1 --log-interval 1 --ckpt-format torch_dist
 """
@@ -47,12 +49,12 @@ OURS = [
 ]  # fmt: skip
 
 
-def pretrain(processes: int, output: Path, *arguments: str) -> tuple[int, str]:
+def pretrain(processes: int, output: Path, *arguments: str, program: Path = PROGRAM) -> tuple[int, str]:
     """Runs the example's program under torchrun -> its exit code and what it said."""
     torchrun = f"-W ignore -m torch.distributed.run --standalone --nproc-per-node={processes}".split()
     settings = f"{MODEL} {TRAINING} {ON_CPU} --tensorboard-dir {output / 'tensorboard'}".split()
     done = subprocess.run(
-        [sys.executable, *torchrun, str(PROGRAM), *settings, *arguments],
+        [sys.executable, *torchrun, str(program), *settings, *arguments],
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -65,6 +67,18 @@ def pretrain(processes: int, output: Path, *arguments: str) -> tuple[int, str]:
         timeout=600,
     )
     return done.returncode, done.stdout
+
+
+def finish(processes: int, output: Path, *arguments: str, program: Path = PROGRAM) -> str:
+    """A run that ends well -> what it said."""
+    code, said = pretrain(processes, output, *arguments, program=program)
+    assert code == 0, "\n".join(re.findall(r"^.*(?:Error|error|File).*$", said, re.M)[:40])
+    return said
+
+
+def from_weights(start: Path) -> list[str]:
+    """Options that begin a run from a checkpoint's weights alone."""
+    return ["--load", str(start), "--finetune", "--no-load-optim", "--no-load-rng"]
 
 
 def scalars(output: Path, name: str) -> list[float]:
@@ -83,8 +97,13 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     data = write_trajectories(folder / "data.jsonl", 60)
     train(folder / "start", data, 1, "train.max_steps=1")
     start = folder / "start" / "checkpoints"
-    rows = train(folder / "run", data, 1, *OURS, f"checkpoint.pretrained={start}")
-    return {"data": data, "start": start, "rows": rows}
+    held_out = write_trajectories(folder / "held-out.jsonl", 16, seed=1)
+    rows = train(
+        folder / "run", data, 1, *OURS, f"checkpoint.pretrained={start}", f"data.validation={held_out}",
+        "train.eval_interval=5",
+    )  # fmt: skip
+    rows = [row for row in rows if row["step"]]
+    return {"data": data, "held_out": held_out, "start": start, "rows": rows}
 
 
 @pytest.mark.parametrize(
@@ -99,16 +118,132 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_losses_and_gradient_norms_are_those_of_our_trainer(
     processes: int, layout: str, ours: dict[str, Any], tmp_path: Path
 ) -> None:
-    code, said = pretrain(
+    finish(
         processes, tmp_path, "--pear-data", str(ours["data"]), "--eval-iters", "0", *layout.split(),
-        "--load", str(ours["start"]), "--finetune", "--no-load-optim", "--no-load-rng",
+        *from_weights(ours["start"]),
     )  # fmt: skip
-    assert code == 0, "\n".join(re.findall(r"^.*(?:Error|error|File).*$", said, re.M)[:40])
+    compare(tmp_path, ours["rows"])
+
+
+def compare(output: Path, rows: list[dict[str, Any]]) -> None:
+    """Metrics of every step, theirs against our trainer's."""
     for theirs, key in (
         ("loss", "loss"),
         ("nll", "nll"),
         ("pear/weight", "pear/weight"),
         ("grad-norm", "grad_norm"),
     ):
-        expected = [row[key] for row in ours["rows"]]
-        assert scalars(tmp_path, theirs) == pytest.approx(expected, rel=1e-5), theirs
+        expected = [row[key] for row in rows]
+        assert scalars(output, theirs) == pytest.approx(expected, rel=1e-5), theirs
+
+
+@pytest.fixture(scope="module")
+def interrupted(ours: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Five steps, saved, and the same command with --load for the other five, at TP 2 with evaluations."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    save = folder / "checkpoints"
+    common = [
+        "--pear-data", str(ours["data"]), "--pear-validation-data", str(ours["held_out"]), "--eval-iters", "1",
+        "--tensor-model-parallel-size", "2", "--save", str(save), "--save-interval", "5",
+    ]  # fmt: skip
+    first = finish(2, folder / "first", *common, "--train-iters", "5", *from_weights(ours["start"]))
+    second = finish(2, folder / "second", *common, "--load", str(save), "--override-opt-param-scheduler")
+    return {"folder": folder, "save": save, "said": first + second}
+
+
+def test_a_resumed_run_goes_on_with_the_batches_that_it_would_have_had(
+    interrupted: dict[str, Any], ours: dict[str, Any]
+) -> None:
+    compare(interrupted["folder"] / "first", ours["rows"][:5])
+    compare(interrupted["folder"] / "second", ours["rows"][5:])
+
+
+def test_evaluations_are_ratios_of_sums_as_our_trainers(
+    interrupted: dict[str, Any], ours: dict[str, Any]
+) -> None:
+    for part, row in (("first", ours["rows"][4]), ("second", ours["rows"][9])):
+        for key in ("loss", "nll", "pear/weight", "pear/effective_sample_size"):
+            value = scalars(interrupted["folder"] / part, f"{key} validation")[0]
+            assert value == pytest.approx(row[f"validation/{key}"], rel=1e-5), key
+
+
+def test_weights_that_grow_are_said_once(interrupted: dict[str, Any]) -> None:
+    assert "of one rank's micro-batches: the mean weight is" in interrupted["said"]
+
+
+def test_its_checkpoint_is_exported(
+    interrupted: dict[str, Any], ours: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+
+    from pear_megatron.megatron.checkpoint.export import export_checkpoint
+
+    export_checkpoint(interrupted["save"], tmp_path / "theirs")
+    export_checkpoint(ours["start"].parent.parent / "run", tmp_path / "ours")
+    theirs, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    assert theirs.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (theirs[name] - tensor).abs().max() < 2e-4, name  # Adam makes steps of 1e-3 of rounding
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "ours")]
+    assert configs[0] == configs[1]
+
+
+def test_without_reweighting_it_is_megatrons_own_loss(ours: dict[str, Any], tmp_path: Path) -> None:
+    plain = ours["data"].parent / "plain.jsonl"
+    rows = [json.loads(line) for line in ours["data"].read_text().splitlines()]
+    plain.write_text("".join(json.dumps(row | {"reward": 1.0}) + "\n" for row in rows))
+    arguments = ["--pear-data", str(plain), "--pear-variant", "none", "--eval-iters", "0",
+                 "--pear-vocab-size", "1024",  # Megatron's own counts the padding of the vocabulary
+                 *from_weights(ours["start"])]  # fmt: skip
+    finish(1, tmp_path / "ours", *arguments)
+    finish(1, tmp_path / "own", *arguments, program=Path(__file__).with_name("megatron_own_loss.py"))
+    for name in ("loss", "grad-norm"):
+        own = scalars(tmp_path / "own", name)
+        assert len(own) == STEPS
+        assert scalars(tmp_path / "ours", name) == pytest.approx(own, rel=1e-5), name
+
+
+EXPERTS = Path(__file__).with_name("megatron_experts.py")
+MIXTURE = """
+    --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 128 --moe-router-dtype fp32
+    --moe-token-dispatcher-type alltoall
+"""
+
+
+@pytest.fixture(scope="module")
+def mixture(ours: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Our trainer's run of a mixture of experts without the routers' losses, which it counts otherwise."""
+    folder = tmp_path_factory.mktemp("mixture")
+    experts = ["model.num_moe_experts=4", "model.moe_router_topk=2", "train.moe_aux_loss_coeff=0"]
+    train(folder / "start", ours["data"], 1, "train.max_steps=1", *experts)
+    start = folder / "start" / "checkpoints"
+    rows = train(folder / "run", ours["data"], 1, *OURS, *experts, f"checkpoint.pretrained={start}")
+    return {"start": start, "rows": rows}
+
+
+def test_experts_on_two_ranks_train_as_in_our_trainer(
+    mixture: dict[str, Any], ours: dict[str, Any], tmp_path: Path
+) -> None:
+    finish(
+        2, tmp_path, "--pear-data", str(ours["data"]), "--eval-iters", "0", *MIXTURE.split(),
+        "--moe-router-load-balancing-type", "none", "--expert-model-parallel-size", "2",
+        *from_weights(mixture["start"]), program=EXPERTS,
+    )  # fmt: skip
+    compare(tmp_path, mixture["rows"])
+
+
+def test_the_routers_loss_survives_and_is_reported(
+    mixture: dict[str, Any], ours: dict[str, Any], tmp_path: Path
+) -> None:
+    finish(
+        1, tmp_path, "--pear-data", str(ours["data"]), "--eval-iters", "0", *MIXTURE.split(),
+        "--moe-router-load-balancing-type", "aux_loss", "--moe-aux-loss-coeff", "100",
+        *from_weights(mixture["start"]), program=EXPERTS,
+    )  # fmt: skip
+    rows = mixture["rows"]
+    assert scalars(tmp_path, "loss")[0] == pytest.approx(rows[0]["loss"], rel=1e-5)
+    assert scalars(tmp_path, "grad-norm")[0] != pytest.approx(rows[0]["grad_norm"], rel=1e-3)
+    losses = scalars(tmp_path, "load_balancing_loss")
+    assert len(losses) == STEPS
+    assert all(loss > 0.9 for loss in losses)

@@ -172,7 +172,7 @@ def test_llama_1_has_no_key_for_its_key_and_value_heads(tmp_path: Path) -> None:
         (QWEN25, {"use_mrope": True}, "use_mrope is True"),
         (QWEN25, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         (LLAMA31, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        (QWEN3, {"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM.*Megatron-Bridge"),
+        (QWEN3, {"architectures": ["Qwen3NextForCausalLM"]}, "Qwen3NextForCausalLM.*Megatron-Bridge"),
         (LLAMA31, {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         (LLAMA31, {"architectures": GONE, "model_type": "gpt2"}, "model_type is 'gpt2'"),
         (LLAMA31, {"hidden_size": "4096"}, "hidden_size is '4096'; expected a positive integer"),

@@ -1,0 +1,87 @@
+"""model.yaml beside the checkpoints of Megatron-LM's loop, so that ``pear-megatron export`` opens them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from pear_megatron.errors import RecipeError
+from pear_megatron.hf.assets import ASSETS, MODEL_FILE, find_root, write_model_files
+from pear_megatron.recipe import ModelConfig
+
+log = logging.getLogger("pear_megatron")
+
+# Arguments that change a model in a way that ModelConfig has no word for, and their values in those that it has.
+_PLAIN = {
+    "multi_latent_attention": False, "apply_layernorm_1p": False, "rotary_percent": 1.0, "window_size": None,
+    "use_rope_scaling": False, "mtp_num_layers": None, "moe_layer_freq": 1, "qk_l2_norm": False,
+    "add_position_embedding": True, "hybrid_layer_pattern": None, "experimental_attention_variant": None,
+}  # fmt: skip
+_SAME_NAME = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings",
+    "normalization", "position_embedding_type", "rotary_base", "add_bias_linear", "add_qkv_bias", "qk_layernorm",
+)  # fmt: skip
+_MIXTURE = {
+    "num_experts": "num_moe_experts",
+    "moe_router_topk": "moe_router_topk",
+    "moe_ffn_hidden_size": "moe_ffn_hidden_size",
+    "moe_router_pre_softmax": "moe_router_pre_softmax",
+    "moe_shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate": "moe_shared_expert_gate",
+}
+
+
+def model_of(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
+    """The model that Megatron-LM's arguments describe, in a recipe's words.
+
+    Raises:
+        RecipeError: a recipe has no words for it; names the option.
+    """
+    for name, plain in _PLAIN.items():
+        if getattr(args, name, plain) != plain:
+            raise RecipeError(f"--{name.replace('_', '-')} {getattr(args, name)}")
+    if not args.swiglu and (args.squared_relu or args.quick_geglu):
+        raise RecipeError("an activation other than --swiglu and GELU")
+    keys = {name: getattr(args, name) for name in _SAME_NAME}
+    if getattr(args, "num_experts", None):
+        keys |= {ours: getattr(args, theirs) for theirs, ours in _MIXTURE.items() if hasattr(args, theirs)}
+    try:
+        return ModelConfig(
+            **keys,
+            num_query_groups=args.num_query_groups if args.group_query_attention else None,
+            norm_epsilon=getattr(args, "layernorm_epsilon", None) or args.norm_epsilon,
+            activation="swiglu" if args.swiglu else "gelu",
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            vocab_size=vocab_size,
+        )
+    except ValidationError as error:
+        raise RecipeError(str(error.errors()[0]["msg"])) from error
+
+
+def describe_checkpoints(args: argparse.Namespace, vocab_size: int) -> None:
+    """Writes model.yaml, and the tokenizer's files where there are any, into ``--save``; rank 0 calls it.
+
+    Where no recipe has words for the model, it says so and writes nothing: such checkpoints are for the tools of
+    the loop that wrote them.
+    """
+    if args.save is None:
+        return
+    try:
+        model = model_of(args, vocab_size)
+    except RecipeError as error:
+        log.warning("PEAR: `pear-megatron export` will not know the model in %s (%s)", args.save, error)
+        return
+    source = None
+    if args.load is not None:
+        try:
+            source = find_root(args.load) / ASSETS
+        except RecipeError:
+            log.info("PEAR: %s has no %s to take a tokenizer from", args.load, MODEL_FILE)
+    precision = "bf16" if args.bf16 else "fp32"
+    if source is None or not source.is_dir():
+        source = None
+    if source != Path(args.save).absolute() / ASSETS:
+        write_model_files(Path(args.save), model, precision, source=source, tokenizer=args.pear_tokenizer)
