@@ -73,6 +73,7 @@ class PearSFTTrainer(SFTTrainer):
             )
         super()._init_engine()
         check_vocabulary(self.engine, self.model_config.hf_config)
+        count_whole_tokens(self.engine)
 
     def _report(self, metrics: dict[str, Any], *, training: bool) -> None:
         """Puts ratios of global sums where verl gathered the micro-batches' reports."""
@@ -114,6 +115,23 @@ def check_vocabulary(engine: Any, hf_config: Any) -> None:
                 f"the model's output layer has {columns} columns for {real} tokens; verl's log-probs have the padding in "
                 "their softmax. Choose a tensor-parallel size that divides the vocabulary"
             )
+
+
+def count_whole_tokens(engine: Any) -> None:
+    """Makes the gradient exact where verl's Megatron engine rounds a micro-batch's tokens down to a multiple of CP.
+
+    Under ``calculate_per_token_loss`` (which Megatron-Bridge sets with context parallelism) the engine multiplies the
+    loss by a number of tokens and has each rank tell Megatron its share of them to divide by, ``tokens // cp_size``.
+    Counting every token cp_size times leaves no remainder. Experts' auxiliary losses and multi-token prediction are
+    scaled by the same number, so with those it stays as verl has it.
+    """
+    config, cp_size = getattr(engine, "tf_config", None), getattr(engine.engine_config, "context_parallel_size", 1)
+    if cp_size == 1 or config is None or not config.calculate_per_token_loss:
+        return
+    if config.num_moe_experts or getattr(config, "mtp_num_layers", None):
+        return
+    original = engine._routed_num_tokens
+    engine._routed_num_tokens = lambda data: original(data) * cp_size
 
 
 @hydra.main(config_path="pkg://verl.trainer.config", config_name="sft_trainer_engine", version_base=None)

@@ -58,7 +58,7 @@ class PearSFTLoss:
             raise RecipeError(
                 f"verl's log-probs are {log_probs.dtype}, whose rounding is as large as the log ratios that PEAR takes "
                 "of them; install flash-attn (its cross entropy is float32), use the Megatron engine, or train with "
-                "engine.dtype=float32"
+                "engine.mixed_precision.param_dtype=fp32"
             )
         cu_seqlens = log_probs.offsets()
         with torch.autocast(log_probs.device.type, enabled=False):

@@ -68,5 +68,11 @@ def install() -> None:
 
 if __name__ == "__main__":
     program, sys.argv[1:] = sys.argv[1], sys.argv[2:]
+    if "engine=megatron" in sys.argv:
+        from pear_megatron.megatron import cpu
+        from tests.adapters import verl_bridge
+
+        cpu.enable()
+        verl_bridge.install()
     install()
     runpy.run_module(program, run_name="__main__", alter_sys=True)
