@@ -111,7 +111,7 @@ def _column(data: Any, name: str, cu_seqlens: Tensor) -> Tensor:
     if name not in data:
         raise DataError(
             [f"the batch has no {name}: data.custom_cls must be a dataset that gives it, as "
-             "pear_megatron.adapters.verl_data.PearDataset does"]
+             "pear_megatron.adapters.verl.data.PearDataset does"]
         )  # fmt: skip
     column = data[name]
     flat = _flat(column)
