@@ -60,7 +60,9 @@ class AutoBridge:
             def forward(self, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
                 return super().forward(*args, attention_mask=None, **kwargs)
 
-        self.config.bf16 = False  # verl's engine takes no float32 model by name, and rounding would hide mistakes
+        self.config.bf16 = (
+            False  # verl's engine takes no float32 model by name, and rounding would hide mistakes
+        )
         spec = specs.get_gpt_layer_local_spec(normalization=self.model.normalization)
         if NO_ATTENTION in os.environ:
             spec.submodules.input_layernorm = spec.submodules.self_attention = IdentityOp
@@ -77,11 +79,7 @@ class AutoBridge:
             position_embedding_type="rope",
             rotary_base=self.model.rotary_base,
         )
-        return [
-            DistributedDataParallel(
-                self.config, DistributedDataParallelConfig(**ddp_config), gpt
-            )
-        ]
+        return [DistributedDataParallel(self.config, DistributedDataParallelConfig(**ddp_config), gpt)]
 
     def load_weights(self, module: Any, path: str) -> None:
         from pear_megatron.hf.weights import HFWeights

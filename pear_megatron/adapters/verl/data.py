@@ -58,7 +58,8 @@ class PearDataset(Dataset):  # type: ignore[type-arg]
         self.trajectories = open_trajectories(
             DataConfig(
                 train=files,
-                seq_length=config.max_length - 1,  # verl counts tokens, and a trajectory of n takes n - 1 positions
+                seq_length=config.max_length
+                - 1,  # verl counts tokens, and a trajectory of n takes n - 1 positions
                 tokenizer=tokenizer.name_or_path,
                 chat_template_kwargs=_plain(config.get("apply_chat_template_kwargs") or {}),
                 **settings,

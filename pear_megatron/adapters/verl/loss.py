@@ -92,14 +92,23 @@ def reduce_reports(gathered: Any) -> dict[str, float]:
     Returns:
         ``loss``, ``nll``, ``pear/...`` and ``decisions``; 0 where nothing was counted.
     """
-    sums, counts = np.concatenate([np.ravel(part) for part in _leaves(gathered)]).reshape(-1, len(REPORT_KEYS), 2).sum(0).T
+    sums, counts = (
+        np.concatenate([np.ravel(part) for part in _leaves(gathered)])
+        .reshape(-1, len(REPORT_KEYS), 2)
+        .sum(0)
+        .T
+    )
     ratios = np.divide(sums, counts, out=np.zeros_like(sums), where=counts != 0)
     return {**dict(zip(REPORT_KEYS, ratios.tolist(), strict=True)), "decisions": float(counts[0])}
 
 
 def _leaves(gathered: Any) -> list[Any]:
     """[rank][number] or [number] -> the lists of numbers, which may differ in length."""
-    return [gathered] if not isinstance(gathered[0], list) else [leaf for part in gathered for leaf in _leaves(part)]
+    return (
+        [gathered]
+        if not isinstance(gathered[0], list)
+        else [leaf for part in gathered for leaf in _leaves(part)]
+    )
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -116,7 +125,9 @@ def _column(data: Any, name: str, cu_seqlens: Tensor) -> Tensor:
     column = data[name]
     flat = _flat(column)
     if flat.numel() != int(cu_seqlens[-1]):
-        raise DataError([f"{name} has {flat.numel()} entries for {int(cu_seqlens[-1])} tokens; give one per token"])
+        raise DataError(
+            [f"{name} has {flat.numel()} entries for {int(cu_seqlens[-1])} tokens; give one per token"]
+        )
     if name == "loss_mask" and flat[cu_seqlens[:-1]].any():
         raise DataError(
             ["loss_mask marks the first token of a trajectory, which nothing predicts: verl would count it among the "

@@ -60,7 +60,10 @@ def count_whole_tokens(engine: Any) -> None:
     Counting every token cp_size times leaves no remainder. Experts' auxiliary losses and multi-token prediction are
     scaled by the same number, so with those it stays as verl has it.
     """
-    config, cp_size = getattr(engine, "tf_config", None), getattr(engine.engine_config, "context_parallel_size", 1)
+    config, cp_size = (
+        getattr(engine, "tf_config", None),
+        getattr(engine.engine_config, "context_parallel_size", 1),
+    )
     if cp_size == 1 or config is None or not config.calculate_per_token_loss:
         return
     if config.num_moe_experts or getattr(config, "mtp_num_layers", None):

@@ -9,7 +9,12 @@ from verl.trainer.sft_trainer import SFTTrainer
 from verl.utils import tensordict_utils
 
 from pear_megatron.adapters.verl.loss import REPORT, PearSFTLoss, reduce_reports
-from pear_megatron.adapters.verl.settings import check_batches, check_settings, check_vocabulary, count_whole_tokens
+from pear_megatron.adapters.verl.settings import (
+    check_batches,
+    check_settings,
+    check_vocabulary,
+    count_whole_tokens,
+)
 from pear_megatron.config import PearConfig
 from pear_megatron.report import WeightWatch
 
@@ -26,7 +31,9 @@ class PearSFTTrainer(SFTTrainer):
     """
 
     def __init__(self, config: DictConfig) -> None:
-        self.pear = PearConfig(**OmegaConf.to_container(config.get("pear") or OmegaConf.create(), resolve=True))
+        self.pear = PearConfig(
+            **OmegaConf.to_container(config.get("pear") or OmegaConf.create(), resolve=True)
+        )
         self._watch, self._trained = WeightWatch(self.pear), 0
         with open_dict(config):
             if config.data.custom_cls.path is None:
