@@ -22,7 +22,8 @@ _FIXED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
      "long ones out, +data.pear.overlong=drop"),
     ("messages_key", ("messages",), "the column is called messages in scored trajectories"),
     ("tools_key", ("tools",), "the column is called tools in scored trajectories"),
-    ("enable_thinking_default", (None, "none"), "give it to the template: +data.apply_chat_template_kwargs.enable_thinking"),
+    ("enable_thinking_default", (None, "none"), "give it to the template: "
+     "+data.apply_chat_template_kwargs.enable_thinking"),
 )  # fmt: skip
 
 

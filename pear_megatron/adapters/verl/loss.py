@@ -28,9 +28,9 @@ class PearSFTLoss:
     Called with verl's ``model_output`` and micro-batch (a TensorDict). Jagged tensors are [B, j], j the tokens of each
     trajectory:
 
-    - ``log_probs`` float32: entry i is the log-probability of token i + 1; the last one of each trajectory is of no token.
-    - ``loss_mask``: entry i is 1 where token i is a decision, 0 at the first token. Shifted here, within the trajectory.
-    - ``behavior_logprobs``, ``reward``, and optionally ``token_weights``, float32: aligned with the tokens, as the mask is.
+    - ``log_probs`` float32: entry i is the log-probability of token i + 1; the last of each trajectory is of no token.
+    - ``loss_mask``: entry i is 1 where token i is a decision, 0 at the first token. Shifted here, in the trajectory.
+    - ``behavior_logprobs``, ``reward``, and optionally ``token_weights``, float32: aligned with the tokens as well.
     - ``batch_num_tokens``, ``dp_size``: decisions of the global batch and data-parallel ranks, from verl's engine.
 
     Args:
@@ -51,6 +51,7 @@ class PearSFTLoss:
     def __call__(
         self, model_output: Mapping[str, Any], data: Any, dp_group: Any = None
     ) -> tuple[Tensor, dict[str, list[float]]]:
+        """A micro-batch\'s loss and report; see the class."""
         log_probs = model_output["log_probs"]
         if not log_probs.is_nested:
             raise RecipeError("verl gives padded log-probs; PEAR reads data.pad_mode=no_padding")
@@ -111,7 +112,7 @@ def _leaves(gathered: Any) -> list[Any]:
     )
 
 
-def _flat(x: Tensor) -> Tensor:
+def _flat(x: Any) -> Tensor:
     """Jagged [B, j] -> [T], sequence after sequence."""
     return x.values() if x.lengths() is None else torch.cat(x.unbind())
 

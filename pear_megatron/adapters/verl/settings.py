@@ -47,8 +47,8 @@ def check_vocabulary(engine: Any, hf_config: Any) -> None:
         columns = getattr(chunk, "vocab_size", real)
         if columns != real:
             raise RecipeError(
-                f"the model's output layer has {columns} columns for {real} tokens; verl's log-probs have the padding in "
-                "their softmax. Choose a tensor-parallel size that divides the vocabulary"
+                f"the model's output layer has {columns} columns for {real} tokens; verl's log-probs have the "
+                "padding in their softmax. Choose a tensor-parallel size that divides the vocabulary"
             )
 
 
