@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -90,7 +89,7 @@ class PearDataset(Dataset):  # type: ignore[type-arg]
         return row
 
 
-def _plain(section: Any) -> Mapping[str, Any]:
+def _plain(section: Any) -> dict[str, Any]:
     """An OmegaConf section, or a dict, as a dict."""
     from omegaconf import OmegaConf
 

@@ -31,9 +31,8 @@ class PearSFTTrainer(SFTTrainer):
     """
 
     def __init__(self, config: DictConfig) -> None:
-        self.pear = PearConfig(
-            **OmegaConf.to_container(config.get("pear") or OmegaConf.create(), resolve=True)
-        )
+        settings: Any = OmegaConf.to_container(config.get("pear") or OmegaConf.create(), resolve=True)
+        self.pear = PearConfig(**settings)
         self._watch, self._trained = WeightWatch(self.pear), 0
         with open_dict(config):
             if config.data.custom_cls.path is None:
