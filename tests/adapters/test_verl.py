@@ -7,6 +7,7 @@ is a CPU's (verl_cpu), and mbridge, which needs Transformer Engine, is stood in 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -109,14 +110,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(
-    folder: Path, ranks: int, *settings: str, pear: PearConfig = PEAR, **environment: str
+    folder: Path,
+    ranks: int,
+    *settings: str,
+    pear: PearConfig | None = PEAR,
+    program: str = "pear_megatron.adapters.verl",
+    **environment: str,
 ) -> tuple[list[dict[str, float]], str]:
     """verl's program on some ranks -> a dict of metrics per step, and all that it said."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", "-m", "tests.adapters.verl_cpu", "pear_megatron.adapters.verl"]
+    command += [f"--nproc-per-node={ranks}", "-m", "tests.adapters.verl_cpu", program]
     command += [f"model.path={folder / 'model'}", f"data.train_files={folder / 'data.jsonl'}"]
     command += [f"trainer.default_local_dir={folder / 'checkpoints'}", f"hydra.run.dir={folder / 'hydra'}"]
-    for name in ("log_ratio_clip", "log_weight_clip"):
+    for name in ("log_ratio_clip", "log_weight_clip") if pear else ():
         command.append(f"+pear.{name}={list(getattr(pear, name))}")
     paths = [str(REPOSITORY), CHECKOUT, os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
@@ -202,6 +208,21 @@ def test_fsdp_on_two_ranks_trains_as_one_and_says_that_weights_collapse(folder: 
         said.count(f"step 1: {100 * steps[0]['pear/weight_at_floor']:.0f}% of the weights are at their floor")
         == 1
     )
+
+
+def test_variant_none_is_verls_own_sft(folder: Path) -> None:
+    """Its program on the same rows, with rewards of 1 and a validation."""
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    plain = folder / "plain.jsonl"
+    plain.write_text("".join(json.dumps({**row, "reward": 1.0}) + "\n" for row in rows))
+    settings = (*FSDP, f"data.train_files={plain}", f"data.val_files={plain}", "trainer.test_freq=-1")
+    own = ("data.custom_cls.path=pkg://pear_megatron.adapters.verl.data", "data.custom_cls.name=PearDataset")
+    wanted, said = train(folder, 1, *settings, *own, pear=None, program="verl.trainer.sft_trainer")
+    steps, ours = train(folder, 1, *settings, "+pear.variant=none", pear=None)
+    names = ("train/loss", "train/grad_norm")
+    assert_same(steps, [{name: step[name] for name in names} for step in wanted])
+    losses = [float(re.findall(r"step:3 - val/loss:([\d.]+)", text)[0]) for text in (ours, said)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_megatron_trains_in_tensor_parallel_as_one_rank_does(folder: Path) -> None:
