@@ -1,0 +1,176 @@
+"""Megatron-Bridge's own finetune() trains with PEAR as our trainer does; what its configuration must say."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pear_megatron.adapters import bridge_checks
+from pear_megatron.data import DataConfig
+from pear_megatron.errors import RecipeError
+from tests.megatron.runs import train, write_trajectories
+
+ROOT = Path(__file__).parents[2]
+STEPS = 10
+OURS = [
+    "train.max_steps=10", "optimizer.lr_decay_style=constant", "optimizer.lr_warmup_steps=0",
+    "optimizer.weight_decay=0.1", "optimizer.adam_beta2=0.95",
+]  # fmt: skip
+
+
+def _missing() -> str | None:
+    checkout = os.environ.get("MEGATRON_BRIDGE_DIR")
+    if checkout is None and importlib.util.find_spec("megatron.bridge") is None:
+        return "megatron-bridge is not installed, and MEGATRON_BRIDGE_DIR does not name a checkout"
+    absent = [
+        name for name in ("megatron.training", "megatron.energon") if not importlib.util.find_spec(name)
+    ]
+    return f"what Megatron-Bridge imports is not installed: {', '.join(absent)}" if absent else None
+
+
+needs_bridge = pytest.mark.skipif(_missing() is not None, reason=_missing() or "")
+
+
+def settings(**changed: Any) -> SimpleNamespace:
+    """What the checks read of a ConfigContainer, as it should be; ``changed`` by dotted name."""
+    config = SimpleNamespace(
+        model=SimpleNamespace(
+            calculate_per_token_loss=True, seq_length=128, transformer_impl="transformer_engine"
+        ),
+        ddp=SimpleNamespace(average_in_collective=False),
+        train=SimpleNamespace(micro_batch_size=1, num_epochs=None),
+        validation=SimpleNamespace(eval_iters=0, eval_micro_batch_size=None),
+        dist=SimpleNamespace(),
+    )
+    for name, value in changed.items():
+        part, field = name.split("__")
+        setattr(getattr(config, part), field, value)
+    return config
+
+
+def data(**changed: Any) -> DataConfig:
+    return DataConfig(**{"train": ["scored.parquet"], "seq_length": 128, **changed})
+
+
+def test_a_configuration_that_goes_with_pear_is_taken() -> None:
+    bridge_checks.check(settings(), data(), None)
+    local = settings(model__transformer_impl="local", train__micro_batch_size=4)
+    bridge_checks.check(local, data(), None)
+    assert (bridge_checks.packed_attention(settings()), bridge_checks.packed_attention(local)) == (
+        "thd",
+        "mask",
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model__calculate_per_token_loss": False}, "calculate_per_token_loss is false.*set it to True"),
+        ({"ddp__average_in_collective": True}, "average_in_collective is true.*set it to False"),
+        ({"model__seq_length": 256}, "data.seq_length is 128 and config.model.seq_length 256"),
+        ({"train__micro_batch_size": 2}, "config.train.micro_batch_size is 2.*single row"),
+        ({"validation__eval_micro_batch_size": 2}, "config.validation.eval_micro_batch_size is 2"),
+        ({"train__num_epochs": 1}, "num_epochs needs Bridge's own data sets"),
+        ({"train__rampup_batch_size": [2, 2, 8]}, "rampup_batch_size"),
+        ({"train__decrease_batch_size_if_needed": True}, "decrease_batch_size_if_needed"),
+        ({"validation__eval_iters": 2}, "eval_iters is 2 and there is no validation_data"),
+        ({"dist__eval_context_parallel_size": 1}, "eval_context_parallel_size"),
+        ({"model__cuda_graph_impl": "local"}, "cuda_graph_impl is 'local'"),
+        ({"model__kd_config": object()}, "distils from a teacher"),
+    ],
+)
+def test_what_would_silently_train_something_else_is_refused(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        bridge_checks.check(settings(**changed), data(), None)
+
+
+def test_everything_that_is_wrong_is_said_at_once() -> None:
+    config = settings(model__calculate_per_token_loss=False, ddp__average_in_collective=True)
+    with pytest.raises(RecipeError, match=r"(?s)per_token_loss.*average_in_collective.*packing"):
+        bridge_checks.check(config, data(packing=False), None)
+
+
+def test_validation_data_that_nobody_reads_are_refused() -> None:
+    with pytest.raises(RecipeError, match="validation_data would not be read"):
+        bridge_checks.check(settings(), data(), ["held-out.parquet"])
+
+
+def test_attention_that_would_not_look_at_the_mask_is_refused() -> None:
+    kind = type("TEDotProductAttention", (), {})
+    with pytest.raises(RecipeError, match="would not look at the mask"):
+        bridge_checks.attention_of_model([SimpleNamespace(modules=lambda: [kind()])], "mask")
+
+
+def test_a_data_set_that_would_be_ignored_is_refused() -> None:
+    from pear_megatron.adapters import bridge
+    from pear_megatron.config import PearConfig
+
+    with pytest.raises(RecipeError, match="config.dataset is a SimpleNamespace.*config.dataset = None"):
+        bridge.plug_in(SimpleNamespace(dataset=SimpleNamespace()), data=data(), pear=PearConfig())
+
+
+def run(processes: int, output: Path, *arguments: str) -> str:
+    """bridge_program.py under torchrun -> what it said."""
+    torchrun = f"-W ignore -m torch.distributed.run --standalone --nproc-per-node={processes}".split()
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    if checkout := os.environ.get("MEGATRON_BRIDGE_DIR"):
+        paths.insert(1, f"{checkout}/src")
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "tests.adapters.bridge_program", "--output", str(output), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, "\n".join(re.findall(r"^.*(?:Error|error|File).*$", done.stdout, re.M)[-40:])
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Our trainer's run from a checkpoint of random weights: the data, the checkpoint, the metrics."""
+    folder = tmp_path_factory.mktemp("ours")
+    path = write_trajectories(folder / "data.jsonl", 60)
+    train(folder / "start", path, 1, "train.max_steps=1")
+    start = folder / "start" / "checkpoints"
+    rows = train(folder / "run", path, 1, *OURS, f"checkpoint.pretrained={start}")
+    return {"data": path, "start": start, "rows": rows}
+
+
+def compare(output: Path, rows: list[dict[str, Any]]) -> None:
+    from tests.adapters.test_megatron_lm import scalars
+
+    for name, key in (
+        ("loss", "loss"), ("nll", "nll"), ("pear/weight", "pear/weight"), ("grad-norm", "grad_norm")
+    ):  # fmt: skip
+        assert scalars(output, name) == pytest.approx([row[key] for row in rows], rel=1e-5), name
+
+
+@needs_bridge
+@pytest.mark.parametrize("layout", [["--tp", "2"], ["--pp", "2"], []], ids=["TP 2", "PP 2", "DP 2"])
+def test_losses_and_gradient_norms_are_those_of_our_trainer(
+    layout: list[str], ours: dict[str, Any], tmp_path: Path
+) -> None:
+    given = ["--data", str(ours["data"]), "--start", str(ours["start"]), "--steps", str(STEPS), *layout]
+    said = run(2, tmp_path, *given)
+    compare(tmp_path, ours["rows"])
+    assert len(re.findall("the mean weight is .* over the last steps", said)) >= 1
+    assert "PEAR: an epoch is" in said
+
+
+@needs_bridge
+def test_a_run_goes_on_from_its_checkpoint_and_evaluates(ours: dict[str, Any], tmp_path: Path) -> None:
+    given = ["--data", str(ours["data"]), "--start", str(ours["start"]), "--save", str(tmp_path / "saved")]
+    run(1, tmp_path / "first", *given, "--steps", "5")
+    said = run(1, tmp_path / "rest", *given, "--steps", "10", "--validate", str(ours["data"]))
+    compare(tmp_path / "rest", ours["rows"][5:])
+    assert re.search(r"validation loss at iteration 10.*pear/weight value", said)
