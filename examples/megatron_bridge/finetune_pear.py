@@ -14,8 +14,12 @@ from pear_megatron.data import DataConfig
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", required=True, help="scored trajectories")
-    parser.add_argument("--pretrained", required=True, help="Qwen3-30B-A3B as a checkpoint of Megatron-Bridge")
-    parser.add_argument("--output", required=True, help="where checkpoints go; the same command continues there")
+    parser.add_argument(
+        "--pretrained", required=True, help="Qwen3-30B-A3B as a checkpoint of Megatron-Bridge"
+    )
+    parser.add_argument(
+        "--output", required=True, help="where checkpoints go; the same command continues there"
+    )
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--variant", default="token", choices=["token", "block", "sequence", "none"])
     options = parser.parse_args()

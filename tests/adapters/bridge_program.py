@@ -11,15 +11,15 @@ from tests.adapters import bridge_edge
 
 bridge_edge.install()
 
-from megatron.bridge.models.gpt_provider import GPTModelProvider
-from megatron.bridge.training import config as bridge
-from megatron.bridge.training import setup
-from megatron.bridge.training.tokenizers.config import TokenizerConfig
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.bridge.models.gpt_provider import GPTModelProvider  # noqa: E402
+from megatron.bridge.training import config as bridge  # noqa: E402
+from megatron.bridge.training import setup  # noqa: E402
+from megatron.bridge.training.tokenizers.config import TokenizerConfig  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 
-from pear_megatron import PearConfig
-from pear_megatron.adapters.bridge import finetune
-from pear_megatron.data import DataConfig
+from pear_megatron import PearConfig  # noqa: E402
+from pear_megatron.adapters.bridge import finetune  # noqa: E402
+from pear_megatron.data import DataConfig  # noqa: E402
 
 PLAIN = {
     "bias_activation_fusion", "masked_softmax_fusion", "bias_dropout_fusion", "apply_rope_fusion", "batch_p2p_sync",
@@ -65,14 +65,14 @@ def configuration(options: argparse.Namespace) -> Any:
             clip_grad=1.0,
             use_distributed_optimizer=False,
             params_dtype=torch.float32,
-        ),  # fmt: skip
+        ),
         scheduler=bridge.SchedulerConfig(
             lr_decay_style="constant",
             lr_warmup_iters=0,
             start_weight_decay=0.1,
             end_weight_decay=0.1,
             weight_decay_incr_style="constant",
-        ),  # fmt: skip
+        ),
         ddp=bridge.DistributedDataParallelConfig(
             average_in_collective=False, use_distributed_optimizer=False
         ),
