@@ -82,7 +82,7 @@ def configuration(options: argparse.Namespace) -> Any:
         ),
         tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=1000),
         checkpoint=bridge.CheckpointConfig(
-            pretrained_checkpoint=options.start,
+            pretrained_checkpoint=options.weights,
             save=options.save,
             load=options.save,
             ckpt_format="torch_dist",
@@ -94,7 +94,7 @@ def configuration(options: argparse.Namespace) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("--data", "--start", "--output", "--save", "--validate"):
+    for name in ("--data", "--weights", "--output", "--save", "--validate"):
         parser.add_argument(name)
     for name in ("--tp", "--pp", "--steps"):
         parser.add_argument(name, type=int, default=1)

@@ -160,7 +160,7 @@ def compare(output: Path, rows: list[dict[str, Any]]) -> None:
 def test_losses_and_gradient_norms_are_those_of_our_trainer(
     layout: list[str], ours: dict[str, Any], tmp_path: Path
 ) -> None:
-    given = ["--data", str(ours["data"]), "--start", str(ours["start"]), "--steps", str(STEPS), *layout]
+    given = ["--data", str(ours["data"]), "--weights", str(ours["start"]), "--steps", str(STEPS), *layout]
     said = run(2, tmp_path, *given)
     compare(tmp_path, ours["rows"])
     assert len(re.findall("the mean weight is .* over the last steps", said)) >= 1
@@ -169,7 +169,7 @@ def test_losses_and_gradient_norms_are_those_of_our_trainer(
 
 @needs_bridge
 def test_a_run_goes_on_from_its_checkpoint_and_evaluates(ours: dict[str, Any], tmp_path: Path) -> None:
-    given = ["--data", str(ours["data"]), "--start", str(ours["start"]), "--save", str(tmp_path / "saved")]
+    given = ["--data", str(ours["data"]), "--weights", str(ours["start"]), "--save", str(tmp_path / "saved")]
     run(1, tmp_path / "first", *given, "--steps", "5")
     said = run(1, tmp_path / "rest", *given, "--steps", "10", "--validate", str(ours["data"]))
     compare(tmp_path / "rest", ours["rows"][5:])
