@@ -68,8 +68,10 @@ def install() -> None:
     from pear_megatron.megatron import cpu
 
     cpu.enable()
-    for name in ("models.gpt.gpt_layer_specs", "extensions.transformer_engine", "datasets.utils"):
-        importlib.import_module(f"megatron.core.{name}")
+    for name in (
+        "core.models.gpt.gpt_layer_specs", "core.extensions.transformer_engine", "core.datasets.utils", "training",
+    ):  # fmt: skip
+        importlib.import_module(f"megatron.{name}")
     sys.modules["megatron.core.datasets.utils"].compile_helpers = lambda: None  # type: ignore[attr-defined]
     edge.hidden = False
     for name, functions in UNTOUCHED.items():
