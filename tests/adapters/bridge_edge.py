@@ -1,7 +1,7 @@
 """Megatron-Bridge's own files without a GPU: what they import and cannot have there is replaced at the edge.
 
 Transformer Engine, ModelOpt and NVIDIA's resiliency extension become modules whose names can be imported, inherited
-from and written into annotations, and which raise when called. Four functions of ModelOpt that Bridge calls on every
+from and written into annotations, and which raise when called. Three functions of ModelOpt that Bridge calls on every
 model do what they do for one that ModelOpt has not touched: nothing.
 """
 

@@ -12,6 +12,7 @@ from tests.adapters import bridge_edge
 bridge_edge.install()
 
 from megatron.bridge.models.gpt_provider import GPTModelProvider  # noqa: E402
+from megatron.bridge.peft.lora import LoRA  # noqa: E402
 from megatron.bridge.training import config as bridge  # noqa: E402
 from megatron.bridge.training import setup  # noqa: E402
 from megatron.bridge.training.tokenizers.config import TokenizerConfig  # noqa: E402
@@ -89,6 +90,7 @@ def configuration(options: argparse.Namespace) -> Any:
         ),
         dist=bridge.DistributedInitConfig(distributed_backend="gloo"),
         rng=bridge.RNGConfig(seed=1234),
+        peft=LoRA(dim=options.lora, alpha=options.lora) if options.lora else None,
     )
 
 
@@ -98,6 +100,7 @@ def main() -> None:
         parser.add_argument(name)
     for name in ("--tp", "--pp", "--steps"):
         parser.add_argument(name, type=int, default=1)
+    parser.add_argument("--lora", type=int, default=0)
     options = parser.parse_args()
     finetune(
         configuration(options),

@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
-from pear_megatron.adapters import bridge_checks
+from pear_megatron.adapters import bridge
+from pear_megatron.adapters.bridge import checks
+from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig
 from pear_megatron.errors import RecipeError
+from pear_megatron.report import WeightWatch
 from tests.megatron.runs import train, write_trajectories
 
 ROOT = Path(__file__).parents[2]
@@ -61,10 +64,10 @@ def data(**changed: Any) -> DataConfig:
 
 
 def test_a_configuration_that_goes_with_pear_is_taken() -> None:
-    bridge_checks.check(settings(), data(), None)
+    checks.check(settings(), data(), None)
     local = settings(model__transformer_impl="local", train__micro_batch_size=4)
-    bridge_checks.check(local, data(), None)
-    assert (bridge_checks.packed_attention(settings()), bridge_checks.packed_attention(local)) == (
+    checks.check(local, data(), None)
+    assert (checks.packed_attention(settings()), checks.packed_attention(local)) == (
         "thd",
         "mask",
     )
@@ -89,30 +92,27 @@ def test_a_configuration_that_goes_with_pear_is_taken() -> None:
 )
 def test_what_would_silently_train_something_else_is_refused(changed: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        bridge_checks.check(settings(**changed), data(), None)
+        checks.check(settings(**changed), data(), None)
 
 
 def test_everything_that_is_wrong_is_said_at_once() -> None:
     config = settings(model__calculate_per_token_loss=False, ddp__average_in_collective=True)
     with pytest.raises(RecipeError, match=r"(?s)per_token_loss.*average_in_collective.*packing"):
-        bridge_checks.check(config, data(packing=False), None)
+        checks.check(config, data(packing=False), None)
 
 
 def test_validation_data_that_nobody_reads_are_refused() -> None:
     with pytest.raises(RecipeError, match="validation_data would not be read"):
-        bridge_checks.check(settings(), data(), ["held-out.parquet"])
+        checks.check(settings(), data(), ["held-out.parquet"])
 
 
 def test_attention_that_would_not_look_at_the_mask_is_refused() -> None:
     kind = type("TEDotProductAttention", (), {})
     with pytest.raises(RecipeError, match="would not look at the mask"):
-        bridge_checks.attention_of_model([SimpleNamespace(modules=lambda: [kind()])], "mask")
+        checks.attention_of_model([SimpleNamespace(modules=lambda: [kind()])], "mask")
 
 
 def test_a_data_set_that_would_be_ignored_is_refused() -> None:
-    from pear_megatron.adapters import bridge
-    from pear_megatron.config import PearConfig
-
     with pytest.raises(RecipeError, match="config.dataset is a SimpleNamespace.*config.dataset = None"):
         bridge.plug_in(SimpleNamespace(dataset=SimpleNamespace()), data=data(), pear=PearConfig())
 
@@ -155,16 +155,27 @@ def compare(output: Path, rows: list[dict[str, Any]]) -> None:
         assert scalars(output, name) == pytest.approx([row[key] for row in rows], rel=1e-5), name
 
 
+def warnings(rows: list[dict[str, Any]], caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What our own trainer would say of the weights, step by step."""
+    watch = WeightWatch(PearConfig(), "iteration {}")
+    with caplog.at_level("WARNING", "pear_megatron"):
+        for row in rows:
+            watch(row)
+    return caplog.messages
+
+
 @needs_bridge
 @pytest.mark.parametrize("layout", [["--tp", "2"], ["--pp", "2"], []], ids=["TP 2", "PP 2", "DP 2"])
 def test_losses_and_gradient_norms_are_those_of_our_trainer(
-    layout: list[str], ours: dict[str, Any], tmp_path: Path
+    layout: list[str], ours: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = ["--data", str(ours["data"]), "--weights", str(ours["start"]), "--steps", str(STEPS), *layout]
     said = run(2, tmp_path, *given)
     compare(tmp_path, ours["rows"])
-    assert len(re.findall("the mean weight is .* over the last steps", said)) >= 1
-    assert "PEAR: an epoch is" in said
+    expected = warnings(ours["rows"], caplog)
+    assert any("the mean weight is" in message for message in expected)
+    assert [said.count(message) for message in expected] == [1] * len(expected), said[-3000:]
+    assert said.count("PEAR: an epoch is") == 1
 
 
 @needs_bridge
@@ -174,3 +185,23 @@ def test_a_run_goes_on_from_its_checkpoint_and_evaluates(ours: dict[str, Any], t
     said = run(1, tmp_path / "rest", *given, "--steps", "10", "--validate", str(ours["data"]))
     compare(tmp_path / "rest", ours["rows"][5:])
     assert re.search(r"validation loss at iteration 10.*pear/weight value", said)
+
+
+@needs_bridge
+def test_lora_starts_from_the_base_model_trains_and_saves_adapters_alone(
+    ours: dict[str, Any], tmp_path: Path
+) -> None:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    from tests.adapters.test_megatron_lm import scalars
+
+    saved = tmp_path / "saved"
+    given = ["--data", str(ours["data"]), "--weights", str(ours["start"]), "--save", str(saved)]
+    run(1, tmp_path, *given, "--steps", str(STEPS), "--lora", "8")
+    for name in ("loss", "nll", "pear/weight"):
+        assert scalars(tmp_path, name)[0] == pytest.approx(ours["rows"][0][name], rel=1e-5), name
+    nll = scalars(tmp_path, "nll")
+    assert nll[-1] < nll[0] - 0.005
+    names = FileSystemReader(next(saved.glob("iter_*"))).read_metadata().state_dict_metadata
+    weights = [name for name in names if name.endswith(".weight") and not name.startswith("optimizer")]
+    assert weights and all(".adapter." in name for name in weights)

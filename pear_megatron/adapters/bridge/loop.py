@@ -1,11 +1,4 @@
-"""PEAR in Megatron-Bridge's own loop: its ``finetune()``, recipes, LoRA and checkpoints, on scored trajectories.
-
-    from pear_megatron.adapters import bridge as pear
-
-    pear.finetune(config, data=DataConfig(train="scored.parquet", seq_length=2048), pear=PearConfig())
-
-examples/megatron_bridge/finetune_pear.py is that program whole; docs/adapters/megatron_bridge.md says what was run.
-"""
+"""What Megatron-Bridge's loop is given: the forward step, the data, two callbacks."""
 
 from __future__ import annotations
 
@@ -16,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pear_megatron.adapters.bridge_checks import attention_of_model, check, packed_attention
+from pear_megatron.adapters.bridge.checks import attention_of_model, check, packed_attention
 from pear_megatron.adapters.offline_data import OfflineBatches, open_trajectories
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig
@@ -147,13 +140,22 @@ class _Plan:
 
 
 def _dataset_config(plan: _Plan) -> Any:
-    from pear_megatron.adapters.bridge_dataset import PearTrajectories
+    from pear_megatron.adapters.bridge.dataset import PearTrajectories
 
     data = plan.data
     described = PearTrajectories(
         files=data.train, seq_length=data.seq_length, pear=plan.pear.model_dump_json()
     )
     return described.built_by(plan.build)
+
+
+def keep_warnings() -> None:
+    """Takes Bridge's filter off our loggers: ``logger.filter_warnings``, on by default, drops every warning."""
+    from megatron.bridge.training.utils.log_utils import warning_filter
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.split(".")[0] == log.name:
+            logging.getLogger(name).removeFilter(warning_filter)
 
 
 class Watcher:
@@ -174,6 +176,7 @@ class Watcher:
         Raises:
             RecipeError: what precision, overlap and model made of the configuration does not go with the loss.
         """
+        keep_warnings()
         config = context.state.cfg
         check(config, self._plan.data, self._plan.validation)
         attention_of_model(context.model, self._step.packed_attention)
