@@ -78,3 +78,5 @@ def install() -> None:
         module = importlib.import_module(name)
         for function in functions:
             setattr(module, function, lambda *args, **kwargs: None)
+    # LoRA takes Megatron's classes around Transformer Engine, some of which are None, for Transformer Engine.
+    importlib.import_module("megatron.bridge.peft.utils").HAVE_TE = False  # type: ignore[attr-defined]

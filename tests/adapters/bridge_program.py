@@ -53,7 +53,9 @@ def configuration(options: argparse.Namespace) -> Any:
     )  # fmt: skip
     return bridge.ConfigContainer(
         model=model,
-        train=bridge.TrainingConfig(train_iters=options.steps, global_batch_size=8, micro_batch_size=2),
+        train=bridge.TrainingConfig(
+            train_iters=10, exit_interval=options.stop, global_batch_size=8, micro_batch_size=2
+        ),
         validation=bridge.ValidationConfig(eval_iters=2 if options.validate else 0, eval_interval=5),
         optimizer=bridge.OptimizerConfig(
             optimizer="adam",
@@ -87,6 +89,7 @@ def configuration(options: argparse.Namespace) -> Any:
             save=options.save,
             load=options.save,
             ckpt_format="torch_dist",
+            load_rng=False,  # there are no CUDA generators to restore
         ),
         dist=bridge.DistributedInitConfig(distributed_backend="gloo"),
         rng=bridge.RNGConfig(seed=1234),
@@ -98,9 +101,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("--data", "--weights", "--output", "--save", "--validate"):
         parser.add_argument(name)
-    for name in ("--tp", "--pp", "--steps"):
-        parser.add_argument(name, type=int, default=1)
-    parser.add_argument("--lora", type=int, default=0)
+    for name, default in (("--tp", 1), ("--pp", 1), ("--lora", 0), ("--stop", None)):
+        parser.add_argument(name, type=int, default=default)
     options = parser.parse_args()
     finetune(
         configuration(options),

@@ -78,6 +78,10 @@ def _wrong(config: Any, data: DataConfig, validation: list[str] | None) -> Itera
             f"data.seq_length is {data.seq_length} and config.model.seq_length {model.seq_length}: rows must be as "
             "long as the pipeline expects them; make them the same"
         )
+    if data.validation is not None:
+        yield "data.validation would not be read: held-out files are finetune()'s validation_data"
+    if data.train != data.train_files:
+        yield "data.train names sources, and this adapter does not blend them; list their files"
     if not data.packing:
         yield "data.packing is false, and this adapter packs; leave it true"
     yield from _wrong_batches(config, validation)

@@ -103,7 +103,7 @@ class _Plan:
         train, validation = self.config.train, self.config.validation
         batches = self._batches(
             groups,
-            self.data.train,
+            self.data.train_files,
             train.global_batch_size,
             train.micro_batch_size,
             consumed_samples=self.consumed,
@@ -144,7 +144,7 @@ def _dataset_config(plan: _Plan) -> Any:
 
     data = plan.data
     described = PearTrajectories(
-        files=data.train, seq_length=data.seq_length, pear=plan.pear.model_dump_json()
+        files=data.train_files, seq_length=data.seq_length, pear=plan.pear.model_dump_json()
     )
     return described.built_by(plan.build)
 
