@@ -1,7 +1,7 @@
 """Megatron-Bridge's own files without a GPU: what they import and cannot have there is replaced at the edge.
 
 Transformer Engine, ModelOpt and NVIDIA's resiliency extension become modules whose names can be imported, inherited
-from and written into annotations, and which raise when called. Three functions of ModelOpt that Bridge calls on every
+from and written into annotations, and which raise when called. Two functions of ModelOpt that Bridge calls on every
 model do what they do for one that ModelOpt has not touched: nothing.
 """
 
@@ -17,11 +17,7 @@ from typing import Any
 EDGE = {"transformer_engine", "modelopt", "nvidia_resiliency_ext"}
 UNTOUCHED = {
     "modelopt.torch.distill.plugins.megatron": ["get_tensor_shapes_adjust_fn_for_distillation"],
-    "modelopt.torch.opt.plugins": [
-        "save_modelopt_state",
-        "save_sharded_modelopt_state",
-        "restore_modelopt_state",
-    ],
+    "modelopt.torch.opt.plugins": ["save_sharded_modelopt_state"],
 }
 
 
