@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pear_megatron"
 # Files outside pear_megatron/megatron that import megatron, and why.
 MEETS_MEGATRON = {
+    "adapters/bridge/dataset.py": "megatron.bridge, whose dataset config it is",
+    "adapters/bridge/loop.py": "megatron.bridge, the loop that it plugs into",
     "adapters/megatron_lm.py": "megatron.training, the loop that it plugs into",
     "adapters/slime/loss.py": "slime's process groups are Megatron's global ones",
     "hf/bridge.py": "Megatron-Bridge, for architectures that this package does not know",
