@@ -182,12 +182,17 @@ def test_transformer_engine_in_float32_is_refused_anywhere() -> None:
 
 
 @pytest.mark.parametrize("attention", ["varlen", "mask"])
-def test_layouts_of_transformer_engine_alone_name_the_attention_that_has_them_not(attention: str) -> None:
+def test_layouts_of_transformer_engine_alone_name_the_attention_that_has_them_not(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train = TrainConfig(attention=attention)
     with pytest.raises(
         RecipeError, match=f"context_parallel_size 2 needs.*attention here is {attention}: set it"
     ):
         check_attention(ParallelConfig(context_parallel_size=2), train)
+    monkeypatch.setattr(
+        torch.cuda, "is_available", lambda: True
+    )  # on CPU ranks there is sequence parallelism
     with pytest.raises(RecipeError, match=f"sequence_parallel True needs.*here is {attention}: leave it out"):
         check_attention(ParallelConfig(sequence_parallel=True, tensor_model_parallel_size=2), train)
 

@@ -125,6 +125,8 @@ def test_documented_recipes_are_these_with_these_figures() -> None:
             "DP": found.dp_size,
         }
         assert nodes == str(recipe.cluster.num_nodes)
-        assert layout == " x ".join(f"{key} {size}" for key, size in sizes.items() if size > 1)
+        experts = parallel.expert_model_parallel_size
+        expected = " x ".join(f"{key} {size}" for key, size in sizes.items() if size > 1)
+        assert layout == expected + (f", EP {experts}" if experts > 1 else "")
         assert rows_of_batch == f"{recipe.train.global_batch_size} x {recipe.data.seq_length}"
         assert memory == f"{found.fullest.total / GIB:.1f}"

@@ -22,6 +22,13 @@ def twin_overrides(name: str) -> list[str]:
     stages = 2 if recipe.parallel.pipeline_model_parallel_size > 1 else 1
     groups = recipe.model.num_query_groups
     assert groups is not None
+    experts = [
+        "model.num_moe_experts=4",
+        "model.moe_router_topk=2",
+        "model.moe_ffn_hidden_size=32",
+        "parallel.expert_model_parallel_size=2",
+        "parallel.sequence_parallel=true",
+    ]
     return [
         f"model.num_layers={2 * stages}",
         "model.hidden_size=32",
@@ -39,6 +46,7 @@ def twin_overrides(name: str) -> list[str]:
         "train.global_batch_size=4",
         "train.recompute_num_layers=1",
         f"train.max_steps={_STEPS}",
+        *(experts if recipe.model.num_moe_experts is not None else []),
     ]
 
 
