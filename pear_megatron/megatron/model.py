@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from pear_megatron.megatron import moe
 from pear_megatron.megatron.attention import attention_path, layer_spec
+from pear_megatron.megatron.fusions import fusions
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig
 from pear_megatron.recipe.sections import expert_size, padded_vocab_size
@@ -19,7 +20,6 @@ def transformer_config(model: ModelConfig, layout: Layout, train: TrainConfig) -
     from megatron.core.transformer import TransformerConfig
 
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    on_gpu = layout.device.type == "cuda"
     gated = model.activation == "swiglu"
     config = TransformerConfig(
         num_layers=model.num_layers,
@@ -47,21 +47,19 @@ def transformer_config(model: ModelConfig, layout: Layout, train: TrainConfig) -
         recompute_granularity=train.recompute_granularity,
         recompute_method=train.recompute_method,
         recompute_num_layers=train.recompute_num_layers,
+        recompute_modules=list(train.recompute_modules or ("core_attn",)),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=train.precision == "bf16",
         calculate_per_token_loss=True,
-        use_cpu_initialization=not on_gpu,
+        use_cpu_initialization=layout.device.type != "cuda",
         # Interleaved stages exchange both ways at once; batched, two stages would mix up what they receive.
         overlap_p2p_comm=layout.vpp_size > 1,
         batch_p2p_comm=layout.vpp_size == 1,
         batch_p2p_sync=False,
         persist_layer_norm=False,
-        bias_activation_fusion=on_gpu,
         masked_softmax_fusion=False,
-        bias_dropout_fusion=on_gpu,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        **fusions(model, layout.device),
         **_expert_settings(model, layout, train),
     )
     if model.yarn_rotary_scaling_factor is not None:

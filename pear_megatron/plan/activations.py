@@ -19,6 +19,9 @@ In a mixture whose experts T' ranks share, with k experts per token, E in all an
 and the softmax's float32 log-sum-exp, one per head and token. With q = k = h, f = 4h, GELU, d = 0 and two bytes
 this is the paper's 34h less its two bytes of dropout masks, which are not there: dropout is 0.
 
+A recomputed MLP keeps nothing, and recomputed attention no log-sum-exp, but (q + k) / T more: its values are a view
+into the fused projection's output, which stays with them.
+
 Trajectories are packed (thd), so that a micro-batch of b rows is one sequence of b x seq_length tokens. In float32
 attention runs a trajectory at a time and its output is kept twice, q / T more. ``train.attention=mask`` keeps the
 softmax instead of its log-sum-exp: seq_length / T float32 numbers for each head and token, and in bfloat16 a copy.
@@ -28,7 +31,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pear_megatron.recipe import Recipe
+from pear_megatron.recipe import Recipe, TrainConfig
 from pear_megatron.recipe.sections import (
     expert_size,
     expert_tensor_size,
@@ -85,8 +88,11 @@ def activations(recipe: Recipe) -> Activations:
         backward = int((k * wide + shared) / tp + 2 * spread + 2 * h)
         largest = h * fc1 // f * expert_size(model) // expert_tp
 
+    again = _recomputed_modules(train)
     attention = 2 * q + 2 * k + (q + k if model.qk_layernorm else 0)
-    kept = 4 * h / split + attention / tp + mlp
+    if "core_attn" in again:
+        attention += q + k  # of its inputs, the values are a part of the fused projection's output
+    kept = 4 * h / split + attention / tp + (0 if "mlp" in again else mlp)
     if model.position_embedding_type == "rope":
         kept += 4 * head
     softmax = _softmax_bytes(recipe, q) / tp
@@ -102,10 +108,17 @@ def activations(recipe: Recipe) -> Activations:
     )
 
 
+def _recomputed_modules(train: TrainConfig) -> tuple[str, ...]:
+    """What every layer computes again: it keeps its input, which is another's output."""
+    if train.recompute_granularity != "selective":
+        return ()
+    return train.recompute_modules or ("core_attn",)
+
+
 def _softmax_bytes(recipe: Recipe, q: int) -> int:
     """What attention keeps of a token besides its inputs and output, which are q elements wide."""
     train, heads = recipe.train, recipe.model.num_attention_heads
-    if train.recompute_granularity == "selective":
+    if "core_attn" in _recomputed_modules(train):
         return 0
     if train.attention == "mask":
         copy = 2 if train.precision == "bf16" else 0

@@ -224,6 +224,8 @@ class TrainConfig(StrictModel):
             last alone, which are evaluated in any case.
         recompute_granularity, recompute_method, recompute_num_layers: activation recomputation, as Megatron
             names it; ``full`` needs a method and a number of layers, ``selective`` neither.
+        recompute_modules: what ``selective`` recomputes in every layer, by Megatron's names: attention's core, the MLP
+            of a dense model; None = the first.
         attention: how the trajectories of a row stay apart. ``transformer_engine``: in its layers; ``varlen``: torch's
             flash attention, over each trajectory, in Megatron's own; ``mask``: a mask of S x S positions, the
             reference; ``auto``: the first that this machine and the precision have (docs/long-sequences.md).
@@ -249,6 +251,7 @@ class TrainConfig(StrictModel):
     recompute_granularity: Literal["selective", "full"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = Field(default=None, ge=1)
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...] | None = Field(default=None, min_length=1)
     output_chunk_tokens: int | None = Field(default=None, ge=1)
     check_alignment: bool = True
     moe_aux_loss_coeff: float = Field(default=0.0, ge=0)
@@ -257,6 +260,11 @@ class TrainConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.recompute_modules is not None and self.recompute_granularity != "selective":
+            raise ValueError(
+                f"recompute_modules names what recompute_granularity=selective recomputes, and that is "
+                f"{self.recompute_granularity}; set it, or leave recompute_modules out"
+            )
         needed = self.recompute_granularity == "full"
         for key in ("recompute_method", "recompute_num_layers"):
             if needed != (getattr(self, key) is not None):

@@ -102,18 +102,19 @@ RECOMPUTE = {
     "uniform-by-two": ["full", "uniform", "2"],
     "block": ["full", "block", "1"],
     "selective": ["selective", "null", "null"],
+    "modules": ["selective", "null", "null", "[core_attn,mlp]"],
 }
 
 
 def test_recomputed_activations_change_no_bit(
     tmp_path: Path, trajectories: Path, one_process: dict[str, tuple[Path, list[dict[str, Any]]]]
 ) -> None:
-    keys = ("granularity", "method", "num_layers")
+    keys = ("granularity", "method", "num_layers", "modules")
     runs = train_runs(
         1,
         trajectories,
         {
-            tmp_path / name: [f"train.recompute_{k}={v}" for k, v in zip(keys, values, strict=True)]
+            tmp_path / name: [f"train.recompute_{k}={v}" for k, v in zip(keys, values, strict=False)]
             for name, values in RECOMPUTE.items()
         },
     )

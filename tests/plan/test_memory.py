@@ -161,6 +161,16 @@ def test_a_recomputed_layer_keeps_its_input_alone() -> None:
     assert kept == activations(small.recipe(**sections)).hidden
 
 
+@pytest.mark.parametrize("modules", [("core_attn",), ("mlp",), ("core_attn", "mlp")], ids="+".join)
+def test_recomputed_modules_keep_what_the_formula_says(modules: tuple[str, ...]) -> None:
+    again = {"recompute_granularity": "selective", "recompute_modules": modules}
+    sections = {"model": {"normalization": "LayerNorm"}, "train": {"precision": "fp32", **again}}
+    (kept,) = run_ranks(1, _kept_by_a_layer, sections)
+    recipe = small.recipe(**sections)
+    norms = 2 * 2 * 4 * 128
+    assert kept - norms == pytest.approx(activations(recipe).layer, abs=16)  # the segments' ends
+
+
 def test_pipeline_stages_hold_one_micro_batch_less_each() -> None:
     recipe = small.recipe(model={"num_layers": 8}, parallel={"pipeline_model_parallel_size": 4})
     stages = stage_memory(recipe, dp_size=1)
