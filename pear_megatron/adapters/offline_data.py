@@ -9,9 +9,16 @@ from typing import Self
 
 import torch
 
-from pear_megatron.data import BatchPlan, DataConfig, PackedBatch, TrajectoryDataset, micro_batches, prepare
+from pear_megatron.data import (
+    BatchPlan,
+    DataConfig,
+    PackedBatch,
+    TrajectoryDataset,
+    micro_batches,
+    prepare_everywhere,
+    require_files,
+)
 from pear_megatron.errors import RecipeError
-from pear_megatron.ranks import from_main
 
 
 def open_trajectories(config: DataConfig, *, needs_logprobs: bool, vocab_size: int) -> TrajectoryDataset:
@@ -24,11 +31,14 @@ def open_trajectories(config: DataConfig, *, needs_logprobs: bool, vocab_size: i
 
     Raises:
         DataError: what is wrong with the data, by file and line; on every rank.
+        RecipeError: a blend, or held-out data, which only this package's trainer reads.
     """
-    work = partial(
-        prepare, config, require_behavior_logprobs=needs_logprobs, vocab_size=vocab_size, progress=True
+    require_files(config)
+    found = prepare_everywhere(
+        config, config.train_sources, require_behavior_logprobs=needs_logprobs, vocab_size=vocab_size
     )
-    return TrajectoryDataset.open(from_main(work))
+    assert isinstance(found, TrajectoryDataset)  # of one source
+    return found
 
 
 def _routing_one_token(padding_mask: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,13 @@ from pear_megatron.data.config import DataConfig, DataSource, as_sources
 from pear_megatron.data.errors import DataError
 from pear_megatron.data.packing import BatchPlan, plan_epoch
 from pear_megatron.data.prepare import cache_path, prepare
-from pear_megatron.data.sources import open_sources, plan_batches, prepare_sources
+from pear_megatron.data.sources import (
+    open_sources,
+    plan_batches,
+    prepare_everywhere,
+    prepare_sources,
+    require_files,
+)
 from pear_megatron.data.store import TrajectoryDataset
 from pear_megatron.data.tokenizer import load_tokenizer, tokenizer_hash
 from pear_megatron.data.trajectory import Trajectory
@@ -44,6 +50,8 @@ __all__ = [
     "plan_batches",
     "plan_epoch",
     "prepare",
+    "prepare_everywhere",
     "prepare_sources",
+    "require_files",
     "tokenizer_hash",
 ]

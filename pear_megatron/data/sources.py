@@ -11,6 +11,8 @@ from pear_megatron.data.errors import DataError
 from pear_megatron.data.packing import BatchPlan
 from pear_megatron.data.prepare import prepare
 from pear_megatron.data.store import TrajectoryDataset
+from pear_megatron.errors import RecipeError
+from pear_megatron.ranks import from_main
 
 
 def prepare_sources(
@@ -44,6 +46,57 @@ def prepare_sources(
             said = [f"source {source.name}: {problem}" for problem in error.problems]
             raise DataError(said, error.total, error.listed) from error
     return folders
+
+
+def prepare_everywhere(
+    config: DataConfig,
+    sources: Sequence[DataSource],
+    *,
+    require_behavior_logprobs: bool,
+    vocab_size: int | None,
+) -> AnyDataset:
+    """Prepares the sources on rank 0 and opens them on every rank, which all call it; an error there is everyone's.
+
+    Raises:
+        DataError: what is wrong with the data, by file and line; or where they cannot be written.
+    """
+
+    def work() -> list[Path]:
+        try:
+            return prepare_sources(
+                config,
+                sources,
+                require_behavior_logprobs=require_behavior_logprobs,
+                vocab_size=vocab_size,
+                progress=True,
+            )
+        except ImportError as error:
+            raise DataError([str(error)]) from error
+        except OSError as error:
+            where = config.cache_dir or "beside the data"
+            raise DataError(
+                [
+                    f"{where}: the prepared data cannot be written ({error}); set data.cache_dir to another disk"
+                ]
+            ) from error
+
+    return open_sources(from_main(work), sources)
+
+
+def require_files(config: DataConfig) -> None:
+    """Refuses what only this package's trainer reads: sources with names and weights, and held-out data.
+
+    Raises:
+        RecipeError: names the key and the way out.
+    """
+    if config.train != config.train_files:
+        raise RecipeError(
+            "data.train names sources, which only `python -m pear_megatron.train` blends; list their files"
+        )
+    if config.validation is not None:
+        raise RecipeError(
+            "data.validation would not be read here, only by `python -m pear_megatron.train`; leave it out"
+        )
 
 
 def open_sources(folders: Sequence[Path], sources: Sequence[DataSource]) -> AnyDataset:

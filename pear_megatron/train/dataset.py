@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from pear_megatron.data import AnyDataset, DataError, DataSource, as_sources, open_sources, prepare_sources
+from pear_megatron.data import AnyDataset, DataSource, as_sources, prepare_everywhere
 from pear_megatron.data.options import in_options
 from pear_megatron.ranks import from_main
 from pear_megatron.recipe import Recipe, RecipeError
@@ -21,8 +21,7 @@ def open_dataset(recipe: Recipe) -> AnyDataset:
     Raises:
         DataError: what is wrong with the data, file and line.
     """
-    sources = recipe.data.train_sources
-    return open_sources(from_main(partial(_prepare, recipe, sources)), sources)
+    return _open(recipe, recipe.data.train_sources)
 
 
 def open_validation(recipe: Recipe, train: AnyDataset) -> AnyDataset | None:
@@ -35,7 +34,7 @@ def open_validation(recipe: Recipe, train: AnyDataset) -> AnyDataset | None:
         return None
     sources = as_sources(recipe.data.validation)
     with in_options({"data.train": "data.validation"}):
-        held_out = open_sources(from_main(partial(_prepare, recipe, sources)), sources)
+        held_out = _open(recipe, sources)
     trained = {Path(file).resolve() for file in train.meta["files"]}
     for file in held_out.meta["files"]:
         if Path(file).resolve() in trained:
@@ -45,27 +44,21 @@ def open_validation(recipe: Recipe, train: AnyDataset) -> AnyDataset | None:
     return held_out
 
 
-def _prepare(recipe: Recipe, sources: Sequence[DataSource]) -> list[Path]:
+def _open(recipe: Recipe, sources: Sequence[DataSource]) -> AnyDataset:
     data = recipe.data
+    from_main(partial(_make_output_dir, recipe))
+    if data.cache_dir is None:
+        data = data.model_copy(update={"cache_dir": str(Path(recipe.output_dir) / "data_cache")})
+    return prepare_everywhere(
+        data,
+        sources,
+        require_behavior_logprobs=recipe.pear.variant != "none",
+        vocab_size=recipe.model.vocab_size,
+    )
+
+
+def _make_output_dir(recipe: Recipe) -> None:
     try:
         Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"output_dir {recipe.output_dir} cannot be made: {error}") from error
-    if data.cache_dir is None:
-        data = data.model_copy(update={"cache_dir": str(Path(recipe.output_dir) / "data_cache")})
-    try:
-        return prepare_sources(
-            data,
-            sources,
-            require_behavior_logprobs=recipe.pear.variant != "none",
-            vocab_size=recipe.model.vocab_size,
-            progress=True,
-        )
-    except ImportError as error:
-        raise DataError([str(error)]) from error
-    except OSError as error:
-        raise DataError(
-            [
-                f"{data.cache_dir}: the prepared data cannot be written ({error}); set data.cache_dir to another disk"
-            ]
-        ) from error

@@ -109,3 +109,16 @@ def test_the_loss_is_what_the_arguments_say() -> None:
 def test_arguments_that_would_spoil_the_loss_are_refused(megatron: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         megatron_lm.forward_step(arguments(**megatron))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"train": [{"path": "a.jsonl", "name": "a"}, {"path": "b.jsonl", "name": "b"}]}, "names sources"),
+        ({"train": ["a.jsonl"], "validation": ["b.jsonl"]}, "data.validation would not be read"),
+    ],
+)
+def test_what_only_our_trainer_reads_is_refused(changed: dict[str, Any], message: str) -> None:
+    config = DataConfig.model_validate({"seq_length": 64, **changed})
+    with pytest.raises(RecipeError, match=message):
+        open_trajectories(config, needs_logprobs=True, vocab_size=1000)

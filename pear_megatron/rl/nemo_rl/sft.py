@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 
 from pear_megatron.config import PearConfig
-from pear_megatron.data import DataConfig, TrajectoryDataset, prepare
+from pear_megatron.data import DataConfig, TrajectoryDataset, prepare, require_files
 from pear_megatron.errors import PearError, RecipeError
 from pear_megatron.report import WeightWatch
 from pear_megatron.rl.nemo_rl.loss import PearLoss
@@ -145,7 +145,9 @@ def load(recipe: str, overrides: list[str]) -> tuple[Any, PearConfig, DataConfig
         | {"seq_length": policy["max_total_sequence_length"] - 1}
     )
     try:
-        return MasterConfig(**values), PearConfig(**pear), DataConfig(**data)
+        trajectories = DataConfig(**data)
+        require_files(trajectories)
+        return MasterConfig(**values), PearConfig(**pear), trajectories
     except ValidationError as error:
         raise RecipeError(f"{recipe}: {error}") from error
 
