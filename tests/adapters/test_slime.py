@@ -5,7 +5,6 @@ Needs SLIME_DIR, a checkout of slime, and what slime imports (ray, httpx, wandb,
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -20,27 +19,13 @@ from pear_megatron import PearConfig
 from pear_megatron.data import DataConfig, TrajectoryDataset, collate, prepare
 from pear_megatron.loss import REPORT_KEYS, pear_loss
 from tests.adapters import slime_ranks
+from tests.adapters.checkouts import needs_checkout
 from tests.distributed import run_ranks
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "slime" / "run_pear_sft.sh"
 CHECKOUT = os.environ.get("SLIME_DIR", "")
 _NEEDED = ("megatron.training", "ray", "httpx", "wandb", "omegaconf", "transformers")
-
-
-def _is_missing(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is None
-    except ModuleNotFoundError:
-        return True
-
-
-pytestmark = [
-    pytest.mark.skipif(not CHECKOUT, reason="SLIME_DIR names no checkout of slime"),
-    pytest.mark.skipif(
-        any(map(_is_missing, _NEEDED)),
-        reason=f"slime imports {', '.join(_NEEDED)}, and not all are installed",
-    ),
-]
+pytestmark = needs_checkout("slime", "SLIME_DIR", _NEEDED)
 
 BATCHES = "--rollout-batch-size 12 --global-batch-size 6 --num-rollout 3 --use-dynamic-batch-size"
 LAYOUTS = {

@@ -6,7 +6,6 @@ is a CPU's (verl_cpu), and mbridge, which needs Transformer Engine, is stood in 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -21,6 +20,7 @@ import torch
 from pear_megatron import PearConfig
 from pear_megatron.data import DataConfig, TrajectoryDataset, collate, prepare
 from pear_megatron.loss import pear_loss
+from tests.adapters.checkouts import needs_checkout
 from tests.adapters.verl_bridge import NO_ATTENTION
 from tests.megatron.runs import write_trajectories
 
@@ -36,22 +36,7 @@ _NEEDED = (
     "transformers",
     "peft",
 )
-
-
-def _is_missing(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is None
-    except ModuleNotFoundError:
-        return True
-
-
-pytestmark = [
-    pytest.mark.skipif(not CHECKOUT, reason="VERL_DIR names no checkout of verl"),
-    pytest.mark.skipif(
-        any(map(_is_missing, _NEEDED)),
-        reason=f"verl imports {', '.join(_NEEDED)}, and not all are installed",
-    ),
-]
+pytestmark = needs_checkout("verl", "VERL_DIR", _NEEDED)
 
 ROWS, BATCH, STEPS, LEARNING_RATE, VOCABULARY = 32, 8, 3, 1e-4, 1002
 # Bounds that keep the weights small, so that they do not multiply rounding; the other has most weights at its floor.
