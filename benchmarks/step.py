@@ -71,7 +71,7 @@ class Steps:
                 global_batch_size=1, precision=args.precision, **(FULL if args.recompute else {})
             ),
             optimizer=OptimizerConfig(lr=1e-6),
-            data=DataConfig.model_construct(seq_length=1),
+            data=DataConfig(train=["unused"], seq_length=1),
         )
         self.layout = initialize(recipe.model, recipe.parallel, recipe.train)
         from megatron.core.pipeline_parallel import get_forward_backward_func
