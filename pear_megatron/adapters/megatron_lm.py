@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import torch
@@ -97,11 +98,12 @@ def datasets(
 
     Raises:
         DataError: what is wrong with the files, by file and line.
-        RecipeError: sizes that do not divide, or evaluations without data.
+        RecipeError: sizes that do not divide, evaluations without data, or another loss than the run that is resumed.
     """
     from megatron.training import get_args
 
     args = get_args()
+    _check_resumed(args)
     train = _batches(
         args, args.pear_data, args.global_batch_size, consumed_samples=args.consumed_train_samples
     )
@@ -120,6 +122,30 @@ def datasets(
         )
     size = args.eval_global_batch_size
     return train, _batches(args, args.pear_validation_data, size, period=args.eval_iters), None
+
+
+def _check_resumed(args: argparse.Namespace) -> None:
+    """Refuses to go on from a checkpoint with another loss: --use-checkpoint-args takes the model from there alone."""
+    if args.load is None or args.finetune or not args.iteration:
+        return
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    folder = Path(args.load) / f"iter_{args.iteration:07d}"
+    if not (folder / "metadata.json").is_file():
+        log.warning("PEAR: %s does not say which loss it was trained with; not checked", folder)
+        return
+    stored = vars(load_common_state_dict(str(folder)).get("args", argparse.Namespace()))
+    now = pear_config(args)
+    before = pear_config(argparse.Namespace(**{**vars(args), **stored}))
+    for name in PearConfig.model_fields:
+        given, was = getattr(now, name), getattr(before, name)
+        if given != was:
+            option = f"--{_PREFIX}{name}".replace("_", "-")
+            shown = " ".join(map(str, was)) if isinstance(was, tuple) else was
+            raise RecipeError(
+                f"{folder} was trained with {option} {shown}, and this run has {given}; give that again (no --pear-* "
+                "comes out of a checkpoint), or begin another run from its weights with --finetune"
+            )
 
 
 datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, and makes its own part

@@ -118,7 +118,7 @@ def _silence_streams() -> None:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             return None
 
-        wait_stream = wait_event = synchronize = record = nothing
+        wait = wait_stream = wait_event = synchronize = record = nothing
 
         def record_event(self, *args: Any) -> Any:
             return self
@@ -138,6 +138,7 @@ def _silence_streams() -> None:
     torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: Stream()  # type: ignore
     torch.cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()  # type: ignore
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = nothing
+    torch.Tensor.record_stream = nothing  # type: ignore[method-assign]
 
 
 def _answer_type_checks() -> None:

@@ -247,3 +247,47 @@ def test_the_routers_loss_survives_and_is_reported(
     losses = scalars(tmp_path, "load_balancing_loss")
     assert len(losses) == STEPS
     assert all(loss > 0.9 for loss in losses)
+
+
+def test_the_schedule_that_overlaps_experts_communication_trains_alike(
+    ours: dict[str, Any], tmp_path: Path
+) -> None:
+    """It asks the forward step for ``return_schedule_plan``."""
+    experts = [
+        "--pear-data", str(ours["data"]), "--eval-iters", "0", "--train-iters", "3", *MIXTURE.split(),
+        "--expert-model-parallel-size", "2", "--bf16",
+    ]  # fmt: skip
+    finish(2, tmp_path / "plain", *experts)
+    finish(2, tmp_path / "overlap", *experts, "--overlap-moe-expert-parallel-comm")
+    for name in ("loss", "pear/weight", "grad-norm"):
+        plain = scalars(tmp_path / "plain", name)
+        assert len(plain) == 3
+        assert scalars(tmp_path / "overlap", name) == pytest.approx(plain, rel=1e-3), name
+
+
+def test_the_loss_of_multi_token_prediction_survives(ours: dict[str, Any], tmp_path: Path) -> None:
+    arguments = [
+        "--pear-data", str(ours["data"]), "--eval-iters", "0", "--train-iters", "3", "--mtp-num-layers", "1",
+    ]  # fmt: skip
+    finish(1, tmp_path / "large", *arguments, "--mtp-loss-scaling-factor", "100")
+    finish(1, tmp_path / "none", *arguments, "--mtp-loss-scaling-factor", "0")
+    large, none = (
+        {key: scalars(tmp_path / run, key) for key in ("loss", "grad-norm", "mtp_1 loss")}
+        for run in ("large", "none")
+    )
+    assert large["loss"][0] == pytest.approx(none["loss"][0], rel=1e-6)
+    assert large["mtp_1 loss"][0] == pytest.approx(none["mtp_1 loss"][0], rel=1e-6)
+    assert 6 < large["mtp_1 loss"][0] < 8  # log(1000), about
+    assert large["grad-norm"][0] > 2 * none["grad-norm"][0]
+
+
+def test_a_checkpoint_of_another_loss_is_not_gone_on_with(
+    interrupted: dict[str, Any], ours: dict[str, Any]
+) -> None:
+    code, said = pretrain(
+        1, interrupted["folder"] / "other", "--pear-data", str(ours["data"]), "--eval-iters", "0",
+        "--load", str(interrupted["save"]), "--use-checkpoint-args", "--override-opt-param-scheduler",
+        "--train-iters", "12", "--pear-gamma", "0.9",
+    )  # fmt: skip
+    assert code != 0
+    assert "iter_0000010 was trained with --pear-gamma 0.999, and this run has 0.9" in said

@@ -9,6 +9,7 @@ import torch
 
 from pear_megatron import PearConfig
 from pear_megatron.data import PackedBatch, Trajectory, collate
+from pear_megatron.errors import RecipeError
 from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig
 from tests.distributed import run_ranks
 
@@ -174,3 +175,18 @@ def test_a_trajectory_does_not_feel_its_neighbours_in_the_row() -> None:
     losses = [run_ranks(1, rank_loss_of, batches)[0][0] for batches in (alone, beside, before)]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(losses[2], losses[0], rtol=1e-5, atol=1e-5)
+
+
+def rank_shares_no_sequence(rank: int, batch: PackedBatch) -> None:
+    from megatron.core.utils import get_model_config
+
+    from pear_megatron.megatron.forward_step import PearForwardStep
+
+    model, _ = build(1)
+    get_model_config(model).context_parallel_size = 2
+    with pytest.raises(RecipeError, match="context_parallel_size 2 and its context-parallel group 1 rank"):
+        PearForwardStep(PearConfig(), vocab_size=MODEL.vocab_size)(iter([batch]), model)
+
+
+def test_a_context_parallel_run_without_its_group_is_refused() -> None:
+    run_ranks(1, rank_shares_no_sequence, collate(make_trajectories(), [[0, 1], [2, 3]], SEQ_LENGTH))
