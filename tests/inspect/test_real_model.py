@@ -63,7 +63,7 @@ def rank_train(rank: int, model: Path, data: list[Path], folder: Path) -> list[b
         )  # fmt: skip
         layout = initialize(recipe.model, recipe.parallel, recipe.train)
         trainer = Trainer(recipe, layout)
-        trainer.saver.save = lambda *_: None  # type: ignore[method-assign]  # half a gigabyte nobody reads
+        trainer.saver.save = lambda *_, **__: None  # type: ignore[method-assign]  # half a gigabyte nobody reads
         try:
             outcomes.append(trainer.train())
         except PearError as error:
