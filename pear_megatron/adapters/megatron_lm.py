@@ -109,10 +109,7 @@ def datasets(
     )
     if args.rank == 0:
         describe_checkpoints(args, _vocab_size(args))
-        epochs = (args.train_iters or 0) / train.steps_per_epoch
-        log.warning(
-            "PEAR: an epoch is %d iterations; %.2f epochs are asked for", train.steps_per_epoch, epochs
-        )
+        train.announce(args.train_iters)
     if not args.eval_iters:
         return train, None, None
     if args.pear_validation_data is None:

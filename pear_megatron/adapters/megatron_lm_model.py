@@ -74,14 +74,20 @@ def describe_checkpoints(args: argparse.Namespace, vocab_size: int) -> None:
     except RecipeError as error:
         log.warning("PEAR: `pear-megatron export` will not know the model in %s (%s)", args.save, error)
         return
-    source = None
-    if args.load is not None:
-        try:
-            source = find_root(args.load) / ASSETS
-        except RecipeError:
-            log.info("PEAR: %s has no %s to take a tokenizer from", args.load, MODEL_FILE)
+    source = _assets_of(args.load)
+    if source == Path(args.save).absolute() / ASSETS:
+        return  # of the run that goes on here
     precision = "bf16" if args.bf16 else "fp32"
-    if source is None or not source.is_dir():
-        source = None
-    if source != Path(args.save).absolute() / ASSETS:
-        write_model_files(Path(args.save), model, precision, source=source, tokenizer=args.pear_tokenizer)
+    write_model_files(Path(args.save), model, precision, source=source, tokenizer=args.pear_tokenizer)
+
+
+def _assets_of(checkpoint: str | None) -> Path | None:
+    """The small files beside a checkpoint of ours; None where there are none."""
+    if checkpoint is None:
+        return None
+    try:
+        folder = find_root(checkpoint) / ASSETS
+    except RecipeError:
+        log.info("PEAR: %s has no %s to take a tokenizer from", checkpoint, MODEL_FILE)
+        return None
+    return folder if folder.is_dir() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,8 @@ from pear_megatron.data import (
     require_files,
 )
 from pear_megatron.errors import RecipeError
+
+log = logging.getLogger("pear_megatron")
 
 
 def open_trajectories(config: DataConfig, *, needs_logprobs: bool, vocab_size: int) -> TrajectoryDataset:
@@ -114,6 +117,14 @@ class OfflineBatches(Iterator[PackedBatch]):
             cp_size=cp_size,
         )
         self._current: Iterator[PackedBatch] = iter(())
+
+    def announce(self, iterations: int | None) -> None:
+        """Says, on one rank, how many epochs a loop's iterations come to: its own settings count neither."""
+        log.warning(
+            "PEAR: an epoch is %d iterations; %.2f epochs are asked for",
+            self.steps_per_epoch,
+            (iterations or 0) / self.steps_per_epoch,
+        )
 
     def __iter__(self) -> Self:
         return self

@@ -109,11 +109,7 @@ class _Plan:
             consumed_samples=self.consumed,
         )
         if torch.distributed.get_rank() == 0:
-            log.warning(
-                "PEAR: an epoch is %d iterations; %.2f epochs are asked for",
-                batches.steps_per_epoch,
-                (train.train_iters or 0) / batches.steps_per_epoch,
-            )
+            batches.announce(train.train_iters)
         if not validation.eval_iters or self.validation is None:
             return batches, None
         sizes = validation.eval_global_batch_size, validation.eval_micro_batch_size
