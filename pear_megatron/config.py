@@ -28,6 +28,22 @@ class PearConfig(StrictModel):
         control: ``shuffled`` puts the weights of a micro-batch's decisions on other decisions of it, at random:
             the control experiment that keeps how the weights are distributed and takes away what they mean.
         negative_scale: factor on the reward of trajectories whose reward is below zero, >= 0.
+        negative_floor: a decision of such a trajectory weighs 0 once its log-prob has fallen more than this below the
+            reference's (or the behaviour policy's, where there is no reference), > 0; None = never.
+        ratio: whose log-probs the log ratios are taken against: ``behavior``, or ``reference``, the initial model's.
+        sequence_scale: with ``variant: sequence``, the log weight is the ``sum`` of the log ratios, or ``tau`` times
+            their ``mean``, which length cannot saturate.
+        tau: see sequence_scale, > 0.
+        base_loss: the loss of a token: ``nll``, or ``kl``: ``1 - kl_weight`` of the NLL and ``kl_weight`` of the
+            divergence from the behaviour policy's stored top-k.
+        kl_weight: in (0, 1]; used by ``base_loss: kl`` alone.
+        kl_tail: what becomes of the mass outside the top-k: ``none`` renormalises the behaviour policy over the
+            top-k, ``bucket`` compares the rest as one more token.
+        dft_power, dft_floor: the weight is multiplied by ``max(p, dft_floor) ** dft_power``, with the token's
+            probability p under the target policy; 0 = not. Power 1 is DFT.
+        entropy_power: the weight is multiplied by ``min(H / ln 20, 1) ** entropy_power``, with the entropy H of the
+            target policy at the token; 0 = not. Power 1 is EAFT.
+        report_entropy: report the mean entropy of the target policy on decisions.
 
     Raises:
         pydantic.ValidationError: (a ``ValueError``) on an unknown key or a bad value.
@@ -42,6 +58,17 @@ class PearConfig(StrictModel):
     normalize: Literal["none", "sequence"] = "none"
     negative_scale: float = Field(default=1.0, ge=0.0)
     control: Literal["none", "shuffled"] = "none"
+    negative_floor: float | None = Field(default=None, gt=0.0)
+    ratio: Literal["behavior", "reference"] = "behavior"
+    sequence_scale: Literal["sum", "mean"] = "sum"
+    tau: float = Field(default=1.0, gt=0.0)
+    base_loss: Literal["nll", "kl"] = "nll"
+    kl_weight: float = Field(default=1.0, gt=0.0, le=1.0)
+    kl_tail: Literal["none", "bucket"] = "none"
+    dft_power: float = Field(default=0.0, ge=0.0)
+    dft_floor: float = Field(default=0.0, ge=0.0, le=1.0)
+    entropy_power: float = Field(default=0.0, ge=0.0)
+    report_entropy: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -64,4 +91,25 @@ class PearConfig(StrictModel):
                 f"control={self.control!r} moves weights around, and with variant='none' all of them are 1; "
                 "choose another variant, or control='none'"
             )
+        for key, value, unused, needs in (
+            ("sequence_scale", self.sequence_scale, "sum", ("variant", self.variant, "sequence")),
+            ("tau", self.tau, 1.0, ("sequence_scale", self.sequence_scale, "mean")),
+            ("kl_weight", self.kl_weight, 1.0, ("base_loss", self.base_loss, "kl")),
+            ("kl_tail", self.kl_tail, "none", ("base_loss", self.base_loss, "kl")),
+        ):
+            name, is_now, wanted = needs
+            if value != unused and is_now != wanted:
+                raise ValueError(
+                    f"{key}={value!r} is used with {name}={wanted!r} alone, and {name} is {is_now!r}; set it, or leave "
+                    f"{key} out"
+                )
+        if self.dft_floor and not self.dft_power:
+            raise ValueError(
+                "dft_floor is used with dft_power alone, which is 0; set it, or leave dft_floor out"
+            )
         return self
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the forward pass takes the entropy of the target policy."""
+        return self.report_entropy or self.entropy_power > 0

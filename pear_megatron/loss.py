@@ -18,12 +18,23 @@ from pear_megatron.ops.suffix_sum import as_cu_seqlens
 from pear_megatron.ops.weights import STATISTICS
 from pear_megatron.weights import weights_and_statistics
 
-# The report's keys, in a fixed order: a pipeline stage without logits must know them to reduce them.
-REPORT_KEYS = ("loss", "nll", *(f"pear/{name}" for name in STATISTICS))
-# The report's key of [sources, len(REPORT_KEYS), 2], there where ``num_sources`` is given.
+# The report's key of [sources, len(report_keys(config)), 2], there where ``num_sources`` is given.
 BY_SOURCE = "by_source"
 
 Normalization = Literal["token", "trajectory"]
+# The behaviour policy's likeliest tokens: ids [T, k] int32 (-1 = no entry) and their log-probs [T, k] float32.
+TopK = tuple[Tensor, Tensor]
+
+
+def report_keys(config: PearConfig) -> tuple[str, ...]:
+    """The report's keys, in their order: a pipeline stage without logits must know them to reduce them."""
+    kl = ("kl",) if config.base_loss == "kl" else ()
+    entropy = ("pear/entropy",) if config.needs_entropy else ()
+    return ("loss", "nll", *kl, *entropy, *(f"pear/{name}" for name in STATISTICS))
+
+
+# Those of every config, which a loop reads that has neither a KL nor entropies.
+REPORT_KEYS = report_keys(PearConfig())
 
 
 def _reward_per_token(
@@ -89,6 +100,8 @@ def pear_loss(
     *,
     reward: Tensor | None = None,
     token_weights: Tensor | None = None,
+    reference_logprobs: Tensor | None = None,
+    behavior_topk: TopK | None = None,
     normalization: Normalization = "token",
     source: Tensor | None = None,
     num_sources: int = 0,
@@ -113,6 +126,9 @@ def pear_loss(
         token_weights: [T] or [B, S] floating, this rank's tokens as ``target`` has them; default 1. A factor of
             each decision's coefficient, of either sign; it changes neither ``num_tokens`` nor the importance
             weights, and ``negative_scale`` does not look at it. Anything off the mask.
+        reference_logprobs: [T] or [B, S] floating, of the initial model; needed with ``ratio: reference``.
+        behavior_topk: ([T, k] int32, [T, k] float32), or [B, S, k]: ids of the behaviour policy's likeliest tokens at
+            each decision (-1 = no entry) and their log-probs; needed with ``base_loss: kl``. Anything off the mask.
         normalization: what the loss is divided by: ``token``, the number of decisions; ``trajectory``, the number
             of trajectories with decisions, after each trajectory's decisions were averaged.
         source: [segments] int64, which of ``num_sources`` data sets each trajectory comes from.
@@ -128,8 +144,9 @@ def pear_loss(
         num_tokens: scalar int32, this rank's decisions; by trajectory, their number on the first context-parallel
             rank and 0 on the others, so that the sum over all ranks counts each once.
         report: name -> [sum, count] float32, to be added over micro-batches and ranks: ``loss``,
-            ``nll`` (unweighted, per token), and ``pear/...`` (see importance_weights). With ``num_sources`` also
-            ``by_source``: [num_sources, len(REPORT_KEYS), 2], the same of each source, in the order of REPORT_KEYS.
+            ``nll`` (unweighted, per token), ``kl`` and ``pear/entropy`` where the config has them, and ``pear/...``
+            (see importance_weights). With ``num_sources`` also
+            ``by_source``: [num_sources, len(report_keys(config)), 2], the same of each source, in that order.
 
     Raises:
         ValueError, TypeError, IndexError: see vocab_parallel_logprob and importance_weights; a reward or
@@ -153,6 +170,7 @@ def pear_loss(
         config,
         reward=reward,
         token_weights=token_weights,
+        reference_logprobs=reference_logprobs,
         normalization=normalization,
         source=source,
         num_sources=num_sources,
@@ -172,6 +190,8 @@ def pear_linear_loss(
     chunk_tokens: int,
     reward: Tensor | None = None,
     token_weights: Tensor | None = None,
+    reference_logprobs: Tensor | None = None,
+    behavior_topk: TopK | None = None,
     normalization: Normalization = "token",
     source: Tensor | None = None,
     num_sources: int = 0,
@@ -186,8 +206,8 @@ def pear_linear_loss(
         hidden: [T, H] floating, the output layer's input, alike on the ranks of tp_group.
         weight: [V_local, H] of the same dtype, this rank's rows of the output layer.
         target, behavior_logprobs, mask: [T], as in pear_loss.
-        cu_seqlens, config, reward, token_weights, normalization, source, num_sources, tp_group, cp_group,
-            vocab_size: as in pear_loss.
+        cu_seqlens, config, reward, token_weights, reference_logprobs, behavior_topk, normalization, source,
+            num_sources, tp_group, cp_group, vocab_size: as in pear_loss.
         chunk_tokens: rows of logits that exist at a time.
         reduce_hidden_gradient: see linear_logprob.
 
@@ -216,6 +236,7 @@ def pear_linear_loss(
         config,
         reward=reward,
         token_weights=token_weights,
+        reference_logprobs=reference_logprobs,
         normalization=normalization,
         source=source,
         num_sources=num_sources,
@@ -230,14 +251,28 @@ def loss_of_logprobs(
     cu_seqlens: Tensor,
     config: PearConfig,
     *,
+    kl: Tensor | None = None,
+    entropy: Tensor | None = None,
     reward: Tensor | None = None,
     token_weights: Tensor | None = None,
+    reference_logprobs: Tensor | None = None,
     normalization: Normalization = "token",
     source: Tensor | None = None,
     num_sources: int = 0,
     cp_group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What pear_loss does once it has the log-probabilities, [T] or [B, S] float32 and 0 off the mask."""
+    """What pear_loss does once it has what the logits say of each token, in [T] or [B, S] float32 and 0 off the mask.
+
+    Args:
+        logprob: log-probabilities, differentiable.
+        kl: the divergences of ``base_loss: kl``, differentiable; without it None.
+        entropy: of the target policy, without a gradient; None where the config does not ask for it.
+        behavior_logprobs, mask, cu_seqlens, config, reward, token_weights, reference_logprobs, normalization,
+            source, num_sources, cp_group: as in pear_loss.
+
+    Returns:
+        loss_sum, num_tokens, report: as pear_loss.
+    """
     _check_arguments(config, behavior_logprobs, mask, logprob=logprob)
     logprob = logprob.reshape(-1)  # [T]
     behavior = None if behavior_logprobs is None else behavior_logprobs.reshape(-1)
@@ -269,17 +304,25 @@ def loss_of_logprobs(
         coefficient = coefficient * share.repeat_interleave(lengths, output_size=weights.numel())
         counted = (per_trajectory > 0) & (cp_group is None or cp_group.rank() == 0)  # [segments]
         num_tokens = counted.sum(dtype=torch.int32)
-    loss_sum = -torch.dot(coefficient, logprob)
+    base = -logprob
+    if config.base_loss == "kl":
+        assert kl is not None
+        kl = kl.reshape(-1)
+        base = kl if config.kl_weight == 1.0 else torch.lerp(base, kl, config.kl_weight)
+    loss_sum = torch.dot(coefficient, base)
 
-    nll = -logprob.detach().sum()
-    report = {
-        "loss": torch.stack([loss_sum.detach(), num_tokens.float()]),
-        "nll": torch.stack([nll, num_decisions.float()]),
-    }
+    per_token = {"loss": coefficient * base.detach(), "nll": -logprob.detach()}
+    if kl is not None:
+        per_token["kl"] = kl.detach()
+    if entropy is not None:
+        per_token["pear/entropy"] = entropy.reshape(-1)
+    counts = num_decisions.float()
+    report = {name: torch.stack([value.sum(), counts]) for name, value in per_token.items()}
+    report["loss"] = torch.stack([loss_sum.detach(), num_tokens.float()])
     report.update({f"pear/{name}": value for name, value in zip(STATISTICS, stats, strict=True)})
     if source is not None and num_sources:
-        per_token = torch.stack([-(coefficient * logprob).detach(), -logprob.detach()])  # [2, T]
-        sums = _sums_by_source(per_token, decisions, counted, source, num_sources, cu.diff() // cp_size)
+        rows = torch.stack(list(per_token.values()))
+        sums = _sums_by_source(rows, decisions, counted, source, num_sources, cu.diff() // cp_size)
         report[BY_SOURCE] = torch.cat([sums, stats_by_source], dim=1)
     return loss_sum, num_tokens, report
 
@@ -299,10 +342,10 @@ def _decisions_per_trajectory(
 def _sums_by_source(
     per_token: Tensor, decisions: Tensor, counted: Tensor, source: Tensor, num_sources: int, lengths: Tensor
 ) -> Tensor:
-    """[num_sources, 2, 2] float32: (sum, count) of the loss and the NLL.
+    """[num_sources, n, 2] float32: (sum, count) of the loss, and of what is a mean over decisions.
 
     Args:
-        per_token: [2, T], both losses of each token, 0 off the decisions.
+        per_token: [n, T], the loss of each token first, 0 off the decisions.
         decisions: [T] bool.
         counted: [segments] bool, the trajectories that the loss is divided by; or a scalar: by the decisions.
         source: [segments].
@@ -313,8 +356,9 @@ def _sums_by_source(
     rows = []
     for s in range(num_sources):
         here = of_token == s
-        sums = (per_token * here).sum(dim=1)  # [2]
-        tokens = (decisions & here).sum()
-        divisor = tokens if counted.dim() == 0 else (counted & (source == s)).sum()
-        rows.append(torch.stack([sums, torch.stack([divisor, tokens]).float()], dim=1))
+        sums = (per_token * here).sum(dim=1)  # [n]
+        counts = (decisions & here).sum().float().repeat(len(sums))
+        if counted.dim():
+            counts[0] = (counted & (source == s)).sum()
+        rows.append(torch.stack([sums, counts], dim=1))
     return torch.stack(rows)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron.config import PearConfig
-from pear_megatron.loss import REPORT_KEYS
+from pear_megatron.loss import report_keys
 
 log = logging.getLogger("pear_megatron")
 
@@ -147,6 +147,7 @@ class ReportWatch:
     def __init__(self, config: PearConfig, interval: int = 16) -> None:
         self._watch = WeightWatch(config, f"after {{}} x {interval} of one rank's micro-batches")
         self._plain, self._interval = config.variant == "none", interval
+        self._keys = report_keys(config)
         self._sums: Tensor | None = None
         self._seen = 0
 
@@ -154,15 +155,12 @@ class ReportWatch:
         """Adds a micro-batch's report of [sum, count] tensors; one of an evaluation (no gradients) is left out."""
         if self._plain or not torch.is_grad_enabled():
             return
-        sums = torch.stack([report[key].detach() for key in REPORT_KEYS]).double()
+        sums = torch.stack([report[key].detach() for key in self._keys]).double()
         self._sums = sums if self._sums is None else self._sums + sums
         self._seen += 1
         if self._seen % self._interval:
             return
         values, self._sums = self._sums.tolist(), None
-        means = {
-            k: total / count if count else 0.0 for k, (total, count) in zip(REPORT_KEYS, values, strict=True)
-        }
-        self._watch(
-            {"step": self._seen // self._interval, "decisions": values[REPORT_KEYS.index("nll")][1], **means}
-        )
+        pairs = dict(zip(self._keys, values, strict=True))
+        means = {key: total / count if count else 0.0 for key, (total, count) in pairs.items()}
+        self._watch({"step": self._seen // self._interval, "decisions": pairs["nll"][1], **means})

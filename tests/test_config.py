@@ -19,6 +19,17 @@ def test_defaults_are_the_papers():
         "normalize": "none",
         "negative_scale": 1.0,
         "control": "none",
+        "negative_floor": None,
+        "ratio": "behavior",
+        "sequence_scale": "sum",
+        "tau": 1.0,
+        "base_loss": "nll",
+        "kl_weight": 1.0,
+        "kl_tail": "none",
+        "dft_power": 0.0,
+        "dft_floor": 0.0,
+        "entropy_power": 0.0,
+        "report_entropy": False,
     }
 
 

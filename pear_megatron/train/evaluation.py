@@ -40,6 +40,7 @@ class Evaluation:
         multiple: int,
     ) -> None:
         self.layout, self.dataset = layout, dataset
+        self._config = recipe.pear
         self._interval, rows = recipe.train.eval_interval, recipe.train.micro_batch_size
 
         def plan(batch: int) -> BatchPlan:
@@ -70,7 +71,7 @@ class Evaluation:
             chunks: this rank's model chunks, in DDP.
         """
         started = time.perf_counter()
-        sums = ReportSums(self.layout, source_names(self.dataset))
+        sums = ReportSums(self.layout, self._config, source_names(self.dataset))
         sync_parameters(chunks)
         modes = [chunk.training for chunk in chunks]
         for chunk in chunks:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pear_megatron.loss import BY_SOURCE, REPORT_KEYS
+from pear_megatron.config import PearConfig
+from pear_megatron.loss import BY_SOURCE, report_keys
 from pear_megatron.megatron.layout import Layout
 
 
@@ -17,7 +18,8 @@ class Reduced:
     """What ``ReportSums.reduce`` gives, alike on every rank.
 
     Attributes:
-        means: REPORT_KEYS -> ratios of global sums, and ``source/NAME/...`` of each source, with its ``decisions``.
+        means: report_keys(config) -> ratios of global sums, and ``source/NAME/...`` of each source, with its
+            ``decisions``.
         decisions: that were counted.
         flagged: whether any rank gave the flag.
     """
@@ -32,18 +34,19 @@ class ReportSums:
 
     Args:
         layout: where this rank stands.
+        config: the run's.
         sources: names of a blend's sources; empty = they are not told apart.
     """
 
-    def __init__(self, layout: Layout, sources: Sequence[str] = ()) -> None:
-        self._layout, self._sources = layout, list(sources)
-        rows = (1 + len(self._sources)) * len(REPORT_KEYS) + 1
+    def __init__(self, layout: Layout, config: PearConfig, sources: Sequence[str] = ()) -> None:
+        self._layout, self._keys, self._sources = layout, report_keys(config), list(sources)
+        rows = (1 + len(self._sources)) * len(self._keys) + 1
         self._sums = torch.zeros((rows, 2), dtype=torch.float64, device=layout.device)
 
     def add(self, reports: Sequence[dict[str, Tensor]]) -> None:
         """Adds what run_schedule returned; on ranks whose loss does not count, nothing."""
         for report in reports if self._layout.reports else []:
-            rows = torch.stack([report[key] for key in REPORT_KEYS])
+            rows = torch.stack([report[key] for key in self._keys])
             if self._sources:
                 rows = torch.cat([rows, report[BY_SOURCE].flatten(0, 1)])
             self._sums[:-1] += rows
@@ -53,14 +56,13 @@ class ReportSums:
         self._sums[-1, 0] = float(flag)
         torch.distributed.all_reduce(self._sums)
         values = self._sums.tolist()
-        means, decisions = self._means(values), round(values[REPORT_KEYS.index("nll")][1])
+        means, decisions = self._means(values), round(values[self._keys.index("nll")][1])
         for number, name in enumerate(self._sources, 1):
-            part = values[number * len(REPORT_KEYS) :]
-            of_source = {"decisions": round(part[REPORT_KEYS.index("nll")][1]), **self._means(part)}
+            part = values[number * len(self._keys) :]
+            of_source = {"decisions": round(part[self._keys.index("nll")][1]), **self._means(part)}
             means |= {f"source/{name}/{key}": value for key, value in of_source.items()}
         return Reduced(means, decisions, values[-1][0] > 0)
 
-    @staticmethod
-    def _means(values: Sequence[Sequence[float]]) -> dict[str, float]:
-        pairs = zip(REPORT_KEYS, values, strict=False)
+    def _means(self, values: Sequence[Sequence[float]]) -> dict[str, float]:
+        pairs = zip(self._keys, values, strict=False)
         return {key: total / count if count else 0.0 for key, (total, count) in pairs}

@@ -235,7 +235,7 @@ class Trainer:
         if self.routes:
             self._start_routers(planned, sum(lengths))
         reports = self.passes.run(self.model, self.step)
-        sums = ReportSums(self.layout, self.sources)
+        sums = ReportSums(self.layout, self.recipe.pear, self.sources)
         sums.add(reports)
         reduced = sums.reduce(flag=self.stop.requested)
         means = dict(reduced.means)
