@@ -54,8 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             options["choices"] = get_args(field.annotation)
         elif get_origin(field.annotation) is tuple:
             options |= {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
-        else:
-            options["type"] = field.annotation
+        elif field.annotation is bool:
+            options["action"] = "store_true"
+        else:  # float, int, or float | None
+            options["type"] = next(
+                (t for t in get_args(field.annotation) if t is not type(None)), field.annotation
+            )
         option = f"--{_PREFIX}{name}".replace("_", "-")
         group.add_argument(option, help=f"PearConfig.{name}; default: {field.default}", **options)
     return parser
