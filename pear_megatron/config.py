@@ -17,9 +17,9 @@ class PearConfig(StrictModel):
 
     Attributes:
         variant: ``token`` weighs decision t by the ratios of the decisions after it, ``block`` shares
-            one weight within each block of decisions, ``sequence`` gives the whole trajectory one
-            weight, ``none`` is plain SFT through the same kernels.
-        gamma: discount per decision, in (0, 1]; not used by ``sequence`` and ``none``.
+            one weight within each block of decisions, ``own`` weighs it by its own ratio, ``sequence`` gives the whole
+            trajectory one weight, ``none`` is plain SFT through the same kernels.
+        gamma: discount per decision, in (0, 1]; used by ``token`` and ``block``.
         block_size: decisions in a block, >= 1; used by ``block`` alone.
         log_ratio_clip: bounds (lo, hi) of each log ratio ``lp - lb``.
         log_weight_clip: bounds (lo, hi) of each log weight, applied before ``exp``.
@@ -49,7 +49,7 @@ class PearConfig(StrictModel):
         pydantic.ValidationError: (a ``ValueError``) on an unknown key or a bad value.
     """
 
-    variant: Literal["token", "block", "sequence", "none"] = "token"
+    variant: Literal["token", "block", "own", "sequence", "none"] = "token"
     gamma: float = Field(default=0.999, gt=0.0, le=1.0)
     block_size: int = Field(default=4, ge=1)
     log_ratio_clip: tuple[float, float] = (-0.08, 0.3)

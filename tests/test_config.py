@@ -48,7 +48,7 @@ def test_lists_and_numbers_from_yaml_are_taken():
         ({"blocksize": 2}, "unknown key 'blocksize'; did you mean 'block_size'?"),
         ({"ratio_clip": (0, 1)}, "unknown key 'ratio_clip'; did you mean 'log_ratio_clip'?"),
         ({"zzz": 1}, "unknown key 'zzz'; known keys: variant, gamma, block_size, log_ratio_clip"),
-        ({"variant": "suffix"}, "Input should be 'token', 'block', 'sequence' or 'none'"),
+        ({"variant": "suffix"}, "Input should be 'token', 'block', 'own', 'sequence' or 'none'"),
         ({"gamma": 0.0}, "Input should be greater than 0"),
         ({"gamma": 1.001}, "Input should be less than or equal to 1"),
         ({"gamma": float("nan")}, "Input should be a finite number"),

@@ -148,6 +148,7 @@ FORMULAS: dict[str, Callable[[Trajectory], Tensor]] = {
     "DFT with a floor": lambda x: -x.p.clamp_min(0.1) * x.lp,
     "power family": lambda x: (1 - x.lp.exp() ** 8) / 8,
     "iw-SFT, sequence": lambda x: -(x.lp.detach() - x.lr).mean().exp().clamp_max(16.0) * x.lp,
+    "iw-SFT, token": lambda x: -(x.p / x.lr.exp()).clamp(0.2, 1.8) * x.lp,
     "EAFT": lambda x: -(entropy(x) / math.log(20)).clamp_max(1.0) * x.lp,
     "KL distillation": lambda x: kl(x),
     "KL with the rest": lambda x: kl(x, tail=True),

@@ -94,6 +94,8 @@ def trajectory_log_weights(log_ratio: list[float], config: PearConfig) -> list[f
     T, g = len(log_ratio), math.log(config.gamma)
     if config.variant == "none":
         return [0.0] * T
+    if config.variant == "own":
+        return log_ratio
     if config.variant == "sequence":
         total = math.fsum(log_ratio)
         return [total if config.sequence_scale == "sum" else config.tau * total / T] * T
