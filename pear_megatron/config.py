@@ -40,7 +40,9 @@ class PearConfig(StrictModel):
         kl_tail: what becomes of the mass outside the top-k: ``none`` renormalises the behaviour policy over the
             top-k, ``bucket`` compares the rest as one more token.
         dft_power, dft_floor: the weight is multiplied by ``max(p, dft_floor) ** dft_power``, with the token's
-            probability p under the target policy; 0 = not. Power 1 is DFT.
+            probability p; 0 = not. Power 1 is DFT.
+        dft_policy: whose probability p is: the ``target`` policy's, or with ``reference`` the initial model's, which
+            training does not move (PriFT).
         entropy_power: the weight is multiplied by ``min(H / ln 20, 1) ** entropy_power``, with the entropy H of the
             target policy at the token; 0 = not. Power 1 is EAFT.
         report_entropy: report the mean entropy of the target policy on decisions.
@@ -67,6 +69,7 @@ class PearConfig(StrictModel):
     kl_tail: Literal["none", "bucket"] = "none"
     dft_power: float = Field(default=0.0, ge=0.0)
     dft_floor: float = Field(default=0.0, ge=0.0, le=1.0)
+    dft_policy: Literal["target", "reference"] = "target"
     entropy_power: float = Field(default=0.0, ge=0.0)
     report_entropy: bool = False
 
@@ -103,11 +106,23 @@ class PearConfig(StrictModel):
                     f"{key}={value!r} is used with {name}={wanted!r} alone, and {name} is {is_now!r}; set it, or leave "
                     f"{key} out"
                 )
-        if self.dft_floor and not self.dft_power:
+        for key, value in (("dft_floor", self.dft_floor), ("dft_policy", self.dft_policy != "target")):
+            if value and not self.dft_power:
+                raise ValueError(
+                    f"{key} is used with dft_power alone, which is 0; set it, or leave {key} out"
+                )
+        if self.ratio == "reference" and self.variant == "none":
             raise ValueError(
-                "dft_floor is used with dft_power alone, which is 0; set it, or leave dft_floor out"
+                "ratio='reference' is used by weights that are made of ratios, and with variant='none' all of them are "
+                "1; choose another variant, or leave ratio out (for DFT by the reference's probability, PriFT: "
+                "dft_policy='reference')"
             )
         return self
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss needs the log-probs of the initial model."""
+        return self.ratio == "reference" or self.dft_policy == "reference"
 
     @property
     def needs_entropy(self) -> bool:

@@ -147,6 +147,7 @@ FORMULAS: dict[str, Callable[[Trajectory], Tensor]] = {
     "DFT": lambda x: -x.p * x.lp,
     "DFT with a floor": lambda x: -x.p.clamp_min(0.1) * x.lp,
     "power family": lambda x: (1 - x.lp.exp() ** 8) / 8,
+    "PriFT-prob": lambda x: -x.lr.exp() * x.lp,
     "iw-SFT, sequence": lambda x: -(x.lp.detach() - x.lr).mean().exp().clamp_max(16.0) * x.lp,
     "iw-SFT, token": lambda x: -(x.p / x.lr.exp()).clamp(0.2, 1.8) * x.lp,
     "EAFT": lambda x: -(entropy(x) / math.log(20)).clamp_max(1.0) * x.lp,
@@ -192,15 +193,16 @@ def test_the_pack_tells_every_method_from_every_other(pack: Pack):
     assert float(means.min()) < 0 < math.log(16) < float(means.max())  # iw-SFT's clip bites
 
 
-def test_prift_is_token_weights_of_the_reference(pack: Pack):
+def test_a_factor_that_is_fixed_before_training_can_be_token_weights(pack: Pack):
+    """PriFT-prob, both ways."""
     lr = pack.reference.log_softmax(-1)[range(len(pack.target)), pack.target]
     lb = pack.behavior.log_softmax(-1)[range(len(pack.target)), pack.target]
     ours = reference.loss_sum(
         pack.logits, pack.target, lb, pack.mask, pack.cu_seqlens, PearConfig(variant="none"),
         token_weights=lr.exp(),
     )  # fmt: skip
-    theirs = sum(-(x.lr.exp() * x.lp).sum() for x in pack.trajectories())
-    torch.testing.assert_close(ours, theirs)
+    pack.reward = torch.ones(4)
+    torch.testing.assert_close(ours, pack.loss(settings_of_methods()["PriFT-prob"]))
 
 
 def test_the_entropy_factor_is_never_below_eafts(pack: Pack):

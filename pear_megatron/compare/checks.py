@@ -116,7 +116,7 @@ def _columns(pear: PearConfig) -> dict[str, str]:
     columns = {}
     if pear.variant != "none" and pear.ratio == "behavior":
         columns["behavior_logprobs"] = "write them with `pear-megatron score` and the data's own policy"
-    if pear.variant != "none" and pear.ratio == "reference":
+    if pear.needs_reference:
         columns["reference_logprobs"] = "write them with `pear-megatron score --as reference`"
     if pear.base_loss == "kl":
         for name in ("behavior_topk_ids", "behavior_topk_logprobs"):

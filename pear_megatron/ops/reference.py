@@ -68,7 +68,11 @@ def weight_factor(
 ) -> Tensor:
     """What each decision's weight is multiplied by, [T] float64 (docs/method.md, Factors); reward is [T] here."""
     lp = logprobs.detach().double()
-    factor = lp.exp().clamp_min(config.dft_floor) ** config.dft_power
+    judge = lp
+    if config.dft_policy == "reference":
+        assert reference_logprobs is not None
+        judge = reference_logprobs.double()
+    factor = judge.exp().clamp_min(config.dft_floor) ** config.dft_power
     if config.entropy_power:
         assert entropy is not None
         factor = factor * (entropy.double() / math.log(20)).clamp_max(1.0) ** config.entropy_power
