@@ -40,7 +40,7 @@ class PearConfig(StrictModel):
         kl_tail: what becomes of the mass outside the top-k: ``none`` renormalises the behaviour policy over the
             top-k, ``bucket`` compares the rest as one more token.
         dft_power, dft_floor: the weight is multiplied by ``max(p, dft_floor) ** dft_power``, with the token's
-            probability p; 0 = not. Power 1 is DFT.
+            probability p; 0 = not. Power 1 is DFT. With ``base_loss: kl`` it multiplies the NLL's part alone (ASFT).
         dft_policy: whose probability p is: the ``target`` policy's, or with ``reference`` the initial model's, which
             training does not move (PriFT).
         entropy_power: the weight is multiplied by ``min(H / ln 20, 1) ** entropy_power``, with the entropy H of the
@@ -111,6 +111,11 @@ class PearConfig(StrictModel):
                 raise ValueError(
                     f"{key} is used with dft_power alone, which is 0; set it, or leave {key} out"
                 )
+        if self.dft_power and self.base_loss == "kl" and self.kl_weight == 1.0:
+            raise ValueError(
+                "dft_power is of the NLL, and base_loss='kl' with kl_weight=1 has none; set kl_weight below 1, or "
+                "dft_power to 0"
+            )
         if self.ratio == "reference" and self.variant == "none":
             raise ValueError(
                 "ratio='reference' is used by weights that are made of ratios, and with variant='none' all of them are "

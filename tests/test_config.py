@@ -105,6 +105,7 @@ def test_weights_that_are_all_one_are_not_to_be_shuffled():
         ({"kl_tail": "bucket"}, "used with base_loss='kl' alone"),
         ({"dft_floor": 0.1}, "dft_floor is used with dft_power alone, which is 0"),
         ({"dft_policy": "reference"}, "dft_policy is used with dft_power alone, which is 0"),
+        ({"base_loss": "kl", "dft_power": 1.0}, "kl_weight=1 has none; set kl_weight below 1"),
         ({"variant": "none", "ratio": "reference"}, "with variant='none' all of them are 1"),
     ],
 )

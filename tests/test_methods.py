@@ -151,6 +151,7 @@ FORMULAS: dict[str, Callable[[Trajectory], Tensor]] = {
     "iw-SFT, sequence": lambda x: -(x.lp.detach() - x.lr).mean().exp().clamp_max(16.0) * x.lp,
     "iw-SFT, token": lambda x: -(x.p / x.lr.exp()).clamp(0.2, 1.8) * x.lp,
     "EAFT": lambda x: -(entropy(x) / math.log(20)).clamp_max(1.0) * x.lp,
+    "ASFT": lambda x: (-x.p * x.lp + 0.1 * kl(x, tail=True)) / 1.1,
     "KL distillation": lambda x: kl(x),
     "KL with the rest": lambda x: kl(x, tail=True),
     "KL and NLL": lambda x: 0.5 * kl(x) - 0.5 * x.lp,
