@@ -17,9 +17,9 @@ class PearConfig(StrictModel):
 
     Attributes:
         variant: ``token`` weighs decision t by the ratios of the decisions after it, ``block`` shares
-            one weight within each block of decisions, ``sequence`` gives the whole trajectory one
-            weight, ``none`` is plain SFT through the same kernels.
-        gamma: discount per decision, in (0, 1]; not used by ``sequence`` and ``none``.
+            one weight within each block of decisions, ``own`` weighs it by its own ratio, ``sequence`` gives the whole
+            trajectory one weight, ``none`` is plain SFT through the same kernels.
+        gamma: discount per decision, in (0, 1]; used by ``token`` and ``block``.
         block_size: decisions in a block, >= 1; used by ``block`` alone.
         log_ratio_clip: bounds (lo, hi) of each log ratio ``lp - lb``.
         log_weight_clip: bounds (lo, hi) of each log weight, applied before ``exp``.
@@ -40,7 +40,9 @@ class PearConfig(StrictModel):
         kl_tail: what becomes of the mass outside the top-k: ``none`` renormalises the behaviour policy over the
             top-k, ``bucket`` compares the rest as one more token.
         dft_power, dft_floor: the weight is multiplied by ``max(p, dft_floor) ** dft_power``, with the token's
-            probability p under the target policy; 0 = not. Power 1 is DFT.
+            probability p; 0 = not. Power 1 is DFT. With ``base_loss: kl`` it multiplies the NLL's part alone (ASFT).
+        dft_policy: whose probability p is: the ``target`` policy's, or with ``reference`` the initial model's, which
+            training does not move (PriFT).
         entropy_power: the weight is multiplied by ``min(H / ln 20, 1) ** entropy_power``, with the entropy H of the
             target policy at the token; 0 = not. Power 1 is EAFT.
         report_entropy: report the mean entropy of the target policy on decisions.
@@ -49,7 +51,7 @@ class PearConfig(StrictModel):
         pydantic.ValidationError: (a ``ValueError``) on an unknown key or a bad value.
     """
 
-    variant: Literal["token", "block", "sequence", "none"] = "token"
+    variant: Literal["token", "block", "own", "sequence", "none"] = "token"
     gamma: float = Field(default=0.999, gt=0.0, le=1.0)
     block_size: int = Field(default=4, ge=1)
     log_ratio_clip: tuple[float, float] = (-0.08, 0.3)
@@ -67,6 +69,7 @@ class PearConfig(StrictModel):
     kl_tail: Literal["none", "bucket"] = "none"
     dft_power: float = Field(default=0.0, ge=0.0)
     dft_floor: float = Field(default=0.0, ge=0.0, le=1.0)
+    dft_policy: Literal["target", "reference"] = "target"
     entropy_power: float = Field(default=0.0, ge=0.0)
     report_entropy: bool = False
 
@@ -103,11 +106,28 @@ class PearConfig(StrictModel):
                     f"{key}={value!r} is used with {name}={wanted!r} alone, and {name} is {is_now!r}; set it, or leave "
                     f"{key} out"
                 )
-        if self.dft_floor and not self.dft_power:
+        for key, value in (("dft_floor", self.dft_floor), ("dft_policy", self.dft_policy != "target")):
+            if value and not self.dft_power:
+                raise ValueError(
+                    f"{key} is used with dft_power alone, which is 0; set it, or leave {key} out"
+                )
+        if self.dft_power and self.base_loss == "kl" and self.kl_weight == 1.0:
             raise ValueError(
-                "dft_floor is used with dft_power alone, which is 0; set it, or leave dft_floor out"
+                "dft_power is of the NLL, and base_loss='kl' with kl_weight=1 has none; set kl_weight below 1, or "
+                "dft_power to 0"
+            )
+        if self.ratio == "reference" and self.variant == "none":
+            raise ValueError(
+                "ratio='reference' is used by weights that are made of ratios, and with variant='none' all of them are "
+                "1; choose another variant, or leave ratio out (for DFT by the reference's probability, PriFT: "
+                "dft_policy='reference')"
             )
         return self
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss needs the log-probs of the initial model."""
+        return self.ratio == "reference" or self.dft_policy == "reference"
 
     @property
     def needs_entropy(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from pydantic import ValidationError
 
@@ -28,6 +30,7 @@ def test_defaults_are_the_papers():
         "kl_tail": "none",
         "dft_power": 0.0,
         "dft_floor": 0.0,
+        "dft_policy": "target",
         "entropy_power": 0.0,
         "report_entropy": False,
     }
@@ -48,7 +51,7 @@ def test_lists_and_numbers_from_yaml_are_taken():
         ({"blocksize": 2}, "unknown key 'blocksize'; did you mean 'block_size'?"),
         ({"ratio_clip": (0, 1)}, "unknown key 'ratio_clip'; did you mean 'log_ratio_clip'?"),
         ({"zzz": 1}, "unknown key 'zzz'; known keys: variant, gamma, block_size, log_ratio_clip"),
-        ({"variant": "suffix"}, "Input should be 'token', 'block', 'sequence' or 'none'"),
+        ({"variant": "suffix"}, "Input should be 'token', 'block', 'own', 'sequence' or 'none'"),
         ({"gamma": 0.0}, "Input should be greater than 0"),
         ({"gamma": 1.001}, "Input should be less than or equal to 1"),
         ({"gamma": float("nan")}, "Input should be a finite number"),
@@ -91,6 +94,24 @@ def test_sequence_weights_are_not_to_be_normalised_away():
 def test_weights_that_are_all_one_are_not_to_be_shuffled():
     with pytest.raises(ValueError, match="control='shuffled' moves weights around.*or control='none'"):
         PearConfig(variant="none", control="shuffled")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sequence_scale": "mean"}, "used with variant='sequence' alone, and variant is 'token'"),
+        ({"variant": "sequence", "tau": 2.0}, "used with sequence_scale='mean' alone"),
+        ({"kl_weight": 0.5}, "used with base_loss='kl' alone, and base_loss is 'nll'"),
+        ({"kl_tail": "bucket"}, "used with base_loss='kl' alone"),
+        ({"dft_floor": 0.1}, "dft_floor is used with dft_power alone, which is 0"),
+        ({"dft_policy": "reference"}, "dft_policy is used with dft_power alone, which is 0"),
+        ({"base_loss": "kl", "dft_power": 1.0}, "kl_weight=1 has none; set kl_weight below 1"),
+        ({"variant": "none", "ratio": "reference"}, "with variant='none' all of them are 1"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PearConfig(**settings)
 
 
 def test_a_config_is_frozen_and_hashable():

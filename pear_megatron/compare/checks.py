@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +12,9 @@ from pear_megatron.compare import stages
 from pear_megatron.compare.cell import Cell, cells_of, tuning_cells
 from pear_megatron.compare.outcome import CellResult, read_metrics
 from pear_megatron.compare.recipe import CompareRecipe
+from pear_megatron.config import PearConfig
+from pear_megatron.data.errors import Problems
+from pear_megatron.data.files import expand_files, read_rows
 from pear_megatron.errors import PearError, RecipeError
 from pear_megatron.recipe import ParallelConfig, check_layout
 from pear_megatron.storage import differing_keys
@@ -87,6 +91,37 @@ def _check_processes(parallel: ParallelConfig, processes: int) -> None:
             f"tensor_model_parallel_size {tp}, pipeline_model_parallel_size {pp} and context_parallel_size "
             f"{parallel.context_parallel_size}; set offline.processes={size}, or the sizes to 1"
         )
+
+
+def check_data(cells: Iterable[Cell]) -> None:
+    """That the data of every arm have the columns that its loss reads: a look at each file's first row.
+
+    Raises:
+        DataError: names arm, file, column and the way out, of all that lack one.
+    """
+    problems = Problems()
+    for cell in cells:
+        if not cell.has_offline_phase:
+            continue
+        for path in expand_files(cell.offline.data.train_files, problems):
+            row = next(read_rows(path, problems, strict=False), None)
+            for column, way_out in _columns(cell.offline.pear).items():
+                if row is not None and column not in row.fields:
+                    problems.add(row.where, f"arm {cell.arm} reads {column}, which is not there; {way_out}")
+    problems.raise_if_any()
+
+
+def _columns(pear: PearConfig) -> dict[str, str]:
+    """The columns that a loss cannot do without, and where each comes from."""
+    columns = {}
+    if pear.variant != "none" and pear.ratio == "behavior":
+        columns["behavior_logprobs"] = "write them with `pear-megatron score` and the data's own policy"
+    if pear.needs_reference:
+        columns["reference_logprobs"] = "write them with `pear-megatron score --as reference`"
+    if pear.base_loss == "kl":
+        for name in ("behavior_topk_ids", "behavior_topk_logprobs"):
+            columns[name] = "write them with `pear-megatron score --top-k 64`"
+    return columns
 
 
 def check_seed(recipe: CompareRecipe, results: list[CellResult]) -> None:

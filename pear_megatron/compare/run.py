@@ -17,7 +17,13 @@ from typing import Any
 
 from pear_megatron.compare import stages, workers
 from pear_megatron.compare.cell import Cell, cells_of, fill, tuning_cells
-from pear_megatron.compare.checks import check_packages, check_recipe, check_seed, prepare_makes_the_model
+from pear_megatron.compare.checks import (
+    check_data,
+    check_packages,
+    check_recipe,
+    check_seed,
+    prepare_makes_the_model,
+)
 from pear_megatron.compare.disk import check_disk, drop
 from pear_megatron.compare.outcome import CellResult, read_cell
 from pear_megatron.compare.recipe import CompareRecipe
@@ -67,6 +73,7 @@ class Comparison:
         if self.recipe.prepare:
             self._in_parallel("prepare", seeds, self._prepare, lambda seed: f"seed {seed}")
             check_recipe(self.recipe, prepared=True)
+        check_data(self._unfinished(tried))
         if later:
             self._check_disk(tried)
         if tuning:
@@ -83,9 +90,11 @@ class Comparison:
         return results
 
     def _check_disk(self, tried: list[Cell]) -> None:
-        cells = [cell for cell in [*tried, *cells_of(self.recipe, {})] if not (cell.folder / _DONE).is_file()]
-        if cells:
+        if cells := self._unfinished(tried):
             print(check_disk(cells, Path(self.recipe.output_dir), self.jobs or 1), file=sys.stderr)
+
+    def _unfinished(self, tried: list[Cell]) -> list[Cell]:
+        return [cell for cell in [*tried, *cells_of(self.recipe, {})] if not (cell.folder / _DONE).is_file()]
 
     def _count_cores(self) -> None:
         import torch

@@ -58,6 +58,15 @@ def topk_kl(
     return torch.stack(out)
 
 
+def dft_factor(logprobs: Tensor, config: PearConfig, reference_logprobs: Tensor | None = None) -> Tensor:
+    """[T] -> [T] float64, DFT's factor (docs/method.md, Factors)."""
+    judge = logprobs
+    if config.dft_policy == "reference":
+        assert reference_logprobs is not None
+        judge = reference_logprobs
+    return judge.detach().double().exp().clamp_min(config.dft_floor) ** config.dft_power
+
+
 def weight_factor(
     logprobs: Tensor,
     behavior_logprobs: Tensor,
@@ -68,7 +77,9 @@ def weight_factor(
 ) -> Tensor:
     """What each decision's weight is multiplied by, [T] float64 (docs/method.md, Factors); reward is [T] here."""
     lp = logprobs.detach().double()
-    factor = lp.exp().clamp_min(config.dft_floor) ** config.dft_power
+    factor = torch.ones_like(lp)
+    if config.base_loss == "nll":
+        factor = dft_factor(lp, config, reference_logprobs)
     if config.entropy_power:
         assert entropy is not None
         factor = factor * (entropy.double() / math.log(20)).clamp_max(1.0) ** config.entropy_power
@@ -94,6 +105,8 @@ def trajectory_log_weights(log_ratio: list[float], config: PearConfig) -> list[f
     T, g = len(log_ratio), math.log(config.gamma)
     if config.variant == "none":
         return [0.0] * T
+    if config.variant == "own":
+        return log_ratio
     if config.variant == "sequence":
         total = math.fsum(log_ratio)
         return [total if config.sequence_scale == "sum" else config.tau * total / T] * T
@@ -200,6 +213,7 @@ def loss_sum(
     if config.base_loss == "kl":
         assert behavior_topk is not None
         kl = topk_kl(logits, *behavior_topk, mask, config.kl_tail, vocab_size)
+        base = dft_factor(lp, config, reference_logprobs) * base
         base = (1 - config.kl_weight) * base + config.kl_weight * kl
     terms = r * w * base
     if normalization == "token":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from typer.testing import CliRunner
 pytest.importorskip("trl", reason="needs the extra rl")
 pytest.importorskip("scipy", reason="needs the extra eval")
 
+from pear_megatron import PearConfig
 from pear_megatron.cli import app
 from pear_megatron.compare.cell import cells_of, fill, tuning_cells
 from pear_megatron.compare.recipe import folder_name, load_compare_recipe
 from pear_megatron.errors import RecipeError
 from tests.compare import tiny
+from tests.test_methods import settings_of_methods
 
 
 def refusal(config: Path, *overrides: str) -> str:
@@ -98,8 +102,43 @@ def test_the_recipes_of_the_repository_are_whole() -> None:
         if path.stem.endswith("_base"):  # what others inherit
             continue
         recipe = load_compare_recipe(path, ["seeds=[0]"])
+        if recipe.tune:  # one value tells whether the key is right
+            tune = recipe.tune.model_copy(update={"values": recipe.tune.values[:1]})
+            recipe = recipe.model_copy(update={"tune": tune})
         check_recipe(recipe, prepared=False)
         assert recipe.baseline == "SFT"
+
+
+@pytest.mark.parametrize("name", ["methods", "puzzles_methods"])
+def test_arms_that_are_called_by_a_method_are_that_method(name: str) -> None:
+    recipe = load_compare_recipe(tiny.RECIPES / "compare" / f"{name}.yaml", ["seeds=[0]"])
+    known = settings_of_methods() | {"token": PearConfig()}
+    assert len(recipe.arms) > 5
+    for cell in cells_of(recipe, {}):
+        ours = replace(cell, chosen=("model.hf=null",)).offline.pear  # the model is made by prepare
+        assert ours.model_copy(update={"block_size": 4}) == known[cell.arm], cell.arm
+
+
+def test_an_arm_whose_data_lack_a_column_that_it_reads_is_refused(tmp_path: Path) -> None:
+    row = {"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}
+    bare, scored = tmp_path / "bare.jsonl", tmp_path / "scored.jsonl"
+    bare.write_text(json.dumps(row) + "\n")
+    scored.write_text(json.dumps({**row, "behavior_logprobs": [0, -1.0, -1.0]}) + "\n")
+    arms: dict[str, Any] = {
+        "SFT": ["pear.variant=none", f"data.train={bare}"],
+        "token": ["pear.variant=token", f"data.train=[{scored},{bare}]"],
+        "iw-SFT": ["pear.variant=sequence", "pear.ratio=reference", f"data.train={scored}"],
+        "KL": ["pear.variant=none", "pear.base_loss=kl", f"data.train={scored}"],
+        "no offline phase": None,
+    }
+    said = refusal(tiny.write(tmp_path, arms=arms, prepare=[], tune=None))
+    assert f"{bare}:1: arm token reads behavior_logprobs, which is not there; write them with" in said
+    assert f"{scored}:1: arm iw-SFT reads reference_logprobs, which is not there" in said
+    assert "`pear-megatron score --as reference`" in said
+    assert f"{scored}:1: arm KL reads behavior_topk_ids, which is not there" in said
+    assert "arm SFT" not in said
+    assert f"{scored}:1: arm token" not in said
+    assert "4 problems" in said
 
 
 def test_a_recipe_is_looked_for_beside_the_file_that_names_it(tmp_path: Path) -> None:
