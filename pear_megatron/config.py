@@ -18,10 +18,10 @@ class PearConfig(StrictModel):
     Attributes:
         variant: ``token`` weighs decision t by the ratios of the decisions after it, ``block`` shares
             one weight within each block of decisions, ``own`` weighs it by its own ratio, ``sequence`` gives the whole
-            trajectory one weight, ``none`` is plain SFT through the same kernels.
+            trajectory one weight, ``none`` weighs all alike: plain SFT, unless settings below make it another loss.
         gamma: discount per decision, in (0, 1]; used by ``token`` and ``block``.
         block_size: decisions in a block, >= 1; used by ``block`` alone.
-        log_ratio_clip: bounds (lo, hi) of each log ratio ``lp - lb``.
+        log_ratio_clip: bounds (lo, hi) of each log ratio, ``lp - lb`` (see ratio).
         log_weight_clip: bounds (lo, hi) of each log weight, applied before ``exp``.
         baseline: ``sequence_mean`` subtracts the trajectory's mean log ratio before clipping.
         normalize: ``sequence`` divides the weights by their mean over the trajectory's decisions.
@@ -34,8 +34,8 @@ class PearConfig(StrictModel):
         sequence_scale: with ``variant: sequence``, the log weight is the ``sum`` of the log ratios, or ``tau`` times
             their ``mean``, which length cannot saturate.
         tau: see sequence_scale, > 0.
-        base_loss: the loss of a token: ``nll``, or ``kl``: ``1 - kl_weight`` of the NLL and ``kl_weight`` of the
-            divergence from the behaviour policy's stored top-k.
+        base_loss: what the weights multiply: ``nll``, or ``kl``, which is ``(1 - kl_weight) * NLL + kl_weight * KL``
+            with the KL of the behaviour policy's stored top-k from the target policy.
         kl_weight: in (0, 1]; used by ``base_loss: kl`` alone.
         kl_tail: what becomes of the mass outside the top-k: ``none`` renormalises the behaviour policy over the
             top-k, ``bucket`` compares the rest as one more token.
@@ -45,7 +45,7 @@ class PearConfig(StrictModel):
             training does not move (PriFT).
         entropy_power: the weight is multiplied by ``min(H / ln 20, 1) ** entropy_power``, with the entropy H of the
             target policy at the token; 0 = not. Power 1 is EAFT.
-        report_entropy: report the mean entropy of the target policy on decisions.
+        report_entropy: report the mean entropy of the target policy on decisions, as ``pear/entropy``.
 
     Raises:
         pydantic.ValidationError: (a ``ValueError``) on an unknown key or a bad value.
