@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,20 @@ from pear_megatron.ops.suffix_sum import as_cu_seqlens
 from pear_megatron.ops.weights import STATISTICS, pear_weights
 
 _FULL_ENTROPY = math.log(20.0)  # nats: from there on a token counts in full
+
+
+class _Pack(NamedTuple):
+    """What the weights are made of, [T] each.
+
+    ``base`` is what the ratios are taken against; ``reference`` is to be checked, and used or looked at elsewhere.
+    """
+
+    lp: Tensor
+    base: Tensor
+    mask: Tensor
+    entropy: Tensor | None
+    stopped: Tensor | None
+    reference: Tensor | None
 
 
 def statistic_names(config: PearConfig) -> tuple[str, ...]:
@@ -42,9 +57,9 @@ def importance_weights(
     """PEAR's weights for packed trajectories (docs/method.md, Weights). No gradient flows through them.
 
     With a context-parallel group each rank holds the zigzag chunks of every trajectory. One all-gather
-    of 12 bytes a token (16 where the config has factors) gives every rank the whole pack, and each computes all
-    weights and keeps its own: the answer is bit for bit the one-rank answer for every variant, baseline and
-    normaliser, where exchanging totals would take a collective for each.
+    of 12 bytes a token, and of 4 for each of entropy, stopped negatives and references where they count, gives
+    every rank the whole pack. Each computes all weights and keeps its own: the answer is bit for bit the one-rank
+    answer for every setting, where exchanging totals would take a collective for each.
 
     Args:
         logprobs: [T] floating, log pi_theta of each token; any value off the mask.
@@ -161,34 +176,35 @@ def weights_and_statistics(
     cu = as_cu_seqlens(cu_seqlens, device)
     lp = logprobs.detach().float().contiguous()
     mask = mask.contiguous()
-    base = behavior_logprobs
-    if reference_logprobs is not None:
-        if config.ratio == "reference":
-            base = reference_logprobs
-        if config.ratio == "reference" or config.negative_floor is not None:
-            require_sampled("reference_logprobs", reference_logprobs, mask)
+    against_reference = config.ratio == "reference" and reference_logprobs is not None
+    base = reference_logprobs if against_reference else behavior_logprobs
     if base is None:  # the weights are 1; NaN of a diverged model is no bad data
         base = lp.nan_to_num(nan=0.0).clamp_max(0.0)
     base = base.float().contiguous()
 
     ranks = 1 if cp_group is None else cp_group.size()
-    stopped = negative = None
+    if ranks > 1:
+        check_shards(cu, ranks, "zigzag", lp.numel())
+    stopped = negative = reference = None
     if config.negative_floor is not None and reward is not None:
         start = behavior_logprobs if reference_logprobs is None else reference_logprobs
         assert start is not None
         negative = mask & (reward_per_token(reward, cu, lp.numel(), ranks) < 0)
         stopped = negative & (lp < start.float() - config.negative_floor)
-    factor = _factor(lp, entropy, stopped, config)
-    whole, positions = (lp, base, mask, factor), None
-    if ranks > 1:
-        assert cp_group is not None
-        check_shards(cu, ranks, "zigzag", lp.numel())
-        positions = shard_positions(cu, ranks, "zigzag", lp.numel())  # [ranks, T]
-        whole = _gathered(lp, base, mask, factor, positions, cp_group)
-    weights, stats = _weigh(*whole, cu, config)
-    by_source = _by_source(*whole, cu, config, source, num_sources)
-    if positions is not None:
-        assert cp_group is not None
+        reference = None if reference_logprobs is None else start.float()
+    reference = base if against_reference else reference
+    if config.entropy_power:
+        entropy = _checked_entropy(entropy, lp, config)
+    pack = _Pack(lp, base, mask, entropy if config.entropy_power else None, stopped, reference)
+    positions = None if ranks == 1 else shard_positions(cu, ranks, "zigzag", lp.numel())  # [ranks, T]
+    if positions is not None and cp_group is not None:
+        pack = _gathered(pack, positions, cp_group)
+    if pack.reference is not None:  # of the whole pack, so that all ranks raise
+        require_sampled("reference_logprobs", pack.reference, pack.mask)
+    factor = _factor(pack, config)
+    weights, stats = _weigh(pack, factor, cu, config)
+    by_source = _by_source(pack, factor, cu, config, source, num_sources)
+    if positions is not None and cp_group is not None:
         weights, stats, by_source = weights[positions[cp_group.rank()]], stats / ranks, by_source / ranks
     if config.negative_floor is not None:
         pairs = _stopped_by_source(stopped, negative, cu.diff() // ranks, source, num_sources, stats)
@@ -197,51 +213,55 @@ def weights_and_statistics(
     return weights, stats, by_source
 
 
-def _factor(lp: Tensor, entropy: Tensor | None, stopped: Tensor | None, config: PearConfig) -> Tensor | None:
-    """[T] float32, what weights are multiplied by (docs/method.md, Factors), or None for 1; NaN of lp stays NaN."""
+def _checked_entropy(entropy: Tensor | None, lp: Tensor, config: PearConfig) -> Tensor:
+    """[T] float32."""
+    if entropy is None:
+        raise ValueError(
+            f"entropy_power {config.entropy_power:g} needs entropy, that of the target policy at each token; "
+            "entropy_power 0 does without"
+        )
+    require_tensors(lp.device, entropy=entropy)
+    if entropy.shape != lp.shape:
+        raise ValueError(
+            f"entropy has shape {tuple(entropy.shape)} and logprobs {tuple(lp.shape)}; give one per token"
+        )
+    return entropy.detach().float()
+
+
+def _factor(pack: _Pack, config: PearConfig) -> Tensor | None:
+    """[T] float32, what weights are multiplied by (docs/method.md, Factors), or None for 1; NaN of lp stays NaN.
+
+    Taken of the whole pack: vectorised ``exp`` rounds otherwise at another place in a tensor.
+    """
     factor = None
     if config.dft_power:
         floor = math.log(config.dft_floor) if config.dft_floor else -math.inf
-        factor = (lp.clamp_min(floor) * config.dft_power).exp()
-    if config.entropy_power:
-        if entropy is None:
-            raise ValueError(
-                f"entropy_power {config.entropy_power:g} needs entropy, that of the target policy at each token; "
-                "entropy_power 0 does without"
-            )
-        require_tensors(lp.device, entropy=entropy)
-        if entropy.shape != lp.shape:
-            raise ValueError(f"entropy has shape {tuple(entropy.shape)} and logprobs {tuple(lp.shape)}")
-        share = (entropy.detach().float() / _FULL_ENTROPY).clamp(0.0, 1.0) ** config.entropy_power
+        factor = (pack.lp.clamp_min(floor) * config.dft_power).exp()
+    if pack.entropy is not None:
+        share = (pack.entropy / _FULL_ENTROPY).clamp(0.0, 1.0) ** config.entropy_power
         factor = share if factor is None else factor * share
-    if stopped is not None:
-        factor = (~stopped).float() if factor is None else factor.masked_fill(stopped, 0.0)
+    if pack.stopped is not None:
+        factor = (~pack.stopped).float() if factor is None else factor.masked_fill(pack.stopped, 0.0)
     return factor
 
 
-def _gathered(
-    lp: Tensor,
-    base: Tensor,
-    mask: Tensor,
-    factor: Tensor | None,
-    positions: Tensor,
-    cp_group: torch.distributed.ProcessGroup,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """[T] of each rank -> [ranks * T], the whole pack in order, on every rank."""
-    rows = [lp, base, mask.float()] + ([] if factor is None else [factor])
-    shards = all_gather(torch.stack(rows), cp_group)  # [ranks, rows, T]
+def _gathered(pack: _Pack, positions: Tensor, cp_group: torch.distributed.ProcessGroup) -> _Pack:
+    """This rank's [T] each -> [ranks * T], the whole pack in order, on every rank."""
+    rows = {id(x): x for x in pack if x is not None}  # one may stand for two
+    shards = all_gather(torch.stack([x.float() for x in rows.values()]), cp_group)  # [ranks, rows, T]
     whole = shards.new_empty((len(rows), positions.numel()))
     whole[:, positions.flatten()] = shards.transpose(0, 1).flatten(1)
-    return whole[0], whole[1], whole[2].bool(), None if factor is None else whole[3]
+    row = {key: whole[i].to(x.dtype) for i, (key, x) in enumerate(rows.items())}
+    lp, base, mask = (row[id(x)] for x in pack[:3])
+    return _Pack(lp, base, mask, *(None if x is None else row[id(x)] for x in pack[3:]))
 
 
-def _weigh(
-    lp: Tensor, base: Tensor, mask: Tensor, factor: Tensor | None, cu: Tensor, config: PearConfig
-) -> tuple[Tensor, Tensor]:
+def _weigh(pack: _Pack, factor: Tensor | None, cu: Tensor, config: PearConfig) -> tuple[Tensor, Tensor]:
     """pear_weights of the whole pack; under ``control`` each decision has another's weight, and its own factor.
 
     The order is drawn from the data, which all tensor-parallel ranks have alike. This waits for the device.
     """
+    lp, base, mask = pack[:3]
     weights, stats = pear_weights(lp, base, mask, cu, config, factor)
     if config.control == "none":
         return weights, stats
@@ -255,9 +275,7 @@ def _weigh(
 
 
 def _by_source(
-    lp: Tensor,
-    base: Tensor,
-    mask: Tensor,
+    pack: _Pack,
     factor: Tensor | None,
     cu: Tensor,
     config: PearConfig,
@@ -265,6 +283,7 @@ def _by_source(
     num_sources: int,
 ) -> Tensor:
     """[num_sources, 7, 2]: statistics of the whole pack's trajectories of each source."""
+    lp, base, mask = pack[:3]
     if source is None or not num_sources:
         return lp.new_zeros((0, len(STATISTICS), 2))
     of_token = source.repeat_interleave(cu.diff(), output_size=lp.numel())

@@ -107,8 +107,8 @@ def require_sampled(name: str, logprobs: Tensor, mask: Tensor) -> None:
     elif not good.all():
         bad = (~good).nonzero().flatten()
         raise ValueError(
-            f"{name} are no log-probabilities on {len(bad)} of {int(mask.sum())} decisions, first at token {bad[0]}: "
-            f"{logprobs[bad[0]]:g}; score the trajectory again, or take such tokens off the mask"
+            f"{name} are no log-probabilities on {len(bad)} of {int(mask.sum())} decisions, first at token {bad[0]} of "
+            f"the pack: {logprobs[bad[0]]:g}; score the trajectory again, or take such tokens off the mask"
         )
 
 
