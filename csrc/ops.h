@@ -23,7 +23,7 @@ using OptionalTensor = std::optional<Tensor>;
 enum LogprobStatistic { kRowMax = 0, kRowSumExp = 1, kTargetLogit = 2, kLogprobStatistics = 3 };
 
 // Which importance weights; the order is that of PearConfig.variant.
-enum class Variant : int64_t { kNone = 0, kToken = 1, kBlock = 2, kSequence = 3 };
+enum class Variant : int64_t { kNone = 0, kToken = 1, kBlock = 2, kSequence = 3, kOwn = 4 };
 
 // Rows of the statistics of pear_weights; each is a (sum, count) pair.
 enum WeightStatistic {

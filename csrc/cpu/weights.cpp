@@ -83,6 +83,8 @@ int64_t weigh(const Trajectory& x, const WeightParams& p, Statistics& stats) {
     k -= 1;
     if (p.variant == Variant::kNone) {
       log_weight = 0.0;
+    } else if (p.variant == Variant::kOwn) {
+      log_weight = clipped_log_ratio(x.log_ratio(t) - mean, p);
     } else if (p.variant != Variant::kSequence) {
       if (ends_block(k, decisions, p.block_size)) log_weight = suffix;
       suffix += discounted_log_ratio(x.log_ratio(t) - mean, p);

@@ -191,7 +191,7 @@ __device__ __forceinline__ void weigh_decisions(const Pack& pack,
           sum_trajectory(pack, chunk, [](const ChunkTotals& c) { return c.run.total; });
       const int64_t decisions = p.tau == 0.0 ? 0 : decisions_of(pack, chunk);
       state.log_weight = sequence_log_weight(sum, decisions, p);
-    } else if (p.variant != Variant::kNone) {
+    } else if (p.variant == Variant::kToken || p.variant == Variant::kBlock) {
       state = state_after(pack, chunk);
     }
     double weight_sum = 0.0, rounded_sum = 0.0, rounded_squares = 0.0;
@@ -204,6 +204,8 @@ __device__ __forceinline__ void weigh_decisions(const Pack& pack,
             token.decision ? one_decision(discounted_log_ratio(ratio, p), ends) : empty_run());
         log_weight = apply(from_here, state).log_weight;
         state = apply(first_lane(from_here), state);
+      } else if (p.variant == Variant::kOwn) {
+        log_weight = clipped_log_ratio(ratio, p);
       }
       if (token.decision) {
         stats[kRatioLow] += ratio < p.ratio_low;
@@ -312,7 +314,7 @@ PEAR_CHUNK_KERNEL weigh_pack(Pack pack) {
   const WeightParams& p = pack.params;
   double stats[kBlockStatistics] = {};
   count_decisions(pack, stats);
-  if (p.variant != Variant::kNone) {
+  if (p.variant != Variant::kNone && p.variant != Variant::kOwn) {
     if (p.subtract_mean || p.block_size > 1) sync_grid();
     total_runs(pack);
   }

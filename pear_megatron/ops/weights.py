@@ -10,7 +10,7 @@ from pear_megatron.ops.library import ops
 
 __all__ = ["STATISTICS", "pear_weights"]
 
-_VARIANTS = {"none": 0, "token": 1, "block": 2, "sequence": 3}
+_VARIANTS = {"none": 0, "token": 1, "block": 2, "sequence": 3, "own": 4}
 
 
 def pear_weights(

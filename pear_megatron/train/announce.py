@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from pear_megatron.config import PearConfig
 from pear_megatron.data import AnyDataset, BatchPlan, TrajectoryBlend
 from pear_megatron.data.sources import blend_of
 from pear_megatron.megatron.checkpoint.folder import CheckpointFolder
@@ -22,7 +23,7 @@ log = logging.getLogger("pear_megatron")
 def announce(trainer: Trainer) -> None:
     """What is trained, on what, for how long, and which checkpoints stay."""
     recipe, step, total_steps = trainer.recipe, trainer.step, trainer.total_steps
-    what = f"PEAR {recipe.pear.variant}" if recipe.pear.variant != "none" else "plain SFT"
+    what = _method(recipe.pear)
     log.info(
         "%s: %d trajectories, %d decisions; %s on %s; steps %d to %d",
         what,
@@ -33,6 +34,7 @@ def announce(trainer: Trainer) -> None:
         step,
         total_steps,
     )
+    _announce_idle_settings(recipe.pear, trainer.dataset)
     _announce_sources(recipe, trainer.dataset, trainer.plan, total_steps)
     if trainer.evaluation is not None:
         log.info("evaluations on %d held-out trajectories", len(trainer.evaluation.dataset))
@@ -42,6 +44,26 @@ def announce(trainer: Trainer) -> None:
         log.info("nothing to do: %s is at step %d already", recipe.output_dir, step)
     else:
         _announce_checkpoints(recipe, trainer.saver.folder, step)
+
+
+def _method(pear: PearConfig) -> str:
+    if pear.variant != "none":
+        return f"PEAR {pear.variant}"
+    return "plain SFT" if not pear.has_factors and pear.base_loss == "nll" else "SFT with factors"
+
+
+def _announce_idle_settings(pear: PearConfig, dataset: AnyDataset) -> None:
+    """Settings that do nothing on these data."""
+    if (dataset.rewards < 0).any():
+        return
+    for name, idle in (("negative_floor", None), ("negative_scale", 1.0)):
+        if (value := getattr(pear, name)) != idle:
+            log.warning(
+                "pear.%s=%g does nothing: no trajectory has a reward below zero; leave it out, or check the data's "
+                "rewards",
+                name,
+                value,
+            )
 
 
 def _sizes(layout: Layout) -> str:
