@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pear_megatron.config import PearConfig
 from pear_megatron.data import AnyDataset, BatchPlan, TrajectoryBlend
 from pear_megatron.data.sources import blend_of
@@ -34,7 +36,7 @@ def announce(trainer: Trainer) -> None:
         step,
         total_steps,
     )
-    _announce_idle_settings(recipe.pear, trainer.dataset)
+    announce_idle_settings(recipe.pear, trainer.dataset.rewards)
     _announce_sources(recipe, trainer.dataset, trainer.plan, total_steps)
     if trainer.evaluation is not None:
         log.info("evaluations on %d held-out trajectories", len(trainer.evaluation.dataset))
@@ -52,9 +54,9 @@ def _method(pear: PearConfig) -> str:
     return "plain SFT" if not pear.has_factors and pear.base_loss == "nll" else "SFT with factors"
 
 
-def _announce_idle_settings(pear: PearConfig, dataset: AnyDataset) -> None:
-    """Settings that do nothing on these data."""
-    if (dataset.rewards < 0).any():
+def announce_idle_settings(pear: PearConfig, rewards: np.ndarray) -> None:
+    """Warns of settings that do nothing on data of these rewards, [N]."""
+    if (rewards < 0).any():
         return
     for name, idle in (("negative_floor", None), ("negative_scale", 1.0)):
         if (value := getattr(pear, name)) != idle:
