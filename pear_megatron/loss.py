@@ -15,7 +15,7 @@ from pear_megatron.ops.arguments import require_behavior, require_config, requir
 from pear_megatron.ops.logprob import vocab_parallel_logprob
 from pear_megatron.ops.output_layer import linear_logprob
 from pear_megatron.ops.suffix_sum import as_cu_seqlens
-from pear_megatron.weights import reward_per_token, statistic_names, weights_and_statistics
+from pear_megatron.weights import dft_factor, reward_per_token, statistic_names, weights_and_statistics
 
 # The report's key of [sources, len(report_keys(config)), 2], there where ``num_sources`` is given.
 BY_SOURCE = "by_source"
@@ -119,8 +119,8 @@ def pear_loss(
         token_weights: [T] or [B, S] floating, this rank's tokens as ``target`` has them; default 1. A factor of
             each decision's coefficient, of either sign; it changes neither ``num_tokens`` nor the importance
             weights, and ``negative_scale`` does not look at it. Anything off the mask.
-        reference_logprobs: [T] or [B, S] floating, of the initial model; needed with ``ratio: reference``, and where
-            ``negative_floor`` counts from, if they are given.
+        reference_logprobs: [T] or [B, S] floating, of the initial model; needed with ``ratio: reference`` and
+            ``dft_policy: reference``, and where ``negative_floor`` counts from, if they are given.
         behavior_topk: ([T, k] int32, [T, k] float32), or [B, S, k]: ids of the behaviour policy's likeliest tokens at
             each decision (-1 = no entry) and their log-probs; needed with ``base_loss: kl``. Anything off the mask.
         normalization: what the loss is divided by: ``token``, the number of decisions; ``trajectory``, the number
@@ -317,6 +317,9 @@ def loss_of_logprobs(
     if config.base_loss == "kl":
         assert kl is not None
         kl = kl.reshape(-1)
+        if config.dft_power:  # of the NLL alone
+            initial = None if reference_logprobs is None else reference_logprobs.reshape(-1)
+            base = dft_factor(logprob, initial, config).where(decisions, 0.0) * base
         base = kl if config.kl_weight == 1.0 else torch.lerp(base, kl, config.kl_weight)
     loss_sum = torch.dot(coefficient, base)
 

@@ -70,7 +70,8 @@ def importance_weights(
         cu_seqlens: [segments + 1] integer, boundaries of the trajectories of the whole pack.
         config: variant, clips, baseline, normaliser, factors.
         reference_logprobs: [T], log-probs of the same tokens under the initial model, as behavior_logprobs; needed
-            with ``ratio: reference``, and where ``negative_floor`` counts from, if they are given.
+            with ``ratio: reference`` and ``dft_policy: reference``, and where ``negative_floor`` counts from, if they
+            are given.
         reward: [segments] or [T]: ``negative_floor`` looks at its sign; None = nothing is negative.
         entropy: [T] floating, of the target policy in nats; needed with ``entropy_power``.
         cp_group: context-parallel ranks, zigzag layout; None = the tensors are whole.
@@ -176,7 +177,7 @@ def weights_and_statistics(
     cu = as_cu_seqlens(cu_seqlens, device)
     lp = logprobs.detach().float().contiguous()
     mask = mask.contiguous()
-    against_reference = config.ratio == "reference" and reference_logprobs is not None
+    against_reference = config.ratio == "reference"  # then they are there
     base = reference_logprobs if against_reference else behavior_logprobs
     if base is None:  # the weights are 1; NaN of a diverged model is no bad data
         base = lp.nan_to_num(nan=0.0).clamp_max(0.0)
@@ -191,8 +192,8 @@ def weights_and_statistics(
         assert start is not None
         negative = mask & (reward_per_token(reward, cu, lp.numel(), ranks) < 0)
         stopped = negative & (lp < start.float() - config.negative_floor)
-        reference = None if reference_logprobs is None else start.float()
-    reference = base if against_reference else reference
+    if reference_logprobs is not None and (config.needs_reference or stopped is not None):
+        reference = base if against_reference else reference_logprobs.float()
     if config.entropy_power:
         entropy = _checked_entropy(entropy, lp, config)
     pack = _Pack(lp, base, mask, entropy if config.entropy_power else None, stopped, reference)
@@ -228,15 +229,24 @@ def _checked_entropy(entropy: Tensor | None, lp: Tensor, config: PearConfig) -> 
     return entropy.detach().float()
 
 
+def dft_factor(lp: Tensor, reference_logprobs: Tensor | None, config: PearConfig) -> Tensor:
+    """[T] float32, DFT's factor (docs/method.md, Factors), without a gradient; NaN stays NaN."""
+    judge = lp
+    if config.dft_policy == "reference":
+        assert reference_logprobs is not None
+        judge = reference_logprobs
+    floor = math.log(config.dft_floor) if config.dft_floor else -math.inf
+    return (judge.detach().float().clamp_min(floor) * config.dft_power).exp()
+
+
 def _factor(pack: _Pack, config: PearConfig) -> Tensor | None:
     """[T] float32, what weights are multiplied by (docs/method.md, Factors), or None for 1; NaN of lp stays NaN.
 
     Taken of the whole pack: vectorised ``exp`` rounds otherwise at another place in a tensor.
     """
     factor = None
-    if config.dft_power:
-        floor = math.log(config.dft_floor) if config.dft_floor else -math.inf
-        factor = (pack.lp.clamp_min(floor) * config.dft_power).exp()
+    if config.dft_power and config.base_loss == "nll":
+        factor = dft_factor(pack.lp, pack.reference, config)
     if pack.entropy is not None:
         share = (pack.entropy / _FULL_ENTROPY).clamp(0.0, 1.0) ** config.entropy_power
         factor = share if factor is None else factor * share

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pear_megatron import PearConfig
 
-VARIANTS = ("token", "block", "sequence", "none")
+VARIANTS = ("token", "block", "own", "sequence", "none")
 
 # Every variant x baseline x normalize that PearConfig allows.
 CONFIGS = [

@@ -86,6 +86,8 @@ def test_value_and_gradient_equal_float64_autograd(config, factors):
 # Settings of factors and reference ratios; each needs reference_logprobs.
 NEIGHBOURS = {
     "dft": PearConfig(dft_power=1.0, dft_floor=0.01),
+    "prift": PearConfig(variant="none", dft_power=0.5, dft_policy="reference"),
+    "own": PearConfig(variant="own", ratio="reference", log_ratio_clip=(-1.0, 0.5)),
     "iw_sft": PearConfig(variant="sequence", ratio="reference", sequence_scale="mean", tau=5.0),
     "stopped": PearConfig(variant="block", negative_floor=0.2, negative_scale=0.0, normalize="sequence"),
     "plain_stopped": PearConfig(variant="none", negative_floor=0.2, dft_power=0.5),
@@ -150,6 +152,25 @@ def test_entropies_weigh_and_are_reported():
     torch.testing.assert_close(loss.detach().double(), expected, rtol=1e-5, atol=1e-5)
     assert set(report) == set(report_keys(config))
     torch.testing.assert_close(report["pear/entropy"], torch.stack([entropy.sum().float(), num_tokens]))
+
+
+@pytest.mark.parametrize("policy", ["target", "reference"])
+def test_beside_a_kl_dfts_factor_is_of_the_nll_alone(policy):
+    batch = with_reference(make_batch([12, 9]))
+    config = PearConfig(base_loss="kl", kl_weight=0.25, dft_power=1.0, dft_policy=policy)
+    logprob = reference.logprob(batch.logits, batch.target, batch.mask).float().requires_grad_()
+    kl = torch.rand(21).where(batch.mask, 0.0).requires_grad_()
+    inputs = (batch.behavior_logprobs, batch.mask, batch.cu_seqlens)
+    given = {"kl": kl, "reference_logprobs": batch.reference_logprobs.where(batch.mask, NAN)}
+    loss, _, _ = loss_of_logprobs(logprob, *inputs, config, **given)
+    loss.backward()
+    weights, _ = reference.weights(logprob.detach(), *inputs, config)
+    factor = reference.dft_factor(logprob, config, batch.reference_logprobs)
+    expected = weights * (0.75 * factor * -logprob.detach() + 0.25 * kl.detach())
+    torch.testing.assert_close(loss.detach().double(), expected[batch.mask].sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kl.grad.double(), 0.25 * weights, rtol=1e-5, atol=1e-7)
+    slope = (-0.75 * weights * factor).where(batch.mask, 0.0)
+    torch.testing.assert_close(logprob.grad.double(), slope, rtol=1e-5, atol=1e-7)
 
 
 def test_negatives_that_have_stopped_push_nothing_and_are_reported_whatever_their_scale():

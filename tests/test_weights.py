@@ -54,6 +54,8 @@ BY_HAND = {
     ),
     # 0.1 - 0.2 + 0.3 = 0.2 for all; the discount plays no part
     "sequence": ({**WIDE, "variant": "sequence", "gamma": 0.5}, [0.1, -0.2, 0.3], [1.221403] * 3),
+    # each its own ratio, 5 as 0.5; no discount
+    "own": ({**WIDE, "variant": "own", "gamma": 0.5}, [0.1, -0.2, 5.0], [1.105171, 0.818731, 1.648721]),
     # twice the mean of 0.1, -0.2 and 0.3
     "sequence_mean": (
         {**WIDE, "variant": "sequence", "sequence_scale": "mean", "tau": 2.0},
@@ -464,6 +466,11 @@ PROBABILITIES = torch.tensor([0.5, 0.25, 0.01])
 FACTORS_BY_HAND = {
     "dft": ({"dft_power": 1.0}, {}, [0.5, 0.25, 0.01]),
     "dft_floor": ({"dft_power": 2.0, "dft_floor": 0.1}, {}, [0.25, 0.0625, 0.01]),
+    "dft_reference": (
+        {"dft_power": 1.0, "dft_policy": "reference", "dft_floor": 0.25},
+        {"reference_logprobs": torch.tensor([0.3, 0.4, 0.2]).log()},
+        [0.3, 0.4, 0.25],
+    ),
     "entropy": (
         {"entropy_power": 2.0},
         {"entropy": math.log(20) * torch.tensor([0.5, 1.0, 3.0])},
@@ -548,6 +555,8 @@ def float64_weights(pack: Pack, given: dict[str, Tensor], config: PearConfig):
 @pytest.mark.parametrize("ratio", ["behavior", "reference"])
 @pytest.mark.parametrize("config", [*CONFIGS, SEQUENCE_MEAN], ids=config_id)
 def test_factors_and_reference_ratios_equal_the_reference(config, ratio):
+    if config.variant == "none" and ratio == "reference":
+        pytest.skip("no ratios: PearConfig refuses it")
     pack = factor_pack()
     given, config = others(pack), with_factors(config, ratio=ratio)
     weights, stats = importance_weights(*pack.inputs(), config, **given)
@@ -619,6 +628,11 @@ def test_reference_ratios_need_no_behaviour_logprobs():
             "ratio 'reference' needs reference_logprobs.*--as reference",
         ),
         (
+            {"dft_power": 1.0, "dft_policy": "reference"},
+            {"reference_logprobs": None},
+            "dft_policy 'reference' needs reference_logprobs.*dft_policy 'target' does without",
+        ),
+        (
             {"variant": "none", "negative_floor": 1.0},
             {"reference_logprobs": None, "behavior_logprobs": None},
             "negative_floor 1 needs to know where.*give reference_logprobs or behavior_logprobs, or leave",
@@ -660,7 +674,11 @@ def test_what_factors_and_reference_ratios_need_is_named(settings, change, messa
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 0.1])
-@pytest.mark.parametrize("settings", [REFERENCE, {"negative_floor": 1.0}], ids=["ratio", "floor"])
+@pytest.mark.parametrize(
+    "settings",
+    [REFERENCE, {"negative_floor": 1.0}, {"dft_power": 1.0, "dft_policy": "reference"}],
+    ids=["ratio", "floor", "dft"],
+)
 def test_a_reference_logprob_that_is_none_is_refused_with_its_place(settings, value):
     pack = make_pack([6, 5], decisions=1.0)
     bad = pack.behavior_logprobs.clone()
@@ -679,7 +697,7 @@ LAYOUT_CONFIGS = [
     with_factors(PearConfig(), ratio="reference"),
     with_factors(PearConfig(variant="block", normalize="sequence")),
     with_factors(SEQUENCE_MEAN),
-    with_factors(PearConfig(variant="none")),
+    with_factors(PearConfig(variant="none"), dft_policy="reference"),
     with_factors(PearConfig(control="shuffled"), entropy_power=0.0),
 ]
 SOURCES = {"source": torch.tensor([1, 0, 1, 0, 2]), "num_sources": 4}

@@ -105,7 +105,11 @@ def _methods(pack: Pack, given: PearConfig) -> list[dict[str, Any]]:
     mean = {"variant": "sequence", "sequence_scale": "mean"}
     return [
         *([mean] if given.variant != "sequence" else []),
-        *([{"ratio": "reference"}] if pack.reference_logprobs is not None else []),
+        *(
+            [{"ratio": "reference"}]
+            if pack.reference_logprobs is not None and given.variant != "none"
+            else []
+        ),
         {"variant": "none", "dft_power": 1.0} | _SUM,
     ]
 

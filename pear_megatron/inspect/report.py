@@ -121,9 +121,7 @@ def make_report(
     has_behavior = bool(pack.lb.any())  # without the field they are all 0
     verdicts = about_data(sample, _ends(sample, special_ids))
     ratios = None
-    has_reference = (
-        pack.reference_logprobs is not None or config.ratio != "reference" or config.variant == "none"
-    )
+    has_reference = pack.reference_logprobs is not None or not config.needs_reference
     if policy_logprobs is None or not has_behavior or not has_reference:
         verdicts.append(_needs(policy_logprobs is not None, has_behavior, has_reference))
     else:
@@ -152,7 +150,7 @@ def _needs(has_policy: bool, has_behavior: bool, has_reference: bool) -> Verdict
         ways.append("add behavior_logprobs (`pear-megatron score --model WRITER`)")
     if not has_reference:
         ways.append(
-            "add reference_logprobs (`pear-megatron score --as reference`), which pear.ratio=reference needs"
+            "add reference_logprobs (`pear-megatron score --as reference`), which these settings need"
         )
     if not has_policy:
         ways.append("name the policy that training starts from (--model DIR, or --scored if the data carry "

@@ -54,19 +54,19 @@ def require_behavior(
 ) -> None:
     """The data's log-probs must be float32 or float64 constants on ``device``, or None where nothing needs them.
 
-    ``ratio`` says which of the two the weights need, and ``variant: none`` needs none. ``negative_floor`` needs either
-    of them where there are rewards.
+    ``ratio`` says which of the two the weights need, ``variant: none`` needs none, and ``dft_policy`` may ask for the
+    reference. ``negative_floor`` needs either of them where there are rewards.
 
     Raises:
         TypeError, ValueError: as require_tensors; None, another dtype, or a tensor that requires a gradient.
     """
-    if config.variant != "none" and config.ratio == "reference":
-        if reference_logprobs is None:
-            raise ValueError(
-                "ratio 'reference' needs reference_logprobs, the initial model's log-probs of the same tokens "
-                "(`pear-megatron score --as reference`); ratio 'behavior' does without"
-            )
-    elif config.variant != "none" and behavior_logprobs is None:
+    if config.needs_reference and reference_logprobs is None:
+        name, otherwise = ("ratio", "behavior") if config.ratio == "reference" else ("dft_policy", "target")
+        raise ValueError(
+            f"{name} 'reference' needs reference_logprobs, the initial model's log-probs of the same tokens "
+            f"(`pear-megatron score --as reference`); {name} {otherwise!r} does without"
+        )
+    if config.variant != "none" and config.ratio == "behavior" and behavior_logprobs is None:
         raise ValueError(f"variant {config.variant!r} needs behavior_logprobs; only 'none' does without")
     if config.negative_floor is not None and has_reward and behavior_logprobs is reference_logprobs is None:
         raise ValueError(

@@ -71,7 +71,7 @@ def test_the_number_of_threads_changes_no_bit():
             ops.pear_weights(
                 lp, lb, mask, cu, variant, 0.99, 3, -0.5, 0.3, -10.0, 5.0, True, variant != 3, 2.0, factor
             )
-            for variant in range(4)
+            for variant in range(5)
             for factor in (None, lp.sigmoid())
         ]
         return [
