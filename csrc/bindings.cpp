@@ -22,7 +22,8 @@ TORCH_LIBRARY(pear_megatron, m) {
   m.def(
       "pear_weights(Tensor logprobs, Tensor behavior_logprobs, Tensor mask, Tensor cu_seqlens, "
       "int variant, float gamma, int block_size, float ratio_low, float ratio_high, "
-      "float weight_low, float weight_high, bool subtract_mean, bool normalize) "
+      "float weight_low, float weight_high, bool subtract_mean, bool normalize, "
+      "float? tau=None, Tensor? factor=None) "
       "-> (Tensor, Tensor)");
 }
 

@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <optional>
 
 #include "host_device.h"
 #include "ops.h"
@@ -17,18 +18,28 @@ struct WeightParams {
   double ratio_low, ratio_high;
   double weight_low, weight_high;
   bool subtract_mean, normalize;
+  double tau;  // 0 = the sequence variant takes the sum
 };
 
 inline WeightParams weight_params(int64_t variant, double gamma, int64_t block_size,
                                   double ratio_low, double ratio_high, double weight_low,
-                                  double weight_high, bool subtract_mean, bool normalize) {
-  TORCH_CHECK_VALUE(0 <= variant && variant <= 3, "variant must be 0..3, got ", variant);
+                                  double weight_high, bool subtract_mean, bool normalize,
+                                  std::optional<double> tau) {
+  TORCH_CHECK_VALUE(0 <= variant && variant <= 4, "variant must be 0..4, got ", variant);
   TORCH_CHECK_VALUE(gamma > 0.0 && gamma <= 1.0, "gamma must be in (0, 1], got ", gamma);
   TORCH_CHECK_VALUE(block_size >= 1, "block_size must be >= 1, got ", block_size);
+  TORCH_CHECK_VALUE(!tau || *tau > 0.0, "tau must be > 0, got ", tau.value_or(0.0));
   const auto which = static_cast<Variant>(variant);
-  return {which,       std::log(gamma), which == Variant::kBlock ? block_size : 1,
-          ratio_low,   ratio_high,      weight_low,
-          weight_high, subtract_mean,   normalize};
+  return {which,
+          std::log(gamma),
+          which == Variant::kBlock ? block_size : 1,
+          ratio_low,
+          ratio_high,
+          weight_low,
+          weight_high,
+          subtract_mean,
+          normalize,
+          tau.value_or(0.0)};
 }
 
 // What rounding leaves of log 1 above 0.
@@ -42,10 +53,19 @@ PEAR_HOST_DEVICE double clip(double x, double low, double high) {
   return x < low ? low : (x > high ? high : x);
 }
 
+PEAR_HOST_DEVICE double clipped_log_ratio(double log_ratio, const WeightParams& p) {
+  return clip(log_ratio, p.ratio_low, p.ratio_high);
+}
+
 // What decision j adds to the log weight of every decision before it.
 PEAR_HOST_DEVICE double discounted_log_ratio(double log_ratio, const WeightParams& p) {
-  const double clipped = clip(log_ratio, p.ratio_low, p.ratio_high);
+  const double clipped = clipped_log_ratio(log_ratio, p);
   return p.variant == Variant::kSequence ? clipped : clipped + p.log_gamma;
+}
+
+// The log weight of a whole trajectory of `decisions`, from the sum of its clipped log ratios.
+PEAR_HOST_DEVICE double sequence_log_weight(double sum, int64_t decisions, const WeightParams& p) {
+  return p.tau == 0.0 ? sum : p.tau * sum / double(decisions);
 }
 
 // Plain SFT weighs 1 whatever the clips are.

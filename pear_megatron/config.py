@@ -26,7 +26,8 @@ class PearConfig(StrictModel):
         baseline: ``sequence_mean`` subtracts the trajectory's mean log ratio before clipping.
         normalize: ``sequence`` divides the weights by their mean over the trajectory's decisions.
         control: ``shuffled`` puts the weights of a micro-batch's decisions on other decisions of it, at random:
-            the control experiment that keeps how the weights are distributed and takes away what they mean.
+            the control experiment that keeps how the weights are distributed and takes away what they mean. Factors
+            (DFT, entropy, negatives that have stopped) stay on their own decisions.
         negative_scale: factor on the reward of trajectories whose reward is below zero, >= 0.
         negative_floor: a decision of such a trajectory weighs 0 once its log-prob has fallen more than this below the
             reference's (or the behaviour policy's, where there is no reference), > 0; None = never.
@@ -128,6 +129,11 @@ class PearConfig(StrictModel):
     def needs_reference(self) -> bool:
         """Whether the loss needs the log-probs of the initial model."""
         return self.ratio == "reference" or self.dft_policy == "reference"
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether a weight may be multiplied by something beyond its importance (docs/method.md, Factors)."""
+        return self.dft_power > 0 or self.entropy_power > 0 or self.negative_floor is not None
 
     @property
     def needs_entropy(self) -> bool:

@@ -15,8 +15,7 @@ from pear_megatron.ops.arguments import require_behavior, require_config, requir
 from pear_megatron.ops.logprob import vocab_parallel_logprob
 from pear_megatron.ops.output_layer import linear_logprob
 from pear_megatron.ops.suffix_sum import as_cu_seqlens
-from pear_megatron.ops.weights import STATISTICS
-from pear_megatron.weights import weights_and_statistics
+from pear_megatron.weights import dft_factor, reward_per_token, statistic_names, weights_and_statistics
 
 # The report's key of [sources, len(report_keys(config)), 2], there where ``num_sources`` is given.
 BY_SOURCE = "by_source"
@@ -30,32 +29,20 @@ def report_keys(config: PearConfig) -> tuple[str, ...]:
     """The report's keys, in their order: a pipeline stage without logits must know them to reduce them."""
     kl = ("kl",) if config.base_loss == "kl" else ()
     entropy = ("pear/entropy",) if config.needs_entropy else ()
-    return ("loss", "nll", *kl, *entropy, *(f"pear/{name}" for name in STATISTICS))
+    return ("loss", "nll", *kl, *entropy, *(f"pear/{name}" for name in statistic_names(config)))
 
 
 # Those of every config, which a loop reads that has neither a KL nor entropies.
 REPORT_KEYS = report_keys(PearConfig())
 
 
-def _reward_per_token(
-    reward: Tensor, cu_seqlens: Tensor, config: PearConfig, tokens: int, cp_size: int
-) -> Tensor:
-    """[segments] or [T] -> [T] float32, negative examples scaled."""
-    require_tensors(reward=reward)
-    reward = reward.detach().to(device=cu_seqlens.device, dtype=torch.float32).flatten()
-    reward = torch.where(reward < 0, reward * config.negative_scale, reward)
-    segments = cu_seqlens.numel() - 1
-    if reward.numel() == tokens and tokens != segments:
-        return reward
-    if reward.numel() != segments:
-        raise ValueError(
-            f"reward has {reward.numel()} entries; give one per trajectory ({segments}) or per token ({tokens})"
-        )
-    return reward.repeat_interleave(cu_seqlens.diff() // cp_size, output_size=tokens)
-
-
 def _check_arguments(
-    config: PearConfig, behavior_logprobs: Tensor | None, mask: Tensor, **tensors: Tensor
+    config: PearConfig,
+    behavior_logprobs: Tensor | None,
+    reference_logprobs: Tensor | None,
+    reward: Tensor | None,
+    mask: Tensor,
+    **tensors: Tensor,
 ) -> None:
     """What is wrong with the call, said before the output layer's work is done. The first tensor has the device."""
     require_config(config)
@@ -63,7 +50,13 @@ def _check_arguments(
     device = next(iter(tensors.values())).device
     require_tensors(device, **tensors)
     require_mask(mask, device)
-    require_behavior(behavior_logprobs, device, config)
+    require_behavior(
+        behavior_logprobs,
+        device,
+        config,
+        reference_logprobs=reference_logprobs,
+        has_reward=reward is not None,
+    )
 
 
 def _checked_token_weights(token_weights: Tensor, mask: Tensor) -> Tensor:
@@ -118,7 +111,7 @@ def pear_loss(
     Args:
         logits: [T, V_local] or [B, S, V_local] float32, bfloat16 or float16.
         target: [T] or [B, S] int64, global token ids; anything off the mask.
-        behavior_logprobs: [T] or [B, S] floating; may be None with ``variant: none``.
+        behavior_logprobs: [T] or [B, S] floating; may be None with ``variant: none`` or ``ratio: reference``.
         mask: [T] or [B, S] bool, True on decisions.
         cu_seqlens: [segments + 1] integer over the flat tokens of the whole pack.
         config: how the loss is reweighted.
@@ -126,7 +119,8 @@ def pear_loss(
         token_weights: [T] or [B, S] floating, this rank's tokens as ``target`` has them; default 1. A factor of
             each decision's coefficient, of either sign; it changes neither ``num_tokens`` nor the importance
             weights, and ``negative_scale`` does not look at it. Anything off the mask.
-        reference_logprobs: [T] or [B, S] floating, of the initial model; needed with ``ratio: reference``.
+        reference_logprobs: [T] or [B, S] floating, of the initial model; needed with ``ratio: reference`` and
+            ``dft_policy: reference``, and where ``negative_floor`` counts from, if they are given.
         behavior_topk: ([T, k] int32, [T, k] float32), or [B, S, k]: ids of the behaviour policy's likeliest tokens at
             each decision (-1 = no entry) and their log-probs; needed with ``base_loss: kl``. Anything off the mask.
         normalization: what the loss is divided by: ``token``, the number of decisions; ``trajectory``, the number
@@ -153,7 +147,9 @@ def pear_loss(
             token_weights that do not fit the tokens, token_weights that are not finite on a decision (on CUDA
             a device-side assertion).
     """
-    _check_arguments(config, behavior_logprobs, mask, logits=logits, target=target)
+    _check_arguments(
+        config, behavior_logprobs, reference_logprobs, reward, mask, logits=logits, target=target
+    )
     logprob = vocab_parallel_logprob(
         logits,
         target,
@@ -217,7 +213,16 @@ def pear_linear_loss(
     Raises:
         ValueError, TypeError, IndexError: see linear_logprob and pear_loss.
     """
-    _check_arguments(config, behavior_logprobs, mask, hidden=hidden, weight=weight, target=target)
+    _check_arguments(
+        config,
+        behavior_logprobs,
+        reference_logprobs,
+        reward,
+        mask,
+        hidden=hidden,
+        weight=weight,
+        target=target,
+    )
     logprob = linear_logprob(
         hidden,
         weight,
@@ -273,7 +278,7 @@ def loss_of_logprobs(
     Returns:
         loss_sum, num_tokens, report: as pear_loss.
     """
-    _check_arguments(config, behavior_logprobs, mask, logprob=logprob)
+    _check_arguments(config, behavior_logprobs, reference_logprobs, reward, mask, logprob=logprob)
     logprob = logprob.reshape(-1)  # [T]
     behavior = None if behavior_logprobs is None else behavior_logprobs.reshape(-1)
     decisions = mask.reshape(-1)
@@ -283,6 +288,9 @@ def loss_of_logprobs(
         decisions,
         cu_seqlens,
         config,
+        reference_logprobs=None if reference_logprobs is None else reference_logprobs.reshape(-1),
+        reward=reward,
+        entropy=None if entropy is None else entropy.reshape(-1),
         cp_group=cp_group,
         source=source,
         num_sources=num_sources,
@@ -292,7 +300,8 @@ def loss_of_logprobs(
     cu = as_cu_seqlens(cu_seqlens, weights.device)
     coefficient = weights
     if reward is not None:
-        coefficient = weights * _reward_per_token(reward, cu, config, weights.numel(), cp_size)
+        r = reward_per_token(reward, cu, weights.numel(), cp_size)
+        coefficient = weights * torch.where(r < 0, r * config.negative_scale, r)
     if token_weights is not None:
         coefficient = coefficient * _checked_token_weights(token_weights, mask)
     num_decisions = decisions.sum(dtype=torch.int32)
@@ -308,6 +317,9 @@ def loss_of_logprobs(
     if config.base_loss == "kl":
         assert kl is not None
         kl = kl.reshape(-1)
+        if config.dft_power:  # of the NLL alone
+            initial = None if reference_logprobs is None else reference_logprobs.reshape(-1)
+            base = dft_factor(logprob, initial, config).where(decisions, 0.0) * base
         base = kl if config.kl_weight == 1.0 else torch.lerp(base, kl, config.kl_weight)
     loss_sum = torch.dot(coefficient, base)
 
@@ -319,7 +331,8 @@ def loss_of_logprobs(
     counts = num_decisions.float()
     report = {name: torch.stack([value.sum(), counts]) for name, value in per_token.items()}
     report["loss"] = torch.stack([loss_sum.detach(), num_tokens.float()])
-    report.update({f"pear/{name}": value for name, value in zip(STATISTICS, stats, strict=True)})
+    names = (f"pear/{name}" for name in statistic_names(config))
+    report.update(zip(names, stats, strict=True))
     if source is not None and num_sources:
         rows = torch.stack(list(per_token.values()))
         sums = _sums_by_source(rows, decisions, counted, source, num_sources, cu.diff() // cp_size)

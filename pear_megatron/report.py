@@ -23,6 +23,7 @@ log = logging.getLogger("pear_megatron")
 _WINDOW = 4
 _LARGEST_MEAN_WEIGHT = 3.0
 _SMALLEST_EFFECTIVE_SAMPLE = 0.1
+_MOST = 0.9  # of the negative examples' decisions
 _SAY_COLLAPSE_EVERY = 50  # steps
 
 
@@ -30,7 +31,7 @@ class WeightWatch:
     """Warns when most weights are at a bound, or their mean or the effective sample size leaves a sane band.
 
     Of the bounds it speaks at step 1 and every 50 steps; of the rest, which it averages over four steps, once, and
-    again only when it has doubled (halved) since.
+    again only when it has doubled (halved) since. Once it says when nearly all negatives have stopped.
 
     Args:
         config: the run's.
@@ -43,10 +44,14 @@ class WeightWatch:
         self._effective: deque[float] = deque(maxlen=_WINDOW)
         self._weight_said = _LARGEST_MEAN_WEIGHT / 2
         self._effective_said = _SMALLEST_EFFECTIVE_SAMPLE * 2
+        self._stopped_said = False
 
     def __call__(self, metrics: Mapping[str, Any]) -> None:
         """Looks at a step's ``step``, ``decisions`` and ``pear/...`` means; without decisions there are no weights."""
-        if self._config.variant == "none" or not metrics["decisions"]:
+        if not metrics["decisions"]:
+            return
+        self._warn_of_stopped(metrics)
+        if self._config.variant == "none":
             return
         self._warn_of_collapse(metrics)
         self._weights.append(metrics["pear/weight"])
@@ -81,6 +86,18 @@ class WeightWatch:
                 100 * high,
             )
 
+    def _warn_of_stopped(self, metrics: Mapping[str, Any]) -> None:
+        share = metrics.get("pear/negative_stopped", 0.0)
+        if share > _MOST and not self._stopped_said:
+            self._stopped_said = True
+            log.warning(
+                "%s: %.0f%% of the decisions of negative examples have stopped: their log-probs are more than "
+                "pear.negative_floor=%g below where they began, and they train nothing. Raise it if that is too early",
+                self._place.format(metrics["step"]),
+                100 * share,
+                self._config.negative_floor,
+            )
+
     def _warn_of_growth(self, step: int, weight: float) -> None:
         low, high = self._config.log_ratio_clip
         remedies = ["lower optimizer.lr"]
@@ -101,7 +118,10 @@ class WeightWatch:
         )
 
     def _warn_of_few(self, step: int, effective: float, weight: float) -> None:
-        if weight < 1:
+        if self._config.has_factors:
+            where = "those that its factors leave (pear.dft_power, entropy_power, negative_floor)"
+            remedy = "a smaller power, a larger pear.dft_floor or pear.negative_floor"
+        elif weight < 1:
             where = "the last ones, since what follows the others is discounted or unlikely to the model"
             remedy = (
                 "pear.baseline=sequence_mean with a clip as wide below as above, or pear.gamma nearer to 1"
@@ -146,7 +166,8 @@ class ReportWatch:
 
     def __init__(self, config: PearConfig, interval: int = 16) -> None:
         self._watch = WeightWatch(config, f"after {{}} x {interval} of one rank's micro-batches")
-        self._plain, self._interval = config.variant == "none", interval
+        self._plain = config.variant == "none" and config.negative_floor is None
+        self._interval = interval
         self._keys = report_keys(config)
         self._sums: Tensor | None = None
         self._seen = 0

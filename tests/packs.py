@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pear_megatron import PearConfig
 
-VARIANTS = ("token", "block", "sequence", "none")
+VARIANTS = ("token", "block", "own", "sequence", "none")
 
 # Every variant x baseline x normalize that PearConfig allows.
 CONFIGS = [
@@ -19,9 +19,13 @@ CONFIGS = [
     if (variant, normalize) != ("sequence", "sequence")
 ]
 
+# A sequence weight that length cannot saturate.
+SEQUENCE_MEAN = PearConfig(variant="sequence", sequence_scale="mean", tau=3.0)
+
 
 def config_id(config: PearConfig) -> str:
-    return f"{config.variant}-baseline_{config.baseline}-normalize_{config.normalize}"
+    scale = "" if config.sequence_scale == "sum" else "_mean"
+    return f"{config.variant}{scale}-baseline_{config.baseline}-normalize_{config.normalize}"
 
 
 @dataclass

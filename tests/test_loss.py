@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron import PearConfig, importance_weights, pear_loss
-from pear_megatron.loss import BY_SOURCE, REPORT_KEYS
+from pear_megatron.loss import BY_SOURCE, REPORT_KEYS, loss_of_logprobs, report_keys
 from pear_megatron.ops import STATISTICS, reference
 from tests.distributed import run_ranks, zigzag
 from tests.packs import CONFIGS, VARIANTS, config_id
@@ -28,6 +28,7 @@ class Batch:
     cu_seqlens: Tensor
     reward: Tensor  # [S]
     token_weights: Tensor  # [T]
+    reference_logprobs: Tensor | None = None  # [T]
 
     def inputs(self) -> tuple[Tensor, ...]:
         return self.logits, self.target, self.behavior_logprobs, self.mask, self.cu_seqlens
@@ -80,6 +81,112 @@ def test_value_and_gradient_equal_float64_autograd(config, factors):
         assert loss.shape == ()
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+# Settings of factors and reference ratios; each needs reference_logprobs.
+NEIGHBOURS = {
+    "dft": PearConfig(dft_power=1.0, dft_floor=0.01),
+    "prift": PearConfig(variant="none", dft_power=0.5, dft_policy="reference"),
+    "own": PearConfig(variant="own", ratio="reference", log_ratio_clip=(-1.0, 0.5)),
+    "iw_sft": PearConfig(variant="sequence", ratio="reference", sequence_scale="mean", tau=5.0),
+    "stopped": PearConfig(variant="block", negative_floor=0.2, negative_scale=0.0, normalize="sequence"),
+    "plain_stopped": PearConfig(variant="none", negative_floor=0.2, dft_power=0.5),
+}
+
+
+def with_reference(batch: Batch) -> Batch:
+    batch.reference_logprobs = (batch.behavior_logprobs + 0.4 * torch.randn(len(batch.mask))).clamp_max(0.0)
+    return batch
+
+
+@pytest.mark.parametrize("normalization", ["token", "trajectory"])
+@pytest.mark.parametrize("config", NEIGHBOURS.values(), ids=NEIGHBOURS)
+def test_neighbours_of_pear_equal_float64_autograd(config, normalization):
+    batch = with_reference(make_batch([12, 1, 20, 0, 9]))
+    given = {
+        "reward": batch.reward,
+        "reference_logprobs": batch.reference_logprobs,
+        "normalization": normalization,
+    }
+    expected, exact = float64_answer(batch, config, **given)
+    loss, grad, _, _ = loss_and_gradient(batch, config, **given)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_is_that_of_finite_differences_at_constant_weights():
+    """And factors are constants: the gradient of a weight would show."""
+    batch = with_reference(make_batch([5, 4]))
+    batch.behavior_logprobs = batch.behavior_logprobs.clamp_max(0.0)
+    config = PearConfig(variant="none", dft_power=1.0, negative_floor=0.1)
+    given = {"reward": batch.reward, "reference_logprobs": batch.reference_logprobs}
+    _, grad, _, _ = loss_and_gradient(batch, config, **given)
+    logprob = reference.logprob(batch.logits, batch.target, batch.mask)
+    per_token = batch.reward.repeat_interleave(batch.cu_seqlens.diff())
+    factor = reference.weight_factor(
+        logprob, batch.behavior_logprobs, config, per_token, None, batch.reference_logprobs
+    )
+    assert 0 < (factor[batch.mask] == 0).sum() < batch.mask.sum()
+
+    def value(logits: Tensor) -> Tensor:
+        return -(per_token * factor * reference.logprob(logits, batch.target, batch.mask)).sum()
+
+    exact, step = batch.logits.double(), 1e-6
+    for t, v in ((0, 0), (3, 7), (6, 11), (8, int(batch.target[8].clamp_min(0)))):
+        up, down = exact.clone(), exact.clone()
+        up[t, v] += step
+        down[t, v] -= step
+        slope = (value(up) - value(down)) / (2 * step)
+        torch.testing.assert_close(grad[t, v].double(), slope, rtol=1e-4, atol=1e-6)
+
+
+def test_entropies_weigh_and_are_reported():
+    batch = make_batch([12, 9])
+    entropy = reference.entropy(batch.logits, batch.mask)
+    config = PearConfig(entropy_power=1.5)
+    logprob = reference.logprob(batch.logits, batch.target, batch.mask).float().requires_grad_()
+    inputs = (batch.behavior_logprobs, batch.mask, batch.cu_seqlens)
+    loss, num_tokens, report = loss_of_logprobs(logprob, *inputs, config, entropy=entropy.float())
+    loss.backward()
+    expected = reference.loss_sum(batch.logits, batch.target, *inputs[:2], batch.cu_seqlens, config)
+    torch.testing.assert_close(loss.detach().double(), expected, rtol=1e-5, atol=1e-5)
+    assert set(report) == set(report_keys(config))
+    torch.testing.assert_close(report["pear/entropy"], torch.stack([entropy.sum().float(), num_tokens]))
+
+
+@pytest.mark.parametrize("policy", ["target", "reference"])
+def test_beside_a_kl_dfts_factor_is_of_the_nll_alone(policy):
+    batch = with_reference(make_batch([12, 9]))
+    config = PearConfig(base_loss="kl", kl_weight=0.25, dft_power=1.0, dft_policy=policy)
+    logprob = reference.logprob(batch.logits, batch.target, batch.mask).float().requires_grad_()
+    kl = torch.rand(21).where(batch.mask, 0.0).requires_grad_()
+    inputs = (batch.behavior_logprobs, batch.mask, batch.cu_seqlens)
+    given = {"kl": kl, "reference_logprobs": batch.reference_logprobs.where(batch.mask, NAN)}
+    loss, _, _ = loss_of_logprobs(logprob, *inputs, config, **given)
+    loss.backward()
+    weights, _ = reference.weights(logprob.detach(), *inputs, config)
+    factor = reference.dft_factor(logprob, config, batch.reference_logprobs)
+    expected = weights * (0.75 * factor * -logprob.detach() + 0.25 * kl.detach())
+    torch.testing.assert_close(loss.detach().double(), expected[batch.mask].sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kl.grad.double(), 0.25 * weights, rtol=1e-5, atol=1e-7)
+    slope = (-0.75 * weights * factor).where(batch.mask, 0.0)
+    torch.testing.assert_close(logprob.grad.double(), slope, rtol=1e-5, atol=1e-7)
+
+
+def test_negatives_that_have_stopped_push_nothing_and_are_reported_whatever_their_scale():
+    batch = make_batch([12, 9])
+    batch.mask[:], batch.target = True, batch.target.clamp_min(0)
+    logprob = reference.logprob(batch.logits, batch.target).float()
+    batch.behavior_logprobs = (logprob + torch.linspace(-5, 3, 21)).clamp_max(0.0)
+    stopped = logprob < batch.behavior_logprobs - 1.0
+    stopped[:12] = False  # a positive example
+    for scale in (1.0, 0.0):
+        config = PearConfig(variant="none", negative_floor=1.0, negative_scale=scale)
+        _, grad, _, report = loss_and_gradient(batch, config, reward=torch.tensor([1.0, -1.0]))
+        assert not grad[stopped].any()
+        assert grad[~stopped][12:].any(dim=1).all() == (scale > 0)
+        assert 0 < stopped.sum() < 9
+        assert report["pear/negative_stopped"].tolist() == [float(stopped.sum()), 9.0]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)
@@ -390,7 +497,7 @@ def test_bad_behaviour_logprobs_are_no_nan_loss_but_an_error():
         loss_and_gradient(batch, PearConfig())
 
 
-EVERY_CONFIG = [*CONFIGS, PearConfig(control="shuffled")]
+EVERY_CONFIG = [*CONFIGS, PearConfig(control="shuffled"), *NEIGHBOURS.values()]
 
 
 def loss_of_a_shard(
@@ -402,12 +509,19 @@ def loss_of_a_shard(
     tp_groups = [torch.distributed.new_group(list(range(i * tp, (i + 1) * tp))) for i in range(cp)]
     cp_groups = [torch.distributed.new_group(list(range(i, ranks, tp))) for i in range(tp)]
     cp_rank, tp_rank = divmod(rank, tp)
-    whole = (*batch.inputs()[:4], batch.token_weights)
-    logits, *of_tokens, factors = (zigzag(x, batch.cu_seqlens, cp_rank, cp) for x in whole)
+    whole = (*batch.inputs()[:4], batch.token_weights, batch.reference_logprobs)
+    logits, *of_tokens, factors, of_reference = (zigzag(x, batch.cu_seqlens, cp_rank, cp) for x in whole)
     shard = Batch(logits.chunk(tp, -1)[tp_rank], *of_tokens, batch.cu_seqlens, batch.reward, factors)
     options = {"tp_group": tp_groups[cp_rank], "cp_group": cp_groups[tp_rank], **options}
     return [
-        loss_and_gradient(shard, config, reward=batch.reward, token_weights=factors, **options)
+        loss_and_gradient(
+            shard,
+            config,
+            reward=batch.reward,
+            token_weights=factors,
+            reference_logprobs=of_reference,
+            **options,
+        )
         for config in EVERY_CONFIG
     ]
 
@@ -415,7 +529,7 @@ def loss_of_a_shard(
 @pytest.mark.parametrize("normalization", ["token", "trajectory"])
 @pytest.mark.parametrize(("tp", "cp"), [(2, 1), (1, 2), (2, 2)])
 def test_tensor_and_context_parallel_ranks_together_equal_one(tp, cp, normalization):
-    batch = make_batch([12, 8, 0, 24])
+    batch = with_reference(make_batch([12, 8, 0, 24]))
     batch.mask[12:18] = False  # the decisions of a trajectory may all be on one rank
     options = {
         "normalization": normalization,
@@ -425,7 +539,12 @@ def test_tensor_and_context_parallel_ranks_together_equal_one(tp, cp, normalizat
     by_rank = run_ranks(tp * cp, loss_of_a_shard, batch, tp, options)
     for i, config in enumerate(EVERY_CONFIG):
         loss, grad, num_tokens, report = loss_and_gradient(
-            batch, config, reward=batch.reward, token_weights=batch.token_weights, **options
+            batch,
+            config,
+            reward=batch.reward,
+            token_weights=batch.token_weights,
+            reference_logprobs=batch.reference_logprobs,
+            **options,
         )
         one_per_cp_rank = [by_rank[cp_rank * tp][i] for cp_rank in range(cp)]
         torch.testing.assert_close(sum(r[0] for r in one_per_cp_rank), loss, rtol=1e-5, atol=1e-5)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -12,8 +14,9 @@ from torch import Tensor
 
 from pear_megatron import PearConfig, importance_weights
 from pear_megatron.ops import STATISTICS, reference
+from pear_megatron.weights import weights_and_statistics
 from tests.distributed import run_ranks, zigzag
-from tests.packs import CONFIGS, VARIANTS, Pack, config_id, make_pack
+from tests.packs import CONFIGS, SEQUENCE_MEAN, VARIANTS, Pack, config_id, make_pack
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "weights.json").read_text())["cases"]
 INF, NAN = float("inf"), float("nan")
@@ -51,6 +54,14 @@ BY_HAND = {
     ),
     # 0.1 - 0.2 + 0.3 = 0.2 for all; the discount plays no part
     "sequence": ({**WIDE, "variant": "sequence", "gamma": 0.5}, [0.1, -0.2, 0.3], [1.221403] * 3),
+    # each its own ratio, 5 as 0.5; no discount
+    "own": ({**WIDE, "variant": "own", "gamma": 0.5}, [0.1, -0.2, 5.0], [1.105171, 0.818731, 1.648721]),
+    # twice the mean of 0.1, -0.2 and 0.3
+    "sequence_mean": (
+        {**WIDE, "variant": "sequence", "sequence_scale": "mean", "tau": 2.0},
+        [0.1, -0.2, 0.3],
+        [1.142631] * 3,
+    ),
     # log weights 1.2, 0.8, 0.4, 0 clipped to 1.0 above and 0.5 below
     "weights_clipped": (
         {**WIDE, "log_weight_clip": (0.5, 1.0)},
@@ -100,7 +111,7 @@ def test_statistics_by_hand():
         torch.testing.assert_close(stats[name], torch.tensor(value, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+@pytest.mark.parametrize("config", [*CONFIGS, SEQUENCE_MEAN], ids=config_id)
 def test_every_configuration_equals_the_reference(config):
     for lengths in ([40], [1, 0, 17, 3, 30, 2], [1], []):
         for spread in (0.05, 0.5):
@@ -447,3 +458,318 @@ def test_context_parallel_ranks_shuffle_over_the_whole_pack():
         weights, _ = importance_weights(*pack.inputs(), config)
         for rank, shards in enumerate(by_rank):
             assert torch.equal(shards[i], zigzag(weights, pack.cu_seqlens, rank, 2))
+
+
+PROBABILITIES = torch.tensor([0.5, 0.25, 0.01])
+
+# settings, what else is given -> weights of three decisions with PROBABILITIES, worked by hand.
+FACTORS_BY_HAND = {
+    "dft": ({"dft_power": 1.0}, {}, [0.5, 0.25, 0.01]),
+    "dft_floor": ({"dft_power": 2.0, "dft_floor": 0.1}, {}, [0.25, 0.0625, 0.01]),
+    "dft_reference": (
+        {"dft_power": 1.0, "dft_policy": "reference", "dft_floor": 0.25},
+        {"reference_logprobs": torch.tensor([0.3, 0.4, 0.2]).log()},
+        [0.3, 0.4, 0.25],
+    ),
+    "entropy": (
+        {"entropy_power": 2.0},
+        {"entropy": math.log(20) * torch.tensor([0.5, 1.0, 3.0])},
+        [0.25, 1.0, 1.0],
+    ),
+    # 0.25 has fallen by log 2 = 0.69, 0.01 by log 50 = 3.9
+    "floor_behavior": ({"negative_floor": 0.7}, {"reward": torch.tensor([-1.0])}, [1.0, 1.0, 0.0]),
+    "floor_reference": (
+        {"negative_floor": 0.6},
+        {"reward": torch.tensor([-0.1]), "reference_logprobs": torch.tensor([0.5, 0.5, 0.011]).log()},
+        [1.0, 0.0, 1.0],
+    ),
+    "floor_of_a_good_one": ({"negative_floor": 0.1}, {"reward": torch.tensor([0.0])}, [1.0, 1.0, 1.0]),
+    "floor_per_token": (
+        {"negative_floor": 0.6},
+        {"reward": torch.tensor([-1.0, 1.0, -1.0])},
+        [1.0, 1.0, 0.0],
+    ),
+    "all": (
+        {"dft_power": 1.0, "entropy_power": 1.0, "negative_floor": 0.7},
+        {"reward": torch.tensor([-1.0]), "entropy": math.log(20) * torch.tensor([0.5, 0.5, 0.5])},
+        [0.25, 0.125, 0.0],
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "given", "expected"), FACTORS_BY_HAND.values(), ids=FACTORS_BY_HAND)
+def test_a_factor_by_hand(settings, given, expected):
+    lb = torch.tensor([0.5, 0.5, 0.5]).log()
+    weights, stats = importance_weights(
+        PROBABILITIES.log(),
+        lb,
+        torch.ones(3).bool(),
+        torch.tensor([0, 3]),
+        PearConfig(variant="none", **settings),
+        **given,
+    )
+    expected = torch.tensor(expected)
+    torch.testing.assert_close(weights, expected)
+    torch.testing.assert_close(stats["weight"], torch.stack([expected.sum(), torch.tensor(3.0)]))
+    effective = expected.sum() ** 2 / (3 * expected.square().sum())
+    torch.testing.assert_close(stats["effective_sample_size"], torch.stack([effective, torch.tensor(1.0)]))
+
+
+FACTORS = {"dft_power": 0.5, "dft_floor": 0.2, "entropy_power": 0.7, "negative_floor": 0.3}
+REFERENCE = {"ratio": "reference"}
+
+
+def with_factors(config: PearConfig, **more: Any) -> PearConfig:
+    return PearConfig(**(config.model_dump() | FACTORS | more))
+
+
+def others(pack: Pack) -> dict[str, Tensor]:
+    """What factors and reference ratios look at; trajectories 1 and 3 are negative, and 3 has stopped altogether."""
+    start, end = pack.cu_seqlens[3:5].tolist()
+    reference_logprobs = pack.behavior_logprobs + 0.3 * torch.randn(len(pack.mask)) - 0.8
+    reference_logprobs[start:end] = pack.logprobs[start:end] + 0.31
+    return {
+        "reference_logprobs": reference_logprobs.clamp_max(0.0).where(pack.mask, NAN),
+        "reward": torch.tensor([1.0, -0.5, 0.0, -1.0, 2.0]),
+        "entropy": (4 * torch.rand(len(pack.mask))).where(pack.mask, NAN),
+    }
+
+
+def factor_pack() -> Pack:
+    pack = make_pack([16, 40, 8, 8, 24], spread=0.3)
+    pack.logprobs -= 1.0
+    return pack
+
+
+def float64_weights(pack: Pack, given: dict[str, Tensor], config: PearConfig):
+    per_token = given["reward"].repeat_interleave(pack.cu_seqlens.diff())
+    lp, lb, mask, cu = pack.inputs()
+    factor = reference.weight_factor(lp, lb, config, per_token, given["entropy"], given["reference_logprobs"])
+    base = given["reference_logprobs"] if config.ratio == "reference" else lb
+    weights, stats = reference.weights(lp, base, mask, cu, config, factor)
+    negative = mask & (per_token < 0)
+    fallen = lp.double() < given["reference_logprobs"].double() - config.negative_floor
+    return weights, stats | {"negative_stopped": (int((negative & fallen).sum()), int(negative.sum()))}
+
+
+@pytest.mark.parametrize("ratio", ["behavior", "reference"])
+@pytest.mark.parametrize("config", [*CONFIGS, SEQUENCE_MEAN], ids=config_id)
+def test_factors_and_reference_ratios_equal_the_reference(config, ratio):
+    if config.variant == "none" and ratio == "reference":
+        pytest.skip("no ratios: PearConfig refuses it")
+    pack = factor_pack()
+    given, config = others(pack), with_factors(config, ratio=ratio)
+    weights, stats = importance_weights(*pack.inputs(), config, **given)
+    expected, expected_stats = float64_weights(pack, given, config)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=0)
+    assert not weights[64:72].any()  # stopped altogether
+    assert stats.keys() == expected_stats.keys()
+    assert 8 * 0.5 < expected_stats["negative_stopped"][0] < expected_stats["negative_stopped"][1]
+    for name, value in stats.items():
+        wanted = torch.tensor(expected_stats[name], dtype=torch.float64)
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_settings_of_factors_that_change_nothing_change_no_bit():
+    pack = factor_pack()
+    plain, stats = importance_weights(*pack.inputs(), PearConfig())
+    for more in ({"negative_floor": 0.1}, {"dft_power": 0.0}):
+        weights, others_stats = importance_weights(*pack.inputs(), PearConfig(**more))
+        assert torch.equal(weights, plain)
+        assert all(torch.equal(others_stats[name], value) for name, value in stats.items())
+
+
+@pytest.mark.parametrize("normalize", ["none", "sequence"])
+def test_a_pack_that_has_stopped_altogether_weighs_0_and_is_no_nan(normalize):
+    pack = make_pack([9, 5], decisions=1.0)
+    pack.logprobs -= 5.0
+    config = PearConfig(negative_floor=1.0, normalize=normalize)
+    weights, stats = importance_weights(*pack.inputs(), config, reward=-torch.ones(2))
+    assert not weights.any()
+    assert stats["weight"].tolist() == [0.0, 14.0]
+    assert stats["effective_sample_size"].tolist() == [0.0, 2.0]
+    assert stats["negative_stopped"].tolist() == [14.0, 14.0]
+
+
+@pytest.mark.parametrize("lp", [-1e4, -1e38, -INF])
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_no_factor_overflows(floor, lp):
+    config = PearConfig(variant="none", dft_power=50.0, dft_floor=floor, entropy_power=9.0)
+    inputs = (torch.full((2,), lp), torch.zeros(2), torch.ones(2).bool(), torch.tensor([0, 2]))
+    weights, _ = importance_weights(*inputs, config, entropy=torch.tensor([-1e-7, 1e30]))
+    torch.testing.assert_close(weights, torch.tensor([0.0, floor**50]), rtol=1e-4, atol=0)
+
+
+def test_a_nan_stays_visible_through_the_factors():
+    pack = make_pack([6], decisions=1.0)
+    pack.logprobs[2] = NAN
+    entropy = torch.ones(6)
+    entropy[4] = NAN
+    config = PearConfig(variant="none", dft_power=1.0, dft_floor=0.1, entropy_power=1.0, negative_floor=50.0)
+    weights, _ = importance_weights(*pack.inputs(), config, entropy=entropy, reward=-torch.ones(1))
+    assert weights.isnan().tolist() == [False, False, True, False, True, False]
+
+
+def test_reference_ratios_need_no_behaviour_logprobs():
+    pack = factor_pack()
+    given, config = others(pack), with_factors(PearConfig(), ratio="reference")
+    lp, lb, mask, cu = pack.inputs()
+    expected, _ = importance_weights(lp, lb, mask, cu, config, **given)
+    weights, _ = importance_weights(lp, None, mask, cu, config, **given)
+    assert torch.equal(weights, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "message"),
+    [
+        (
+            REFERENCE,
+            {"reference_logprobs": None},
+            "ratio 'reference' needs reference_logprobs.*--as reference",
+        ),
+        (
+            {"dft_power": 1.0, "dft_policy": "reference"},
+            {"reference_logprobs": None},
+            "dft_policy 'reference' needs reference_logprobs.*dft_policy 'target' does without",
+        ),
+        (
+            {"variant": "none", "negative_floor": 1.0},
+            {"reference_logprobs": None, "behavior_logprobs": None},
+            "negative_floor 1 needs to know where.*give reference_logprobs or behavior_logprobs, or leave",
+        ),
+        (
+            {"entropy_power": 2.0},
+            {"entropy": None},
+            "entropy_power 2 needs entropy.*entropy_power 0 does without",
+        ),
+        (
+            {"entropy_power": 1.0},
+            {"entropy": torch.ones(3)},
+            r"entropy has shape \(3,\) and logprobs \(96,\)",
+        ),
+        (
+            REFERENCE,
+            {"reference_logprobs": torch.zeros(3)},
+            r"reference_logprobs has shape \(3,\) and logprobs",
+        ),
+        (
+            {},
+            {"reference_logprobs": torch.zeros(96).bfloat16()},
+            "reference_logprobs are bfloat16, which is too coarse",
+        ),
+        (
+            {},
+            {"reference_logprobs": torch.zeros(96, requires_grad=True)},
+            "reference_logprobs require a gradient, but the initial model is fixed",
+        ),
+        ({}, {"reference_logprobs": torch.zeros(96, device="meta")}, "reference_logprobs is on meta"),
+        ({"negative_floor": 1.0}, {"reward": torch.ones(7)}, "reward has 7 entries; give one per trajectory"),
+    ],
+)
+def test_what_factors_and_reference_ratios_need_is_named(settings, change, message):
+    pack = factor_pack()
+    inputs = {**vars(pack), **others(pack), **change}
+    with pytest.raises(ValueError, match=message):
+        importance_weights(**inputs, config=PearConfig(**settings))
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 0.1])
+@pytest.mark.parametrize(
+    "settings",
+    [REFERENCE, {"negative_floor": 1.0}, {"dft_power": 1.0, "dft_policy": "reference"}],
+    ids=["ratio", "floor", "dft"],
+)
+def test_a_reference_logprob_that_is_none_is_refused_with_its_place(settings, value):
+    pack = make_pack([6, 5], decisions=1.0)
+    bad = pack.behavior_logprobs.clone()
+    bad[[2, 7]] = value
+    pack.mask[2] = False  # where anything may stand
+    given = {"reference_logprobs": bad, "reward": torch.ones(2)}
+    message = (
+        f"reference_logprobs are no log-probabilities on 1 of 10 decisions, first at token 7 of.*: {value:g}"
+    )
+    with pytest.raises(ValueError, match=message):
+        importance_weights(*pack.inputs(), PearConfig(**settings), **given)
+    importance_weights(*pack.inputs(), PearConfig(), **given)  # where nothing looks at them
+
+
+LAYOUT_CONFIGS = [
+    with_factors(PearConfig(), ratio="reference"),
+    with_factors(PearConfig(variant="block", normalize="sequence")),
+    with_factors(SEQUENCE_MEAN),
+    with_factors(PearConfig(variant="none"), dft_policy="reference"),
+    with_factors(PearConfig(control="shuffled"), entropy_power=0.0),
+]
+SOURCES = {"source": torch.tensor([1, 0, 1, 0, 2]), "num_sources": 4}
+
+
+def factored_weights_of_a_shard(rank: int, pack: Pack, given: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
+    group = torch.distributed.group.WORLD
+    cu, ranks = pack.cu_seqlens, group.size()
+    shard = [zigzag(x, cu, rank, ranks) for x in pack.inputs()[:3]]
+    own = {name: x if name == "reward" else zigzag(x, cu, rank, ranks) for name, x in given.items()}
+    return [
+        weights_and_statistics(*shard, cu, config, **own, **SOURCES, cp_group=group)
+        for config in LAYOUT_CONFIGS
+    ]
+
+
+def test_factors_over_zigzag_ranks_equal_one_rank_bit_for_bit():
+    pack = factor_pack()
+    given = others(pack)
+    by_rank = run_ranks(2, factored_weights_of_a_shard, pack, given)
+    for i, config in enumerate(LAYOUT_CONFIGS):
+        weights, *stats = weights_and_statistics(*pack.inputs(), config, **given, **SOURCES)
+        for rank, results in enumerate(by_rank):
+            assert torch.equal(results[i][0], zigzag(weights, pack.cu_seqlens, rank, 2))
+        for k, value in enumerate(stats, 1):
+            assert torch.equal(sum(results[i][k] for results in by_rank), value)
+
+
+@pytest.mark.parametrize("config", LAYOUT_CONFIGS[:4], ids=config_id)
+def test_the_statistics_of_a_source_are_those_of_its_trajectories_alone(config):
+    pack = factor_pack()
+    given = others(pack)
+    _, stats, by_source = weights_and_statistics(*pack.inputs(), config, **given, **SOURCES)
+    torch.testing.assert_close(by_source.sum(0), stats)
+    of_token = SOURCES["source"].repeat_interleave(pack.cu_seqlens.diff())
+    mask = pack.mask
+    for s in range(4):
+        pack.mask = mask & (of_token == s)
+        _, alone, _ = weights_and_statistics(*pack.inputs(), config, **given)
+        assert torch.equal(by_source[s], alone)
+
+
+def error_of_a_bad_reference(rank: int) -> str:
+    pack = make_pack([8, 8], decisions=1.0)
+    group = torch.distributed.group.WORLD
+    bad = torch.zeros(16)
+    bad[0] = NAN  # in the first rank's shard alone
+    shard = [zigzag(x, pack.cu_seqlens, rank, 2) for x in (*pack.inputs()[:3], bad)]
+    try:
+        importance_weights(
+            *shard[:3], pack.cu_seqlens, PearConfig(**REFERENCE), reference_logprobs=shard[3], cp_group=group
+        )
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_bad_reference_logprob_is_an_error_on_every_rank():
+    for message in run_ranks(2, error_of_a_bad_reference):
+        assert "first at token 0 of the pack" in message
+
+
+def test_under_control_every_decision_keeps_its_own_factor():
+    pack = factor_pack()
+    given = others(pack)
+    plain, _ = importance_weights(*pack.inputs(), PearConfig())
+    config = with_factors(PearConfig(control="shuffled"), entropy_power=0.0)
+    weights, stats = importance_weights(*pack.inputs(), config, **given)
+    alone, _ = importance_weights(*pack.inputs(), PearConfig(control="shuffled"))
+    expected, expected_stats = importance_weights(
+        *pack.inputs(), with_factors(PearConfig(), entropy_power=0.0), **given
+    )
+    factor = (expected / plain).where(pack.mask, 0.0)
+    torch.testing.assert_close(weights, alone * factor)
+    assert all(torch.equal(stats[name], value) for name, value in expected_stats.items())

@@ -21,6 +21,7 @@ using Statistics = std::array<std::array<double, 2>, kWeightStatistics>;
 struct Trajectory {
   const float *logprobs, *behavior;
   const bool* mask;
+  const float* factor;  // null = 1
   float* weights;
   int64_t tokens;
 
@@ -71,7 +72,8 @@ int64_t weigh(const Trajectory& x, const WeightParams& p, Statistics& stats) {
     if (p.variant == Variant::kSequence) total += discounted_log_ratio(ratio, p);
   }
 
-  double suffix = 0.0, log_weight = total, weight_sum = 0.0;
+  double suffix = 0.0, weight_sum = 0.0;
+  double log_weight = sequence_log_weight(total, decisions, p);
   int64_t k = decisions;
   for (int64_t t = x.tokens - 1; t >= 0; --t) {
     if (!x.mask[t]) {
@@ -81,6 +83,8 @@ int64_t weigh(const Trajectory& x, const WeightParams& p, Statistics& stats) {
     k -= 1;
     if (p.variant == Variant::kNone) {
       log_weight = 0.0;
+    } else if (p.variant == Variant::kOwn) {
+      log_weight = clipped_log_ratio(x.log_ratio(t) - mean, p);
     } else if (p.variant != Variant::kSequence) {
       if (ends_block(k, decisions, p.block_size)) log_weight = suffix;
       suffix += discounted_log_ratio(x.log_ratio(t) - mean, p);
@@ -90,6 +94,7 @@ int64_t weigh(const Trajectory& x, const WeightParams& p, Statistics& stats) {
     const double weight = weight_of(log_weight, p);
     weight_sum += weight;
     x.weights[t] = static_cast<float>(weight);
+    if (x.factor != nullptr) x.weights[t] *= x.factor[t];  // the scale that normalises commutes
   }
   if (p.normalize) {
     const double scale = decisions / weight_sum;
@@ -113,13 +118,15 @@ std::tuple<Tensor, Tensor> pear_weights(const Tensor& logprobs, const Tensor& be
                                         const Tensor& mask, const Tensor& cu_seqlens,
                                         int64_t variant, double gamma, int64_t block_size,
                                         double ratio_low, double ratio_high, double weight_low,
-                                        double weight_high, bool subtract_mean, bool normalize) {
+                                        double weight_high, bool subtract_mean, bool normalize,
+                                        std::optional<double> tau, const OptionalTensor& factor) {
   const int64_t T = logprobs.numel();
   check_vector(logprobs, "logprobs", T, at::kFloat);
   check_vector(behavior_logprobs, "behavior_logprobs", T, at::kFloat);
   check_vector(mask, "mask", T, at::kBool);
+  if (factor) check_vector(*factor, "factor", T, at::kFloat);
   const WeightParams params = weight_params(variant, gamma, block_size, ratio_low, ratio_high,
-                                            weight_low, weight_high, subtract_mean, normalize);
+                                            weight_low, weight_high, subtract_mean, normalize, tau);
   const int32_t* bounds = segment_bounds(cu_seqlens, logprobs);
   const int64_t segments = cu_seqlens.size(0) - 1;
 
@@ -129,17 +136,20 @@ std::tuple<Tensor, Tensor> pear_weights(const Tensor& logprobs, const Tensor& be
   const float* lp = logprobs.const_data_ptr<float>();
   const float* lb = behavior_logprobs.const_data_ptr<float>();
   const bool* decision = mask.const_data_ptr<bool>();
+  const float* factors = factor ? factor->const_data_ptr<float>() : nullptr;
   float* out = weights.mutable_data_ptr<float>();
   at::parallel_for(0, segments, 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t start = bounds[s];
-      bad[s] = weigh({lp + start, lb + start, decision + start, out + start, bounds[s + 1] - start},
-                     params, per_segment[s]);
+      const float* own = factors == nullptr ? nullptr : factors + start;
+      bad[s] =
+          weigh({lp + start, lb + start, decision + start, own, out + start, bounds[s + 1] - start},
+                params, per_segment[s]);
     }
   });
   if (const auto first = std::find_if(bad.begin(), bad.end(), [](int64_t n) { return n > 0; });
       first != bad.end()) {
-    const Trajectory pack = {lp, lb, decision, out, T};
+    const Trajectory pack = {lp, lb, decision, factors, out, T};
     const int64_t s = first - bad.begin();
     int64_t t = bounds[s];
     while (!pack.is_bad(t)) ++t;

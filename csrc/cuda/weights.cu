@@ -1,6 +1,6 @@
 // Importance weights and their statistics on CUDA: one cooperative launch, sums in float64. Floor:
-// 13 bytes per token (two log-probs and a mask read, a weight written); later phases read from
-// cache.
+// 13 bytes per token (two log-probs and a mask read, a weight written), 17 with factors; later
+// phases read from cache.
 //
 // A trajectory's mean, its number of decisions, its suffix sums and its normaliser each need the
 // one before from the whole trajectory, so the phases are set apart by waits of the whole grid.
@@ -31,6 +31,7 @@ enum BlockStatistic {
 struct Pack {
   const float *logprobs, *behavior;
   const bool* mask;
+  const float* factor;  // null = 1
   float* weights;
   ChunkLayout layout;
   WeightParams params;
@@ -44,15 +45,17 @@ struct Token {
   double log_ratio = 0.0;
   bool decision = false;
   bool has_behavior = true;  // a behaviour log-prob that can be one
+  float factor = 1.0f;
 };
 
-template <typename Body>
+template <bool kFactor = false, typename Body>
 __device__ __forceinline__ void for_decisions_from_right(const Pack& pack, const Chunk& chunk,
                                                          Body&& body) {
   // What is off the mask is read too, so that the loads need not wait for the mask, and ignored.
   const auto load = [&](int64_t t) {
     const float behavior = pack.behavior[t];
-    return Token{double(pack.logprobs[t]) - double(behavior), pack.mask[t], is_logprob(behavior)};
+    return Token{double(pack.logprobs[t]) - double(behavior), pack.mask[t], is_logprob(behavior),
+                 kFactor ? pack.factor[t] : 1.0f};
   };
   for_tokens_from_right(chunk, load, body);
 }
@@ -175,6 +178,7 @@ __device__ __forceinline__ SuffixState state_after(const Pack& pack, const Chunk
   return state;
 }
 
+template <bool kFactor>
 __device__ __forceinline__ void weigh_decisions(const Pack& pack,
                                                 double (&stats)[kBlockStatistics]) {
   const WeightParams& p = pack.params;
@@ -183,13 +187,15 @@ __device__ __forceinline__ void weigh_decisions(const Pack& pack,
     DecisionCounter counter(pack, chunk);
     SuffixState state = {0.0, 0.0};
     if (p.variant == Variant::kSequence) {
-      state.log_weight =
+      const double sum =
           sum_trajectory(pack, chunk, [](const ChunkTotals& c) { return c.run.total; });
-    } else if (p.variant != Variant::kNone) {
+      const int64_t decisions = p.tau == 0.0 ? 0 : decisions_of(pack, chunk);
+      state.log_weight = sequence_log_weight(sum, decisions, p);
+    } else if (p.variant == Variant::kToken || p.variant == Variant::kBlock) {
       state = state_after(pack, chunk);
     }
     double weight_sum = 0.0, rounded_sum = 0.0, rounded_squares = 0.0;
-    for_decisions_from_right(pack, chunk, [&](int64_t t, bool inside, const Token& token) {
+    for_decisions_from_right<kFactor>(pack, chunk, [&](int64_t t, bool inside, const Token& token) {
       const double ratio = token.log_ratio - mean;
       double log_weight = state.log_weight;
       if (p.variant == Variant::kToken || p.variant == Variant::kBlock) {
@@ -198,6 +204,8 @@ __device__ __forceinline__ void weigh_decisions(const Pack& pack,
             token.decision ? one_decision(discounted_log_ratio(ratio, p), ends) : empty_run());
         log_weight = apply(from_here, state).log_weight;
         state = apply(first_lane(from_here), state);
+      } else if (p.variant == Variant::kOwn) {
+        log_weight = clipped_log_ratio(ratio, p);
       }
       if (token.decision) {
         stats[kRatioLow] += ratio < p.ratio_low;
@@ -205,7 +213,8 @@ __device__ __forceinline__ void weigh_decisions(const Pack& pack,
         stats[kWeightFloor] += log_weight <= p.weight_low;
         stats[kWeightCeiling] += log_weight >= p.weight_high;
         const double weight = weight_of(log_weight, p);
-        const float rounded = static_cast<float>(weight);
+        float rounded = static_cast<float>(weight);
+        if constexpr (kFactor) rounded *= token.factor;  // the scale that normalises commutes
         weight_sum += weight;
         rounded_sum += rounded;
         rounded_squares += double(rounded) * rounded;
@@ -300,16 +309,17 @@ __device__ __forceinline__ void reduce_statistics(const Pack& pack,
   }
 }
 
+template <bool kFactor>
 PEAR_CHUNK_KERNEL weigh_pack(Pack pack) {
   const WeightParams& p = pack.params;
   double stats[kBlockStatistics] = {};
   count_decisions(pack, stats);
-  if (p.variant != Variant::kNone) {
+  if (p.variant != Variant::kNone && p.variant != Variant::kOwn) {
     if (p.subtract_mean || p.block_size > 1) sync_grid();
     total_runs(pack);
   }
   sync_grid();
-  weigh_decisions(pack, stats);
+  weigh_decisions<kFactor>(pack, stats);
   sync_grid();
   finish_trajectories(pack, stats);
   reduce_statistics(pack, stats);
@@ -321,14 +331,19 @@ std::tuple<Tensor, Tensor> pear_weights(const Tensor& logprobs, const Tensor& be
                                         const Tensor& mask, const Tensor& cu_seqlens,
                                         int64_t variant, double gamma, int64_t block_size,
                                         double ratio_low, double ratio_high, double weight_low,
-                                        double weight_high, bool subtract_mean, bool normalize) {
+                                        double weight_high, bool subtract_mean, bool normalize,
+                                        std::optional<double> tau, const OptionalTensor& factor) {
   const int64_t T = logprobs.numel();
   check_vector(logprobs, "logprobs", T, at::kFloat);
   check_vector(behavior_logprobs, "behavior_logprobs", T, at::kFloat);
   check_same_device(behavior_logprobs, "behavior_logprobs", logprobs);
   check_mask(mask, T, logprobs);
+  if (factor) {
+    check_vector(*factor, "factor", T, at::kFloat);
+    check_same_device(*factor, "factor", logprobs);
+  }
   const WeightParams params = weight_params(variant, gamma, block_size, ratio_low, ratio_high,
-                                            weight_low, weight_high, subtract_mean, normalize);
+                                            weight_low, weight_high, subtract_mean, normalize, tau);
   const ChunkLayout layout = chunk_layout(cu_seqlens, logprobs);
   const DeviceGuard guard(logprobs.device());
   const int64_t blocks = chunk_blocks(layout);
@@ -338,10 +353,11 @@ std::tuple<Tensor, Tensor> pear_weights(const Tensor& logprobs, const Tensor& be
   const Scratch<ChunkTotals> chunks(layout.chunks(), logprobs);
   const Scratch<double> by_block(blocks * kBlockStatistics, logprobs);
   const Scratch<unsigned> blocks_done(1, logprobs);
-  launch<true>(weigh_pack, blocks, kChunkThreads,
+  launch<true>(factor ? weigh_pack<true> : weigh_pack<false>, blocks, kChunkThreads,
                Pack{logprobs.const_data_ptr<float>(), behavior_logprobs.const_data_ptr<float>(),
-                    mask.const_data_ptr<bool>(), weights.mutable_data_ptr<float>(), layout, params,
-                    chunks.data, by_block.data, blocks_done.data, stats.mutable_data_ptr<float>()});
+                    mask.const_data_ptr<bool>(), factor ? factor->const_data_ptr<float>() : nullptr,
+                    weights.mutable_data_ptr<float>(), layout, params, chunks.data, by_block.data,
+                    blocks_done.data, stats.mutable_data_ptr<float>()});
   return {weights, stats};
 }
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pear_megatron.config import PearConfig
 from pear_megatron.inspect.measure import Pack, weigh
 
+_SUM = {"sequence_scale": "sum", "tau": 1.0}
 _LOW = -0.3  # a wider lower clip: what a ratio of 0.74 and less counts
 
 
@@ -27,6 +28,7 @@ class Alternative:
         overrides: how to ask for it, on top of the settings that were given; empty for those themselves.
         statistics: the means and shares that training logs as ``pear/...``.
         first_quarter, last_quarter: median weight of the first and last quarter of the responses.
+        remedy: whether a verdict may advise it; another method is shown and not advised.
     """
 
     COLUMNS: ClassVar = ("mean weight", "ESS", "floor", "ceiling", "low clip", "first 1/4", "last 1/4")
@@ -35,6 +37,7 @@ class Alternative:
     statistics: dict[str, float]
     first_quarter: float
     last_quarter: float
+    remedy: bool = True
 
     @property
     def name(self) -> str:
@@ -62,18 +65,20 @@ def alternatives(pack: Pack, given: PearConfig) -> list[Alternative]:
     """The given settings first, then each change of them that changes anything."""
     relative = (pack.position + 0.5) / pack.num_decisions[pack.segment]
     rows, seen = [], set()
-    for change in ({}, *_changes(given)):
+    methods = _methods(pack, given)
+    for change in ({}, *_changes(given), *methods):
         try:
             config = PearConfig.model_validate(given.model_dump() | change)
-        except ValidationError:  # variant=sequence with normalize=sequence
+        except ValidationError:  # variant=sequence with normalize=sequence, or what needs another variant
             continue
         if config in seen:
             continue
         seen.add(config)
         measured = weigh(pack, config)
         quarters = (measured.weight[relative < 0.25], measured.weight[relative >= 0.75])
-        medians = [float(np.median(quarter)) if len(quarter) else 1.0 for quarter in quarters]
-        rows.append(Alternative(_overrides(given, config), measured.statistics, *medians))
+        first, last = (float(np.median(quarter)) if len(quarter) else 1.0 for quarter in quarters)
+        overrides = _overrides(given, config)
+        rows.append(Alternative(overrides, measured.statistics, first, last, remedy=change not in methods))
     return rows
 
 
@@ -82,9 +87,10 @@ def _changes(given: PearConfig) -> tuple[dict[str, Any], ...]:
     wider, even = (min(low, _LOW), high), (low, min(high, abs(low)))
     centred = {"baseline": "sequence_mean"}
     return (
-        {"variant": "token"},
-        {"variant": "block"},
-        {"variant": "sequence"},
+        {"variant": "token"} | _SUM,
+        {"variant": "block"} | _SUM,
+        {"variant": "sequence"} | _SUM,
+        *([{"sequence_scale": "mean"}] if given.variant == "sequence" else []),
         {"log_ratio_clip": wider},
         {"log_ratio_clip": even},
         centred,
@@ -92,6 +98,20 @@ def _changes(given: PearConfig) -> tuple[dict[str, Any], ...]:
         centred | {"log_ratio_clip": even},
         {"normalize": "sequence"},
     )
+
+
+def _methods(pack: Pack, given: PearConfig) -> list[dict[str, Any]]:
+    """What is another method and no remedy: a mean over the sequence, ratios against the initial model, DFT."""
+    mean = {"variant": "sequence", "sequence_scale": "mean"}
+    return [
+        *([mean] if given.variant != "sequence" else []),
+        *(
+            [{"ratio": "reference"}]
+            if pack.reference_logprobs is not None and given.variant != "none"
+            else []
+        ),
+        {"variant": "none", "dft_power": 1.0} | _SUM,
+    ]
 
 
 def _overrides(given: PearConfig, config: PearConfig) -> str:

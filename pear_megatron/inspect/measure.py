@@ -28,6 +28,8 @@ class Pack:
     mask: Tensor  # [T] bool
     cu_seqlens: Tensor  # [N + 1] int32
     reward: np.ndarray  # [N] float32
+    reference_logprobs: Tensor | None = None  # [T] float32, of the initial model, where the rows have them
+    ratio: str = "behavior"  # whose log-probs ``log_ratio`` is taken against: PearConfig.ratio
 
     @cached_property
     def segment(self) -> np.ndarray:
@@ -57,9 +59,20 @@ class Pack:
         return self.behavior_logprobs[self.mask].numpy()
 
     @cached_property
+    def lr(self) -> np.ndarray | None:
+        """Float32 [decisions], the initial model's log-probs, where the rows have them."""
+        return None if self.reference_logprobs is None else self.reference_logprobs[self.mask].numpy()
+
+    @cached_property
     def log_ratio(self) -> np.ndarray:
         """Float32 [decisions], not clipped."""
-        return self.lp - self.lb
+        return self.lp - (self.lr if self.ratio == "reference" and self.lr is not None else self.lb)
+
+    @cached_property
+    def fallen(self) -> np.ndarray:
+        """Float32 [decisions of negative examples], nats below where ``negative_floor`` counts from."""
+        start = self.lb if self.lr is None else self.lr
+        return (start - self.lp)[self.reward[self.segment] < 0]
 
     def alignment(self) -> Alignment:
         """Whether the two log-probs are about the same tokens."""
@@ -96,12 +109,17 @@ class Weights:
         return groups
 
 
-def make_pack(trajectories: Sequence[Trajectory], policy_logprobs: Sequence[np.ndarray] | None) -> Pack:
+def make_pack(
+    trajectories: Sequence[Trajectory],
+    policy_logprobs: Sequence[np.ndarray] | None,
+    ratio: str = "behavior",
+) -> Pack:
     """Collates trajectories and the policy's log-probs alike.
 
     Args:
         trajectories: at least one.
         policy_logprobs: a float32 [n] each, aligned with ``input_ids``; None = those of the behaviour policy.
+        ratio: PearConfig.ratio.
     """
     parts = []
     for start in range(0, len(trajectories), _PACK):
@@ -116,6 +134,7 @@ def make_pack(trajectories: Sequence[Trajectory], policy_logprobs: Sequence[np.n
                 [replace(t, behavior_logprobs=lp) for t, lp in pairs], [range(len(part))], positions
             )
         parts.append((policy.behavior_logprobs, batch))
+    reference = [x.flatten() for _, b in parts if (x := getattr(b, "reference_logprobs", None)) is not None]
     lengths = torch.cat([batch.cu_seqlens.diff() for _, batch in parts])
     return Pack(
         logprobs=torch.cat([lp.flatten() for lp, _ in parts]),
@@ -123,11 +142,13 @@ def make_pack(trajectories: Sequence[Trajectory], policy_logprobs: Sequence[np.n
         mask=torch.cat([batch.loss_mask.flatten() for _, batch in parts]),
         cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
         reward=np.concatenate([batch.reward.numpy() for _, batch in parts]),
+        reference_logprobs=torch.cat(reference) if len(reference) == len(parts) else None,
+        ratio=ratio,
     )
 
 
 def weigh(pack: Pack, config: PearConfig) -> Weights:
-    """The pack's weights, by the same op that training calls."""
+    """The pack's weights, by the same op that training calls; without ``entropy_power``, as entropies are not known."""
     weights, statistics = _weigh(pack, pack.mask, config)
     negative = torch.from_numpy(pack.reward < 0).repeat_interleave(pack.cu_seqlens.diff().long())
     weight = weights[pack.mask].numpy()
@@ -145,6 +166,14 @@ def weigh(pack: Pack, config: PearConfig) -> Weights:
 
 
 def _weigh(pack: Pack, mask: Tensor, config: PearConfig) -> tuple[Tensor, dict[str, float]]:
-    weights, sums = importance_weights(pack.logprobs, pack.behavior_logprobs, mask, pack.cu_seqlens, config)
+    weights, sums = importance_weights(
+        pack.logprobs,
+        pack.behavior_logprobs,
+        mask,
+        pack.cu_seqlens,
+        config.model_copy(update={"entropy_power": 0.0}),
+        reference_logprobs=pack.reference_logprobs,
+        reward=torch.from_numpy(pack.reward),
+    )
     means = {name: float(total / count) if count else 0.0 for name, (total, count) in sums.items()}
     return weights, means

@@ -22,6 +22,7 @@ _STATISTICS = {
     "weight_at_floor": "weights at the floor",
     "weight_at_ceiling": "weights at the ceiling",
     "effective_sample_size": "effective sample size",
+    "negative_stopped": "decisions of negative examples that have stopped",
 }
 
 
@@ -48,6 +49,7 @@ def _about_ratios(report: Report, ratios: Ratios | None) -> dict[str, Any]:
         "statistics": [
             (key, words, [_number(key, statistics[key]) for _, statistics in groups])
             for key, words in _STATISTICS.items()
+            if key in ratios.weights.statistics
         ],
         "trajectories": [
             read(pick, report.sample.trajectories[pick.index], report.pack, ratios.weights, report.tokenizer)

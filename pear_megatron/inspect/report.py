@@ -13,7 +13,15 @@ from pear_megatron.inspect.alternatives import Alternative, alternatives
 from pear_megatron.inspect.measure import Pack, Weights, make_pack, weigh
 from pear_megatron.inspect.reading import Pick, pick
 from pear_megatron.inspect.sample import Sample
-from pear_megatron.inspect.verdicts import Verdict, about_data, about_policies, about_weights, all_is_well
+from pear_megatron.inspect.verdicts import (
+    Verdict,
+    about_data,
+    about_negatives,
+    about_policies,
+    about_weights,
+    about_what_is_not_shown,
+    all_is_well,
+)
 
 _QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
@@ -109,18 +117,20 @@ def make_report(
         tokenizer: gives text, if there is one.
         special_ids: of the tokenizer, if there is one.
     """
-    pack = make_pack(sample.trajectories, policy_logprobs)
+    pack = make_pack(sample.trajectories, policy_logprobs, config.ratio)
     has_behavior = bool(pack.lb.any())  # without the field they are all 0
     verdicts = about_data(sample, _ends(sample, special_ids))
     ratios = None
-    if policy_logprobs is None or not has_behavior:
-        verdicts.append(_needs(policy_logprobs is not None, has_behavior))
+    has_reference = pack.reference_logprobs is not None or not config.needs_reference
+    if policy_logprobs is None or not has_behavior or not has_reference:
+        verdicts.append(_needs(policy_logprobs is not None, has_behavior, has_reference))
     else:
         weights = weigh(pack, config)
         ratios = Ratios(weights, pack.alignment(), alternatives(pack, config), pick(pack, weights))
         found = about_policies(pack, ratios.alignment, config)
         if not ratios.alignment.shift:
-            found += about_weights(weights, ratios.alternatives)
+            found += about_weights(weights, ratios.alternatives) + about_negatives(pack, config)
+            found += about_what_is_not_shown(config)
         verdicts += found or [all_is_well(weights)]
     order = ("error", "warning", "note", "good")
     return Report(
@@ -134,10 +144,14 @@ def make_report(
     )
 
 
-def _needs(has_policy: bool, has_behavior: bool) -> Verdict:
+def _needs(has_policy: bool, has_behavior: bool, has_reference: bool) -> Verdict:
     ways = []
     if not has_behavior:
         ways.append("add behavior_logprobs (`pear-megatron score --model WRITER`)")
+    if not has_reference:
+        ways.append(
+            "add reference_logprobs (`pear-megatron score --as reference`), which these settings need"
+        )
     if not has_policy:
         ways.append("name the policy that training starts from (--model DIR, or --scored if the data carry "
                     "policy_logprobs)")  # fmt: skip

@@ -11,6 +11,8 @@ from pear_megatron.inspect.alternatives import Alternative, weight_text
 from pear_megatron.inspect.measure import Pack, Weights
 from pear_megatron.inspect.sample import Sample
 
+_FAR = 2.0  # nats: a token that is 7 times less likely
+
 Level = Literal["error", "warning", "note", "good"]
 
 
@@ -91,7 +93,8 @@ def about_data(sample: Sample, ends: float | None) -> list[Verdict]:
 def about_policies(pack: Pack, alignment: Alignment, config: PearConfig) -> list[Verdict]:
     """Findings about the two policies' log-probs."""
     found = []
-    r, mean = alignment.correlations[0], float(pack.log_ratio.mean())
+    raw = pack.lp - pack.lb
+    r, mean = alignment.correlations[0], float(raw.mean())
     if alignment.shift:
         found.append(
             Verdict(
@@ -103,7 +106,7 @@ def about_policies(pack: Pack, alignment: Alignment, config: PearConfig) -> list
             )
         )
         return found
-    spread = float(abs(pack.log_ratio).mean())
+    spread = float(abs(raw).mean())
     if spread < 0.02:
         found.append(
             Verdict(
@@ -156,6 +159,8 @@ def about_policies(pack: Pack, alignment: Alignment, config: PearConfig) -> list
 def about_weights(measured: Weights, alternatives: list[Alternative]) -> list[Verdict]:
     """Findings about the weights under the given settings."""
     if measured.config.variant == "none":
+        if measured.config.has_factors:
+            return []
         return [
             Verdict(
                 "note",
@@ -170,7 +175,8 @@ def about_weights(measured: Weights, alternatives: list[Alternative]) -> list[Ve
             Verdict(
                 "warning",
                 "collapse to the floor",
-                f"{s['weight_at_floor']:.0%} of the weights are at their floor: these tokens train nothing.",
+                f"{s['weight_at_floor']:.0%} of the weights are at their floor: these tokens train nothing."
+                + _adds_up(measured.config),
                 _better(alternatives, "weight_at_floor", "at the floor"),
             )
         )
@@ -196,7 +202,7 @@ def about_weights(measured: Weights, alternatives: list[Alternative]) -> list[Ve
                 "warning",
                 "weights at their ceiling",
                 f"{s['weight_at_ceiling']:.0%} of the weights are at their ceiling, where tokens count alike, as in "
-                f"plain SFT.{drift}",
+                f"plain SFT.{drift}{_adds_up(measured.config)}",
                 _better(alternatives, "weight_at_ceiling", "at the ceiling"),
             )
         )
@@ -212,6 +218,70 @@ def about_weights(measured: Weights, alternatives: list[Alternative]) -> list[Ve
             )
         )
     return found
+
+
+def about_negatives(pack: Pack, config: PearConfig) -> list[Verdict]:
+    """Findings about trajectories of negative reward, and settings that are about them alone."""
+    floor = config.negative_floor
+    if not len(pack.fallen):
+        idle = [
+            f"pear.{name}"
+            for name, used in (
+                ("negative_floor", floor is not None),
+                ("negative_scale", config.negative_scale != 1),
+            )
+            if used
+        ]
+        if not idle:
+            return []
+        return [
+            Verdict(
+                "note",
+                "no negative examples",
+                f"No reward here is below zero, so {' and '.join(idle)} "
+                f"{'does' if len(idle) == 1 else 'do'} nothing.",
+                "Leave it out, or check the reward column.",
+            )
+        ]
+    below = float((pack.fallen > (_FAR if floor is None else floor)).mean())
+    begin = "the behaviour policy's" if pack.lr is None else "the initial model's"
+    if floor is None and below > 0.2:
+        return [
+            Verdict(
+                "note",
+                "negatives that are unlikely already",
+                f"{below:.0%} of the decisions of negative examples are more than {_FAR:g} nats below {begin} "
+                "log-probs, and training pushes them on: their mass moves to tokens that no example speaks for.",
+                f"pear.negative_floor={_FAR:g} would give these weight 0 (docs/weights.md).",
+            )
+        ]
+    if floor is not None and below > 0.5:
+        return [
+            Verdict(
+                "warning",
+                "negatives that have stopped",
+                f"{below:.0%} of the decisions of negative examples are more than pear.negative_floor={floor:g} nats "
+                f"below {begin} log-probs before training begins: they train nothing.",
+                "Raise pear.negative_floor, or take its start from the model itself: `pear-megatron score --as "
+                "reference`.",
+            )
+        ]
+    return []
+
+
+def about_what_is_not_shown(config: PearConfig) -> list[Verdict]:
+    """Settings whose effect log-probs alone do not show."""
+    if not config.entropy_power:
+        return []
+    return [
+        Verdict(
+            "note",
+            "entropies are not known here",
+            "The weights of this page are those without pear.entropy_power: it needs the policy's whole "
+            "distribution, and the page has log-probs.",
+            "Watch pear/weight and pear/entropy in the log of a few steps.",
+        )
+    ]
 
 
 def all_is_well(measured: Weights) -> Verdict:
@@ -243,13 +313,21 @@ def _growth(config: PearConfig) -> Verdict:
     )
 
 
+def _adds_up(config: PearConfig) -> str:
+    """Why a sequence weight saturates."""
+    if config.variant != "sequence" or config.sequence_scale == "mean":
+        return ""
+    return " A sum over a response grows with its length; a mean does not (pear.sequence_scale=mean)."
+
+
 def _better(alternatives: list[Alternative], statistic: str, words: str) -> str:
     """The alternative that halves a share without driving the weights to either bound."""
     given = alternatives[0]
     helpful = [
         setting
         for setting in alternatives[1:]
-        if setting.statistics[statistic] <= given.statistics[statistic] / 2
+        if setting.remedy
+        and setting.statistics[statistic] <= given.statistics[statistic] / 2
         and setting.at_bounds <= max(20, given.at_bounds // 2)
     ]
     if not helpful:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from pear_megatron.config import PearConfig
 
+# What rounding leaves of log 1 above 0, as in csrc/weights_math.h.
+_POSITIVE_TOLERANCE = 1e-5
+
 
 def require_tensors(device: torch.device | None = None, /, **values: Any) -> None:
     """Every value, under its parameter's name, must be a tensor, and on ``device`` where one is given.
@@ -41,27 +44,71 @@ def require_mask(mask: Any, device: torch.device) -> None:
         raise ValueError(f"mask must be bool (True on decisions), got {mask.dtype}; give mask.bool()")
 
 
-def require_behavior(behavior_logprobs: Any, device: torch.device, config: PearConfig) -> None:
-    """``behavior_logprobs`` must be float32 or float64 constants on ``device``, or None with ``variant: none``.
+def require_behavior(
+    behavior_logprobs: Any,
+    device: torch.device,
+    config: PearConfig,
+    *,
+    reference_logprobs: Any = None,
+    has_reward: bool = False,
+) -> None:
+    """The data's log-probs must be float32 or float64 constants on ``device``, or None where nothing needs them.
+
+    ``ratio`` says which of the two the weights need, ``variant: none`` needs none, and ``dft_policy`` may ask for the
+    reference. ``negative_floor`` needs either of them where there are rewards.
 
     Raises:
         TypeError, ValueError: as require_tensors; None, another dtype, or a tensor that requires a gradient.
     """
-    if behavior_logprobs is None:
-        if config.variant != "none":
-            raise ValueError(f"variant {config.variant!r} needs behavior_logprobs; only 'none' does without")
-        return
-    require_tensors(device, behavior_logprobs=behavior_logprobs)
-    dtype = behavior_logprobs.dtype
-    if dtype not in (torch.float32, torch.float64):
+    if config.needs_reference and reference_logprobs is None:
+        name, otherwise = ("ratio", "behavior") if config.ratio == "reference" else ("dft_policy", "target")
         raise ValueError(
-            f"behavior_logprobs are {str(dtype).removeprefix('torch.')}, which is too coarse for ratios clipped "
+            f"{name} 'reference' needs reference_logprobs, the initial model's log-probs of the same tokens "
+            f"(`pear-megatron score --as reference`); {name} {otherwise!r} does without"
+        )
+    if config.variant != "none" and config.ratio == "behavior" and behavior_logprobs is None:
+        raise ValueError(f"variant {config.variant!r} needs behavior_logprobs; only 'none' does without")
+    if config.negative_floor is not None and has_reward and behavior_logprobs is reference_logprobs is None:
+        raise ValueError(
+            f"negative_floor {config.negative_floor:g} needs to know where a negative example's log-probs began: "
+            "give reference_logprobs or behavior_logprobs, or leave negative_floor out"
+        )
+    for name, x, whose in (
+        ("behavior_logprobs", behavior_logprobs, "the behaviour policy"),
+        ("reference_logprobs", reference_logprobs, "the initial model"),
+    ):
+        if x is not None:
+            _require_logprobs(name, x, device, whose)
+
+
+def _require_logprobs(name: str, logprobs: Any, device: torch.device, whose: str) -> None:
+    require_tensors(device, **{name: logprobs})
+    if logprobs.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name} are {str(logprobs.dtype).removeprefix('torch.')}, which is too coarse for ratios clipped "
             "at -0.08 and 0.3; store them as float32"
         )
-    if behavior_logprobs.requires_grad:
+    if logprobs.requires_grad:
         raise ValueError(
-            "behavior_logprobs require a gradient, but the behaviour policy is fixed: they are what the data "
-            "recorded, not the model's own log-probs; if they are right, give behavior_logprobs.detach()"
+            f"{name} require a gradient, but {whose} is fixed: they are what the data "
+            f"recorded, not the model's own log-probs; if they are right, give {name}.detach()"
+        )
+
+
+def require_sampled(name: str, logprobs: Tensor, mask: Tensor) -> None:
+    """``logprobs`` [T] must be log-probabilities on the decisions: finite, and at most 0 but for rounding.
+
+    Raises:
+        ValueError: they are not; on CUDA a device-side assertion.
+    """
+    good = ((logprobs >= torch.finfo(torch.float32).min) & (logprobs <= _POSITIVE_TOLERANCE)) | ~mask
+    if good.is_cuda:  # without waiting for the device
+        torch._assert_async(good.all(), f"{name} are NaN, infinite or positive on a decision")
+    elif not good.all():
+        bad = (~good).nonzero().flatten()
+        raise ValueError(
+            f"{name} are no log-probabilities on {len(bad)} of {int(mask.sum())} decisions, first at token {bad[0]} of "
+            f"the pack: {logprobs[bad[0]]:g}; score the trajectory again, or take such tokens off the mask"
         )
 
 

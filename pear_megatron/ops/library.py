@@ -92,5 +92,7 @@ def _(
     weight_high: float,
     subtract_mean: bool,
     normalize: bool,
+    tau: float | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(logprobs), logprobs.new_empty((len(WEIGHT_STATISTICS), 2))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from pear_megatron.config import PearConfig
 from pear_megatron.data import AnyDataset, BatchPlan, TrajectoryBlend
 from pear_megatron.data.sources import blend_of
 from pear_megatron.megatron.checkpoint.folder import CheckpointFolder
@@ -22,7 +25,7 @@ log = logging.getLogger("pear_megatron")
 def announce(trainer: Trainer) -> None:
     """What is trained, on what, for how long, and which checkpoints stay."""
     recipe, step, total_steps = trainer.recipe, trainer.step, trainer.total_steps
-    what = f"PEAR {recipe.pear.variant}" if recipe.pear.variant != "none" else "plain SFT"
+    what = _method(recipe.pear)
     log.info(
         "%s: %d trajectories, %d decisions; %s on %s; steps %d to %d",
         what,
@@ -33,6 +36,7 @@ def announce(trainer: Trainer) -> None:
         step,
         total_steps,
     )
+    announce_idle_settings(recipe.pear, trainer.dataset.rewards)
     _announce_sources(recipe, trainer.dataset, trainer.plan, total_steps)
     if trainer.evaluation is not None:
         log.info("evaluations on %d held-out trajectories", len(trainer.evaluation.dataset))
@@ -42,6 +46,26 @@ def announce(trainer: Trainer) -> None:
         log.info("nothing to do: %s is at step %d already", recipe.output_dir, step)
     else:
         _announce_checkpoints(recipe, trainer.saver.folder, step)
+
+
+def _method(pear: PearConfig) -> str:
+    if pear.variant != "none":
+        return f"PEAR {pear.variant}"
+    return "plain SFT" if not pear.has_factors and pear.base_loss == "nll" else "SFT with factors"
+
+
+def announce_idle_settings(pear: PearConfig, rewards: np.ndarray) -> None:
+    """Warns of settings that do nothing on data of these rewards, [N]."""
+    if (rewards < 0).any():
+        return
+    for name, idle in (("negative_floor", None), ("negative_scale", 1.0)):
+        if (value := getattr(pear, name)) != idle:
+            log.warning(
+                "pear.%s=%g does nothing: no trajectory has a reward below zero; leave it out, or check the data's "
+                "rewards",
+                name,
+                value,
+            )
 
 
 def _sizes(layout: Layout) -> str:

@@ -19,7 +19,7 @@ from pear_megatron.adapters.verl.data import PearDataset
 from pear_megatron.adapters.verl.loss import REPORT, PearSFTLoss, reduce_reports
 from pear_megatron.data import DataError
 from pear_megatron.errors import RecipeError
-from pear_megatron.loss import pear_loss
+from pear_megatron.loss import pear_loss, report_keys
 from tests.byte_tokenizer import save_byte_tokenizer
 
 VOCABULARY = 13
@@ -95,6 +95,7 @@ CONFIGS = {
     "normalized": PearConfig(normalize="sequence", baseline="sequence_mean"),
     "sequence": PearConfig(variant="sequence"),
     "none": PearConfig(variant="none"),
+    "stopped": PearConfig(dft_power=1.0, negative_floor=0.1),
 }
 
 
@@ -123,7 +124,8 @@ def test_micro_batches_on_two_ranks_are_the_loss_of_the_whole(name: str, weighte
     torch.testing.assert_close(total, loss.detach())
     for got, want in zip(parts, whole, strict=True):
         torch.testing.assert_close(got.grad, want.grad)
-    assert reduce_reports(gathered) == pytest.approx({**means, "decisions": decisions}, rel=1e-5, abs=1e-6)
+    reduced = reduce_reports(gathered, report_keys(config))
+    assert reduced == pytest.approx({**means, "decisions": decisions}, rel=1e-5, abs=1e-6)
 
 
 def test_reports_come_nested_as_the_ranks_gather_them() -> None:

@@ -17,7 +17,7 @@ from pear_megatron.ops import STATISTICS, reference
 from pear_megatron.ops.weights import _VARIANTS
 from tests.cuda_build.emulated import emulated_ops
 from tests.ops.test_logprob import DTYPES, assert_rounds_to, float64_answer
-from tests.packs import CONFIGS, Pack, config_id, make_pack
+from tests.packs import CONFIGS, SEQUENCE_MEAN, Pack, config_id, make_pack
 
 INF, NAN = float("inf"), float("nan")
 # Widths around a vector (8, 4), a warp's rows (2048), a block's (32768) and the ends of their loops.
@@ -176,7 +176,7 @@ def test_nan_and_inf_stay_within_their_segment_and_out_of_their_own_exclusive_su
     assert torch.equal(out[700:], torch.arange(299.0, -1, -1))
 
 
-def weights(ops, pack: Pack, config: PearConfig) -> tuple[Tensor, Tensor]:
+def weights(ops, pack: Pack, config: PearConfig, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return ops.pear_weights(
         *pack.inputs(),
         _VARIANTS[config.variant],
@@ -186,22 +186,35 @@ def weights(ops, pack: Pack, config: PearConfig) -> tuple[Tensor, Tensor]:
         *config.log_weight_clip,
         config.baseline == "sequence_mean",
         config.normalize == "sequence",
+        config.tau if config.sequence_scale == "mean" else None,
+        factor,
     )
 
 
-def check_weights(ops, pack: Pack, config: PearConfig) -> None:
-    out, stats = weights(ops, pack, config)
-    expected, sums = reference.weights(*pack.inputs(), config)
+def check_weights(ops, pack: Pack, config: PearConfig, factor: Tensor | None = None) -> None:
+    out, stats = weights(ops, pack, config, factor)
+    expected, sums = reference.weights(*pack.inputs(), config, factor)
     torch.testing.assert_close(out.double(), expected, rtol=3e-7, atol=1e-12)
     assert torch.equal(out[~pack.mask], torch.zeros(int((~pack.mask).sum())))
     wanted = torch.tensor([sums[name] for name in STATISTICS], dtype=torch.float64)
     torch.testing.assert_close(stats.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+@pytest.mark.parametrize("config", [*CONFIGS, SEQUENCE_MEAN], ids=config_id)
 def test_weights_and_statistics_of_any_layout(ops, config):
     for lengths in [*LAYOUTS[:5], [0, 900, 2, 400, 1], *(random_layout() for _ in range(2))]:
         check_weights(ops, make_pack(lengths, spread=0.05), config)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, SEQUENCE_MEAN], ids=config_id)
+def test_factors_multiply_the_weights_and_what_is_counted_of_them(ops, config):
+    for lengths in ([0, 900, 2, 400, 1], random_layout()):
+        pack = make_pack(lengths, spread=0.05)
+        factor = torch.rand(len(pack.mask))
+        factor[torch.rand(len(pack.mask)) < 0.3] = 0.0
+        factor[: sum(lengths[:2])] = 0.0  # a trajectory that weighs nothing
+        factor[~pack.mask] = NAN
+        check_weights(ops, pack, config, factor)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF, 2e-5])

@@ -11,7 +11,7 @@ import torch
 from pear_megatron.ops.library import ops
 from pear_megatron.ops.weights import pear_weights
 from tests.gpu.device import DEVICE
-from tests.packs import CONFIGS, make_pack
+from tests.packs import CONFIGS, SEQUENCE_MEAN, make_pack
 
 
 def main() -> None:
@@ -34,9 +34,10 @@ def main() -> None:
                 ops.logprob_backward_(logits[rows], *(x[rows] for x in rest[:4]), 0, columns)
     for lengths in ([3, 0, 700, 1500, 1], [1] * 300):
         pack = make_pack(lengths)
-        for config in CONFIGS:
-            weights, _ = pear_weights(*pack.inputs(), config)
-            assert weights.isfinite().all()
+        for config in (*CONFIGS, SEQUENCE_MEAN):
+            for factor in (None, torch.rand(len(pack.mask))):
+                weights, _ = pear_weights(*pack.inputs(), config, factor)
+                assert weights.isfinite().all()
         for exclusive in (True, False):
             ops.segmented_suffix_sum(pack.logprobs, pack.cu_seqlens, None, exclusive)
         ops.segment_sum(pack.logprobs, pack.cu_seqlens)

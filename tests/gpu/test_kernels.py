@@ -13,7 +13,7 @@ from pear_megatron.ops.library import ops
 from pear_megatron.ops.weights import pear_weights
 from tests.gpu.device import DEVICE, needs_cuda, needs_device
 from tests.ops.test_logprob import DTYPES, assert_rounds_to, float64_answer
-from tests.packs import CONFIGS, config_id, make_pack
+from tests.packs import CONFIGS, SEQUENCE_MEAN, config_id, make_pack
 
 pytestmark = needs_device
 GRAPH_CONFIGS = [c for c in CONFIGS if c.normalize == "none" or c.baseline == "none"]
@@ -58,12 +58,17 @@ def test_rows_off_the_mask_are_zero_whatever_they_hold(inplace):
 
 
 @pytest.mark.parametrize("lengths", [[1_000_000], [100] * 10_000, [1] * 10_000, [300_000, 1, 0, 5000] * 3])
-@pytest.mark.parametrize("config", CONFIGS[::3], ids=config_id)
-def test_weights_of_large_packs_equal_the_hosts(lengths, config):
+@pytest.mark.parametrize("config", [*CONFIGS[::3], SEQUENCE_MEAN], ids=config_id)
+@pytest.mark.parametrize("with_factor", [False, True])
+def test_weights_of_large_packs_equal_the_hosts(lengths, config, with_factor):
     with torch.device("cpu"):
         pack = make_pack(lengths, spread=0.02)
-    expected, expected_stats = pear_weights(*pack.inputs(), config)  # sums in float64, tested against it
-    weights, stats = pear_weights(*(x.to(DEVICE) for x in pack.inputs()), config)
+        factor = torch.rand(len(pack.mask)) if with_factor else None
+    expected, expected_stats = pear_weights(
+        *pack.inputs(), config, factor
+    )  # sums in float64, tested against it
+    there = None if factor is None else factor.to(DEVICE)
+    weights, stats = pear_weights(*(x.to(DEVICE) for x in pack.inputs()), config, there)
     torch.testing.assert_close(weights.cpu(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(stats.cpu(), expected_stats, rtol=1e-5, atol=1e-5)
 

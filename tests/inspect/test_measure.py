@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pear_megatron import PearConfig
+from pear_megatron import PearConfig, importance_weights
 from pear_megatron.data import Trajectory
 from pear_megatron.inspect.alternatives import alternatives
-from pear_megatron.inspect.measure import make_pack, weigh
+from pear_megatron.inspect.measure import Pack, make_pack, weigh
 from pear_megatron.ops import reference
 from tests.distributed import run_ranks
 from tests.megatron.ranks import SMALL, train_runs
@@ -78,6 +79,51 @@ def test_alternatives_begin_with_the_given_settings_and_are_what_they_say() -> N
         config = PearConfig.model_validate(given.model_dump() | values)
         assert config != given
         assert weigh(pack, config).statistics == setting.statistics
+
+
+def with_reference(pack: Pack) -> Pack:
+    generator = torch.Generator().manual_seed(1)
+    noise = 0.3 * torch.randn(len(pack.mask), generator=generator)
+    return replace(pack, reference_logprobs=(pack.behavior_logprobs + noise).clamp_max(0.0))
+
+
+def test_the_other_methods_are_shown_and_not_advised() -> None:
+    pack = with_reference(make_pack(*trajectories()))
+    shown = {setting.overrides: setting for setting in alternatives(pack, PearConfig())}
+    for methods in (
+        "pear.variant=sequence pear.sequence_scale=mean",
+        "pear.ratio=reference",
+        "pear.variant=none pear.dft_power=1.0",
+    ):
+        assert not shown[methods].remedy
+    expected = pack.logprobs[pack.mask].exp().mean()
+    assert shown["pear.variant=none pear.dft_power=1.0"].statistics["weight"] == pytest.approx(expected)
+    without = alternatives(make_pack(*trajectories()), PearConfig())
+    assert not any("reference" in setting.overrides for setting in without)
+    of_sequence = {s.overrides: s for s in alternatives(pack, PearConfig(variant="sequence"))}
+    assert of_sequence["pear.sequence_scale=mean"].remedy
+
+
+def test_weights_with_factors_are_those_of_training() -> None:
+    pack = with_reference(make_pack(*trajectories()))
+    config = PearConfig(ratio="reference", dft_power=0.5, negative_floor=0.1, entropy_power=1.0)
+    weights = weigh(pack, config)
+    expected, sums = importance_weights(
+        pack.logprobs,
+        pack.behavior_logprobs,
+        pack.mask,
+        pack.cu_seqlens,
+        config.model_copy(update={"entropy_power": 0.0}),  # entropies are not known
+        reference_logprobs=pack.reference_logprobs,
+        reward=torch.from_numpy(pack.reward),
+    )
+    assert np.array_equal(weights.weight, expected[pack.mask].numpy())
+    stopped, negative = sums["negative_stopped"].tolist()
+    assert 0 < stopped < negative
+    assert weights.statistics["negative_stopped"] == pytest.approx(stopped / negative)
+    assert weights.negative is not None
+    assert weights.negative["negative_stopped"] == pytest.approx(stopped / negative)
+    assert (pack.fallen > 0.1).sum() == stopped
 
 
 def rank_inspect(rank: int, data: Path, model: Path, output: Path, overrides: list[str]) -> None:

@@ -121,6 +121,48 @@ def test_plain_sft_has_weights_of_one_and_shows_what_pear_would_give(look: Inspe
     assert any(setting["overrides"] == "pear.variant=token" for setting in found.numbers["alternatives"])
 
 
+def test_a_sequence_weight_that_saturates_is_told_of_the_mean(look: Inspect) -> None:
+    rows = scored(lambda lb, rng: lb - 1 - rng.random(), tokens=400, count=8)
+    verdict = look(rows, "pear.variant=sequence").verdict("collapse to the floor")
+    assert "a mean does not (pear.sequence_scale=mean)" in verdict["text"]
+    assert verdict["change"].startswith("pear.sequence_scale=mean would leave 0% at the floor")
+    mean = look(rows, "pear.variant=sequence", "pear.sequence_scale=mean")
+    assert "collapse to the floor" not in mean.titles()
+
+
+def test_negative_examples_are_judged_by_how_far_they_have_fallen(look: Inspect) -> None:
+    rows = scored(lambda lb, rng: lb - 3 * (rng.random() < 0.6))
+    for row in rows[:10]:
+        row["reward"] = -1.0
+    open_ended = look(rows)
+    assert (
+        "pear.negative_floor=2 would" in open_ended.verdict("negatives that are unlikely already")["change"]
+    )
+    stopped = look(rows, "pear.negative_floor=1")
+    assert "negatives that have stopped" in stopped.titles("warning")
+    assert 0.5 < stopped.numbers["statistics"]["negative examples"]["negative_stopped"] < 0.7
+    assert "pear/negative_stopped" in stopped.page
+    assert not [title for title in look(rows, "pear.negative_floor=4").titles() if "negative" in title]
+    for row in rows:
+        row["reward"] = 1.0
+    assert (
+        "pear.negative_floor does nothing"
+        in look(rows, "pear.negative_floor=4").verdict("no negative examples")["text"]
+    )
+
+
+def test_what_the_page_cannot_show_is_said(look: Inspect) -> None:
+    rows = scored(lambda lb, rng: lb + rng.gauss(0, 0.2))
+    assert (
+        "pear.entropy_power"
+        in look(rows, "pear.entropy_power=1").verdict("entropies are not known here")["text"]
+    )
+    needs = look(rows, "pear.ratio=reference").verdict("no ratios yet")
+    assert "--as reference" in needs["change"]
+    dft = look(rows, "pear.variant=none", "pear.dft_power=1")
+    assert "plain SFT" not in dft.titles()
+
+
 # What brings out verdicts: the policy, the data, the options.
 CASES: dict[str, tuple[Callable[[float, random.Random], float], dict[str, Any], list[str]]] = {
     "good": (lambda lb, rng: lb + rng.gauss(-0.02, 0.15), {}, []),

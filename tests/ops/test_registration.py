@@ -33,7 +33,7 @@ def op_arguments() -> dict[str, list[tuple]]:
         ],
         "segmented_suffix_sum": [(x, cu, None, True), (x, cu, torch.randn(3), False)],
         "segment_sum": [(x, cu), (x[:0], cu[:1])],
-        "pear_weights": [(*weights, False, False), (*weights, True, True)],
+        "pear_weights": [(*weights, False, False), (*weights, True, True, 2.0, torch.rand(T))],
     }
 
 
@@ -68,8 +68,11 @@ def test_the_number_of_threads_changes_no_bit():
         stats = ops.logprob_forward(logits, target, None, 0, 5000)
         logprob, lse = ops.logprob_combine(stats[None], None)
         weights = [
-            ops.pear_weights(lp, lb, mask, cu, variant, 0.99, 3, -0.5, 0.3, -10.0, 5.0, True, variant != 3)
-            for variant in range(4)
+            ops.pear_weights(
+                lp, lb, mask, cu, variant, 0.99, 3, -0.5, 0.3, -10.0, 5.0, True, variant != 3, 2.0, factor
+            )
+            for variant in range(5)
+            for factor in (None, lp.sigmoid())
         ]
         return [
             logprob,

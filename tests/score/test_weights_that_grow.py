@@ -116,6 +116,26 @@ def test_plain_sft_has_no_weights_to_watch(caplog):
     assert said_at(caplog, PearConfig(variant="none"), weight=[100.0]) == []
 
 
+def test_negatives_that_have_stopped_are_said_once(caplog):
+    for variant in ("token", "none"):
+        caplog.clear()
+        watch = WeightWatch(PearConfig(variant=variant, negative_floor=2.0))
+        with caplog.at_level(logging.WARNING, logger="pear_megatron"):
+            for step, share in enumerate((0.5, 0.95, 1.0), 1):
+                watch(seen(step) | {"pear/negative_stopped": share})
+        (record,) = caplog.records
+        assert record.getMessage().startswith(
+            "step 2: 95% of the decisions of negative examples have stopped"
+        )
+        assert "pear.negative_floor=2 below where they began" in record.getMessage()
+
+
+def test_few_decisions_of_factors_are_laid_to_the_factors(caplog):
+    said_at(caplog, PearConfig(dft_power=1.0), weight=[0.05], effective=[0.05])
+    assert "a larger pear.dft_floor" in caplog.text
+    assert "sequence_mean" not in caplog.text
+
+
 def test_collapse_is_said_at_the_first_step_and_every_fifty(caplog):
     watch = WeightWatch(PearConfig())
     with caplog.at_level(logging.WARNING, logger="pear_megatron"):

@@ -13,7 +13,7 @@ from torch import Tensor
 from pear_megatron.adapters.slime.layout import Layout
 from pear_megatron.adapters.slime.settings import SlimeSettings, check_loss_arguments, settings
 from pear_megatron.errors import RecipeError
-from pear_megatron.loss import REPORT_KEYS, loss_of_logprobs
+from pear_megatron.loss import loss_of_logprobs, report_keys
 from pear_megatron.ops.logprob import vocab_parallel_logprob
 from pear_megatron.report import WeightWatch
 
@@ -26,6 +26,7 @@ class _Run:
 
     def __init__(self, config: SlimeSettings) -> None:
         self.config = config
+        self._keys = report_keys(config)
         self._watch = WeightWatch(config)
         self._step = 0
         self._left: list[int] = []  # micro-batches of each of the rollout's steps to come
@@ -44,14 +45,14 @@ class _Run:
         """
         from megatron.core import parallel_state
 
-        pairs = torch.stack([report[key] for key in REPORT_KEYS]).double()
+        pairs = torch.stack([report[key] for key in self._keys]).double()
         self._sums = pairs if self._sums is None else self._sums + pairs
         self._left[0] -= 1
         if self._left[0]:
-            return dict.fromkeys(REPORT_KEYS, 0.0)
+            return dict.fromkeys(self._keys, 0.0)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(self._sums, group=group)
-        sums = dict(zip(REPORT_KEYS, self._sums.tolist(), strict=True))
+        sums = dict(zip(self._keys, self._sums.tolist(), strict=True))
         del self._left[0]
         self._step, self._sums = self._step + 1, None
         decisions = sums["loss"][1]

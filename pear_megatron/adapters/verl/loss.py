@@ -7,7 +7,7 @@ is summed over micro-batches and averaged over the data-parallel ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from pear_megatron.config import PearConfig
 from pear_megatron.data.errors import DataError
 from pear_megatron.errors import RecipeError
-from pear_megatron.loss import REPORT_KEYS, loss_of_logprobs
+from pear_megatron.loss import REPORT_KEYS, loss_of_logprobs, report_keys
 
 REPORT = "pear/report"
 
@@ -81,26 +81,26 @@ class PearSFTLoss:
                 token_weights=token_weights,
             )
         loss = loss_sum * (data["dp_size"] / max(data["batch_num_tokens"], 1))
-        return loss, {REPORT: torch.stack([report[key] for key in REPORT_KEYS]).flatten().tolist()}
+        return loss, {
+            REPORT: torch.stack([report[key] for key in report_keys(self.config)]).flatten().tolist()
+        }
 
 
-def reduce_reports(gathered: Any) -> dict[str, float]:
+def reduce_reports(gathered: Any, keys: Sequence[str] = REPORT_KEYS) -> dict[str, float]:
     """The reports of all micro-batches and data-parallel ranks -> name -> ratio of global sums.
 
     Args:
         gathered: the numbers of any number of reports, nested in lists as verl gathers them.
+        keys: what a report holds: report_keys(config).
 
     Returns:
         ``loss``, ``nll``, ``pear/...`` and ``decisions``; 0 where nothing was counted.
     """
     sums, counts = (
-        np.concatenate([np.ravel(part) for part in _leaves(gathered)])
-        .reshape(-1, len(REPORT_KEYS), 2)
-        .sum(0)
-        .T
+        np.concatenate([np.ravel(part) for part in _leaves(gathered)]).reshape(-1, len(keys), 2).sum(0).T
     )
     ratios = np.divide(sums, counts, out=np.zeros_like(sums), where=counts != 0)
-    return {**dict(zip(REPORT_KEYS, ratios.tolist(), strict=True)), "decisions": float(counts[0])}
+    return {**dict(zip(keys, ratios.tolist(), strict=True)), "decisions": float(counts[0])}
 
 
 def _leaves(gathered: Any) -> list[Any]:

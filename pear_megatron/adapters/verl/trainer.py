@@ -16,6 +16,7 @@ from pear_megatron.adapters.verl.settings import (
     count_whole_tokens,
 )
 from pear_megatron.config import PearConfig
+from pear_megatron.loss import report_keys
 from pear_megatron.report import WeightWatch
 
 
@@ -67,7 +68,7 @@ class PearSFTTrainer(SFTTrainer):
 
     def _report(self, metrics: dict[str, Any], *, training: bool) -> None:
         """Puts ratios of global sums where verl gathered the micro-batches' reports; warns of the weights."""
-        report = reduce_reports(metrics.pop(REPORT))
+        report = reduce_reports(metrics.pop(REPORT), report_keys(self.pear))
         if training:
             self._trained += 1
             if self.engine.get_data_parallel_rank() == 0:

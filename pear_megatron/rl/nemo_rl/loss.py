@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron.config import PearConfig
-from pear_megatron.ops.weights import STATISTICS
-from pear_megatron.weights import importance_weights
+from pear_megatron.weights import importance_weights, statistic_names
 
 _PER_SEQUENCE = "effective_sample_size"
 
@@ -40,7 +39,7 @@ class PearLoss:
         per_sequence = {f"pear/{_PER_SEQUENCE}": MetricNormalizer.SEQUENCES}
         counts = dict.fromkeys(("num_unmasked_tokens", "num_valid_samples"), MetricNormalizer.NONE)
         per_token = dict.fromkeys(
-            ("loss", "nll", *(f"pear/{n}" for n in STATISTICS)), MetricNormalizer.TOKENS
+            ("loss", "nll", *(f"pear/{n}" for n in statistic_names(config))), MetricNormalizer.TOKENS
         )
         self.metric_normalizations = per_token | per_sequence | counts
 
@@ -57,11 +56,12 @@ class PearLoss:
             next_token_logprobs: [B, S - 1] float32; entry i is of token i + 1.
             data: NeMo-RL's micro-batch: ``token_mask`` [B, S] and ``sample_mask`` [B], and
                 ``behavior_logprobs`` [B, S] float32, aligned with ``input_ids`` (only ``variant: none`` does without);
-                optionally ``reward`` [B], default 1.
+                optionally ``reward`` [B], default 1, and ``reference_logprobs`` [B, S] (``ratio: reference`` needs it).
             global_valid_seqs, global_valid_toks: sequences and decisions of the global batch.
 
         Returns:
-            The loss, a scalar, and metrics that NeMo-RL adds over micro-batches and ranks.
+            The loss, a scalar, and metrics that NeMo-RL adds over micro-batches and ranks; ``pear/negative_stopped`` is
+            a share of all decisions here.
 
         Raises:
             ValueError: no ``behavior_logprobs``, or shapes or dtypes that do not fit.
@@ -80,6 +80,8 @@ class PearLoss:
             mask.flatten(),
             boundaries,
             self.config,
+            reference_logprobs=self._shifted(data, "reference_logprobs"),
+            reward=data.get("reward"),
         )
         coefficient = weights.view(rows, length)
         if data.get("reward") is not None:
@@ -101,12 +103,16 @@ class PearLoss:
 
     def _behavior(self, data: Mapping[str, Any]) -> Tensor | None:
         """[B * (S - 1)] behaviour log-probs, entry by entry those of ``next_token_logprobs``."""
-        behavior = data.get("behavior_logprobs")
-        if behavior is not None:
-            return behavior[:, 1:].flatten()
-        if self.config.variant != "none":
+        behavior = self._shifted(data, "behavior_logprobs")
+        if behavior is None and self.config.variant != "none" and self.config.ratio == "behavior":
             raise ValueError(
                 f"variant {self.config.variant!r} needs data['behavior_logprobs'], [B, S] aligned with input_ids; only "
                 "'none' does without"
             )
-        return None
+        return behavior
+
+    @staticmethod
+    def _shifted(data: Mapping[str, Any], name: str) -> Tensor | None:
+        """[B, S] -> [B * (S - 1)], aligned with the predictions, where the data have it."""
+        x = data.get(name)
+        return None if x is None else x[:, 1:].flatten()
