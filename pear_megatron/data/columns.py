@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pear_megatron.config import PearConfig
+from pear_megatron.errors import RecipeError
 
 Need = Literal["no", "if_there", "required"]
 TOPK_IDS, TOPK_LOGPROBS = "behavior_topk_ids", "behavior_topk_logprobs"
@@ -45,6 +46,20 @@ class Columns:
 NO_COLUMNS = Columns()
 # Whatever is there is checked and kept.
 ALL_COLUMNS = Columns(behavior_topk="if_there", reference_logprobs="if_there")
+
+
+def refuse_columns(pear: PearConfig, loop: str, *, carries: tuple[str, ...] = ()) -> None:
+    """RecipeError where a loss requires a column that a loop does not carry from the data to the loss."""
+    columns = Columns.of(pear)
+    for key, column, need in (
+        ("base_loss kl", TOPK_IDS, columns.behavior_topk),
+        ("ratio reference", REFERENCE, columns.reference_logprobs),
+    ):
+        if need == "required" and column not in carries:
+            raise RecipeError(
+                f"pear: {key} needs {column}, which {loop} does not carry from the data to the loss; train with "
+                "python -m pear_megatron.train, or choose another setting"
+            )
 
 
 def needs_behavior_logprobs(pear: PearConfig) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from pear_megatron.data.columns import ALL_COLUMNS, REFERENCE, TOPK_IDS, TOPK_LOGPROBS
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import OF_TEXT, check_names, get_flag, get_number
@@ -17,7 +18,7 @@ from pear_megatron.data.validate import Validator
 from pear_megatron.score.recorded import ordinary_fields
 from pear_megatron.score.recorded.tokens import Tokens
 
-Purpose = Literal["behavior", "policy", "import"]
+Purpose = Literal["behavior", "policy", "reference", "import"]
 _TEXT_FIELDS = ("messages", "conversations", "prompt", "response", *OF_TEXT)
 _NO_LIMIT = 2**31 - 1
 
@@ -43,7 +44,7 @@ class RowReader:
 
     Args:
         purpose: ``behavior`` takes a row's log-probs and temperature away, a model gives new ones;
-            ``policy`` keeps and checks them; ``import`` takes what the generator recorded.
+            ``policy`` and ``reference`` keep and check them; ``import`` takes what the generator recorded.
         counts: gets ``rows`` (of the output), ``overlong`` (dropped), ``truncated``, ``replaced`` (had log-probs of
             their own).
         tokenizer: a fast Hugging Face tokenizer; text rows need it.
@@ -82,6 +83,7 @@ class RowReader:
         self._validator = Validator(
             config,
             require_behavior_logprobs=purpose != "behavior",
+            columns=ALL_COLUMNS,
             vocab_size=vocab_size,
             tokenizer=tokenizer,
         )
@@ -122,6 +124,11 @@ class RowReader:
         fields = dict(row.fields)
         own = fields.pop("metadata", None)
         fields.pop("policy_logprobs", None)
+        if self._purpose == "reference" and REFERENCE in fields:
+            raise RowProblem(
+                f"{REFERENCE} is there already, and --as reference would replace it; take the column out if that is "
+                "what you want, or keep this file as it is"
+            )
         kept: dict[str, Any] = {}
         if self._purpose == "behavior":
             kept = self._take_origin_away(fields)
@@ -144,6 +151,8 @@ class RowReader:
     def _take_origin_away(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Removes what describes the log-probs that are replaced; returns what to remember of it."""
         self._counts["replaced"] += fields.pop("behavior_logprobs", None) is not None
+        for name in (TOPK_IDS, TOPK_LOGPROBS):
+            fields.pop(name, None)
         temperature = get_number(fields, "temperature", 1.0)
         fields.pop("temperature", None)
         return {} if temperature == 1 else {"temperature": temperature}

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig, TrajectoryDataset, prepare, require_files
+from pear_megatron.data.columns import REFERENCE, Columns, needs_behavior_logprobs, refuse_columns
 from pear_megatron.errors import PearError, RecipeError
 from pear_megatron.report import WeightWatch
 from pear_megatron.rl.nemo_rl.loss import PearLoss
@@ -165,8 +166,19 @@ def run(recipe: str, overrides: list[str]) -> None:
 
     config, pear, data = load(recipe, overrides)
     tokenizer = get_tokenizer(config.policy["tokenizer"])
-    cache = prepare(data, require_behavior_logprobs=pear.variant != "none", vocab_size=len(tokenizer))
+    refuse_columns(pear, "NeMo-RL's loop")
+    cache = prepare(
+        data,
+        require_behavior_logprobs=needs_behavior_logprobs(pear),
+        columns=Columns.of(pear),
+        vocab_size=len(tokenizer),
+    )
     trajectories = TrajectoryDataset.open(cache)
+    if trajectories.has(REFERENCE):
+        raise RecipeError(
+            f"pear_data: rows have {REFERENCE}, which NeMo-RL's loop does not know; take it out, or train with "
+            "python -m pear_megatron.train"
+        )
     if weighted := trajectories.meta["counts"].get("token_weights"):
         raise RecipeError(
             f"pear_data: {weighted} rows have token_weights, which NeMo-RL's loop does not know; take them out, or "
