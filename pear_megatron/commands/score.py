@@ -86,7 +86,8 @@ def score(
         typer.Option(
             min=0,
             max=127,  # and the token that is there: data.topk.MAX_ENTRIES
-            help="write the K likeliest tokens of each decision as well, for pear.base_loss=kl; 8 K bytes each",
+            help="write the K likeliest tokens of each decision as well, for pear.base_loss=kl (8 K bytes per "
+            "decision); import: of those that the engine recorded",
         ),
     ] = 0,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="ranks that share each layer")] = 1,
@@ -130,10 +131,10 @@ def score(
         raise ScoreError(
             "--raw-logprobs is about recorded log-probs; give it with --backend import, or leave it out"
         )
-    if top_k and (backend is Backend.recorded or write_as is not WriteAs.behavior):
+    if top_k and write_as is not WriteAs.behavior:
         raise ScoreError(
-            "--top-k writes the likeliest tokens under the policy that wrote the data, from its model: leave out "
-            "--as and --backend import (which reads those that the engine recorded)"
+            f"--top-k writes the likeliest tokens under the policy that wrote the data; leave --as {write_as.value} "
+            "or --top-k out"
         )
     _run(
         ScoreSettings(

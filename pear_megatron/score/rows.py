@@ -53,7 +53,7 @@ class RowReader:
         max_length: positions; a trajectory of n tokens takes n - 1. None = no limit.
         overlong: what to do with a longer one.
         origin: goes into every row's metadata.
-        raw_logprobs: see ``ordinary_fields``.
+        raw_logprobs, top_k: see ``ordinary_fields``.
 
     Attributes:
         tokenizer_hash: of tokenizer, chat template and its arguments; None without a tokenizer.
@@ -71,6 +71,7 @@ class RowReader:
         overlong: Literal["error", "drop"] = "error",
         origin: Mapping[str, Any] | None = None,
         raw_logprobs: bool = False,
+        top_k: int = 0,
     ) -> None:
         config = DataConfig(
             train=["-"],
@@ -93,7 +94,7 @@ class RowReader:
         self._overlong = overlong
         self._origin = dict(origin or {})
         self._counts = counts
-        self._raw_logprobs = raw_logprobs
+        self._raw_logprobs, self._top_k = raw_logprobs, top_k
 
     @property
     def split(self) -> Mapping[str, int]:
@@ -112,7 +113,7 @@ class RowReader:
             return list(
                 self._rows(row, {name: row.fields[name] for name in _TEXT_FIELDS if name in row.fields})
             )
-        found = ordinary_fields(row.fields, self._tokens, raw_logprobs=self._raw_logprobs)
+        found = ordinary_fields(row.fields, self._tokens, raw_logprobs=self._raw_logprobs, top_k=self._top_k)
         own = {"metadata": row.fields["metadata"]} if "metadata" in row.fields else {}
         written: list[ScoreRow] = []
         for k, (fields, notes) in enumerate(found):

@@ -103,13 +103,13 @@ class ScoreJob:
         chunks, counts = self._work.read_index()
         tokens = [chunk.tokens for chunk in chunks]
         missing = ranks.from_main(lambda: self._work.missing_parts(len(chunks)) if self.num_missing() else [])
+        if is_main() and self.settings.top_k:
+            decisions = sum(chunk.decisions for chunk in chunks)
+            size = 8 * self.settings.top_k  # an int32 and a float32 each
+            log.info("--top-k: %d bytes per decision, %.3g GB in all", size, size * decisions / 1e9)
         if missing:
             if is_main() and len(missing) < len(chunks):
                 log.info("continuing: %d of %d chunks are scored", len(chunks) - len(missing), len(chunks))
-            if is_main() and self.settings.top_k:
-                decisions = sum(chunk.decisions for chunk in chunks)
-                size = 8 * self.settings.top_k  # an int32 and a float32 each
-                log.info("--top-k: %d bytes per decision, %.3g GB in all", size, size * decisions / 1e9)
             self._score(missing, tokens)
         ranks.wait()
         if is_main():

@@ -32,7 +32,8 @@ class ScoreSettings:
         backend: ``megatron``, ``hf`` or ``import``.
         model: folder of the model; may be None with ``import``.
         write_as: which column the model's log-probs become.
-        top_k: so many of the model's likeliest tokens are written for each decision; 0 = none.
+        top_k: so many of the model's likeliest tokens are written for each decision, with ``import`` of those that
+            were recorded; 0 = none.
         tokenizer: name or folder; None = the model's.
         chat_template, chat_template_kwargs, multi_turn: of text rows, see ``DataConfig``.
         max_length: positions, at most; None = the model's.
@@ -146,6 +147,7 @@ class Source:
                 overlong=settings.overlong,
                 origin={"model": self._model_name, "backend": settings.backend},
                 raw_logprobs=settings.raw_logprobs,
+                top_k=settings.top_k,
             )
 
 
