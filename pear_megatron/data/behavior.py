@@ -18,9 +18,9 @@ _WAYS_OUT = {
         "write it with `pear-megatron score`, or train plain SFT (pear.variant=none)",
     ),
     REFERENCE: (
-        "with pear.ratio=reference the weights come from it",
-        "write it with `pear-megatron score --as reference` and the model that training starts from, or set "
-        "pear.ratio=behavior",
+        "pear.ratio=reference and pear.dft_policy=reference take it",
+        "write it with `pear-megatron score --as reference` and the model that training starts from, or leave these "
+        "settings out",
     ),
 }
 _POSITIVE_TOLERANCE = 1e-5  # what rounding leaves of log 1; such values become 0

@@ -33,7 +33,7 @@ class Columns:
         reference: Need = "if_there" if pear.negative_floor is not None else "no"
         return cls(
             behavior_topk="required" if pear.base_loss == "kl" else "no",
-            reference_logprobs="required" if pear.ratio == "reference" else reference,
+            reference_logprobs="required" if pear.needs_reference else reference,
         )
 
     @property
@@ -51,9 +51,10 @@ ALL_COLUMNS = Columns(behavior_topk="if_there", reference_logprobs="if_there")
 def refuse_columns(pear: PearConfig, loop: str, *, carries: tuple[str, ...] = ()) -> None:
     """RecipeError where a loss requires a column that a loop does not carry from the data to the loss."""
     columns = Columns.of(pear)
+    reference = "ratio reference" if pear.ratio == "reference" else "dft_policy reference"
     for key, column, need in (
         ("base_loss kl", TOPK_IDS, columns.behavior_topk),
-        ("ratio reference", REFERENCE, columns.reference_logprobs),
+        (reference, REFERENCE, columns.reference_logprobs),
     ):
         if need == "required" and column not in carries:
             raise RecipeError(
@@ -63,5 +64,6 @@ def refuse_columns(pear: PearConfig, loop: str, *, carries: tuple[str, ...] = ()
 
 
 def needs_behavior_logprobs(pear: PearConfig) -> bool:
-    """Whether a loss needs behavior_logprobs; plain SFT does not."""
-    return pear.variant != "none" or pear.negative_floor is not None
+    """Whether a loss needs behavior_logprobs: in its ratios, or to see how far a negative example has fallen."""
+    ratios = pear.variant != "none" and pear.ratio == "behavior"
+    return ratios or (pear.negative_floor is not None and not pear.needs_reference)

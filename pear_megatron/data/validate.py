@@ -39,7 +39,8 @@ class Validator:
 
     Args:
         config: the recipe's ``data:`` section.
-        require_behavior_logprobs: False for plain SFT, where missing ones become zeros.
+        require_behavior_logprobs: False for plain SFT, where missing ones become zeros; None = all rows have them or
+            none has.
         columns: what else is read.
         vocab_size: true size of the model's vocabulary; None takes the tokenizer's, if there is one.
         tokenizer: a fast Hugging Face tokenizer; text rows need it.
@@ -60,7 +61,7 @@ class Validator:
         self,
         config: DataConfig,
         *,
-        require_behavior_logprobs: bool,
+        require_behavior_logprobs: bool | None,
         columns: Columns = NO_COLUMNS,
         vocab_size: int | None = None,
         tokenizer: Any = None,
@@ -89,7 +90,10 @@ class Validator:
         """The row's trajectories, none if a policy drops them; RowProblem if the row is wrong."""
         fields = row.fields
         identity = self._identity(row)
-        self._check_origin(fields)
+        required = self._required
+        if required is None:
+            required = self._has(row, "behavior_logprobs", "if_there")
+        self._check_origin(fields, required)
         form = form_of(fields)
         if get_flag(fields, "truncated") and self._drops_truncated():
             self.counts["dropped_truncated"] += 1
@@ -106,7 +110,7 @@ class Validator:
         kept = [part for part in parts if not self._is_overlong(part, form)]
         if not kept:
             return []
-        numbers = self._numbers(row, form, conversation, kept)
+        numbers = self._numbers(row, form, conversation, kept, required)
         weights = get_token_weights(fields, kept[0].loss_mask)
         if weights is not None and (weights[kept[0].loss_mask] == 1).all():
             weights = None
@@ -148,9 +152,9 @@ class Validator:
         if first != where:
             raise RowProblem(f"id = {identity!r} is duplicated: {first} has it too; make ids unique")
 
-    def _check_origin(self, fields: Mapping[str, Any]) -> None:
+    def _check_origin(self, fields: Mapping[str, Any], required: bool) -> None:
         temperature = get_number(fields, "temperature", 1.0)
-        if self._required and temperature != 1.0:
+        if required and temperature != 1.0:
             raise RowProblem(
                 f"temperature = {temperature:g}: behavior_logprobs must be those of the policy at "
                 "temperature 1, as the model's in training are; score them again with `pear-megatron score`"
@@ -222,7 +226,12 @@ class Validator:
             )
 
     def _numbers(
-        self, row: Row, form: tuple[str, ...], conversation: Conversation | None, parts: list[Tokenized]
+        self,
+        row: Row,
+        form: tuple[str, ...],
+        conversation: Conversation | None,
+        parts: list[Tokenized],
+        required: bool,
     ) -> list[_Numbers]:
         """What policies gave the tokens of each part."""
         fields = row.fields
@@ -233,7 +242,7 @@ class Validator:
         if given and conversation is not None and parts[0].turn is not None:
             whole = self._text.whole(conversation, parts, given[0])
         source = "input_ids" if conversation is None else f"{form[0]}, as data.tokenizer encodes it,"
-        behavior = read_logprobs(fields, whole.loss_mask, source, required=self._required)
+        behavior = read_logprobs(fields, whole.loss_mask, source, required=required)
         topk = self._topk(row, whole, behavior if "behavior_logprobs" in fields else None, source)
         reference = None
         need = self._columns.reference_logprobs

@@ -86,12 +86,10 @@ class WorkFolder:
         *,
         max_rows: int,
         max_tokens: int,
-        keep_logprobs: bool,
     ) -> None:
         """Writes rows in chunks of up to ``max_rows`` rows or ``max_tokens`` tokens, or one longer row.
 
-        ``counts`` are read when all rows are. With ``keep_logprobs`` the trajectories' behavior_logprobs are
-        written as well.
+        ``counts`` are read when all rows are.
         """
         partial = self.path / "chunks.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -99,7 +97,7 @@ class WorkFolder:
         sizes = []
         for k, group in enumerate(_groups(rows, max_rows, max_tokens)):
             table = _unscored_table(group)
-            if keep_logprobs:
+            if group[0].scored:  # as all rows are, or none
                 kept = [row.trajectory.behavior_logprobs for row in group]
                 table = with_logprobs(table, "behavior_logprobs", kept)
             table = _with_columns(table, [row.trajectory for row in group])
@@ -180,8 +178,7 @@ def trajectories_of(chunk: pa.Table) -> list[Trajectory]:
 
 def with_logprobs(table: pa.Table, column: str, logprobs: Sequence[np.ndarray]) -> pa.Table:
     """The table with a column of float32 lists, after ``loss_mask`` (``behavior_logprobs``, if there)."""
-    place = "behavior_logprobs" if "behavior_logprobs" in table.column_names else "loss_mask"
-    position = table.column_names.index(place) + 1
+    position = table.column_names.index(_last_numbers(table)) + 1
     return table.add_column(position, pa.field(column, _FLOATS), pa.array(list(logprobs), type=_FLOATS))
 
 
@@ -196,7 +193,7 @@ def _with_columns(table: pa.Table, trajectories: Sequence[Trajectory]) -> pa.Tab
 
 def _with_topk(table: pa.Table, masks: Sequence[np.ndarray], topk: Sequence[TopK]) -> pa.Table:
     """The table with two columns of lists of lists, empty off the decisions, after ``behavior_logprobs``."""
-    position = table.column_names.index("behavior_logprobs") + 1
+    position = table.column_names.index(_last_numbers(table)) + 1
     counts = np.zeros(sum(map(len, masks)), dtype=np.int64)  # entries of every token
     counts[np.concatenate(masks)] = np.concatenate([one.counts for one in topk])
     tokens = _offsets([len(mask) for mask in masks])
@@ -209,6 +206,11 @@ def _with_topk(table: pa.Table, masks: Sequence[np.ndarray], topk: Sequence[TopK
         table = table.add_column(position, pa.field(name, column.type), column)
         position += 1
     return table
+
+
+def _last_numbers(table: pa.Table) -> str:
+    """The column after which others go."""
+    return "behavior_logprobs" if "behavior_logprobs" in table.column_names else "loss_mask"
 
 
 def _offsets(lengths: Any) -> pa.Array:

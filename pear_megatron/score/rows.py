@@ -25,15 +25,17 @@ _NO_LIMIT = 2**31 - 1
 
 @dataclass(frozen=True, eq=False)
 class ScoreRow:
-    """A row of the output; ``behavior_logprobs`` of its trajectory are 0 where a model gives them yet.
+    """A row of the output.
 
     Attributes:
+        scored: whether its trajectory has behavior_logprobs; otherwise they are 0.
         tokenizer_hash: of the tokenizer that scores, or else the one the row came with.
         truncated: the row's own mark; None = it had none.
         metadata: JSON: the source's file and line, the text fields, the row's own metadata.
     """
 
     trajectory: Trajectory
+    scored: bool
     tokenizer_hash: str | None
     truncated: bool | None
     metadata: str
@@ -44,7 +46,8 @@ class RowReader:
 
     Args:
         purpose: ``behavior`` takes a row's log-probs and temperature away, a model gives new ones;
-            ``policy`` and ``reference`` keep and check them; ``import`` takes what the generator recorded.
+            ``policy`` keeps and checks them, and so does ``reference``, which does without as well; ``import`` takes
+            what the generator recorded.
         counts: gets ``rows`` (of the output), ``overlong`` (dropped), ``truncated``, ``replaced`` (had log-probs of
             their own).
         tokenizer: a fast Hugging Face tokenizer; text rows need it.
@@ -83,7 +86,7 @@ class RowReader:
         self._purpose = purpose
         self._validator = Validator(
             config,
-            require_behavior_logprobs=purpose != "behavior",
+            require_behavior_logprobs=None if purpose == "reference" else purpose != "behavior",
             columns=ALL_COLUMNS,
             vocab_size=vocab_size,
             tokenizer=tokenizer,
@@ -131,7 +134,7 @@ class RowReader:
                 "what you want, or keep this file as it is"
             )
         kept: dict[str, Any] = {}
-        if self._purpose == "behavior":
+        if self._purpose == "behavior" or "behavior_logprobs" not in fields:
             kept = self._take_origin_away(fields)
         truncated = get_flag(fields, "truncated") if "truncated" in fields else None
         notes = {"source": row.where, **self._origin, **texts, **kept}
@@ -144,6 +147,7 @@ class RowReader:
             self._counts["truncated"] += bool(truncated)
             yield ScoreRow(
                 trajectory,
+                "behavior_logprobs" in fields,
                 self.tokenizer_hash or fields.get("tokenizer_hash"),
                 truncated,
                 json.dumps(notes, ensure_ascii=False, default=str),
@@ -152,8 +156,9 @@ class RowReader:
     def _take_origin_away(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Removes what describes the log-probs that are replaced; returns what to remember of it."""
         self._counts["replaced"] += fields.pop("behavior_logprobs", None) is not None
-        for name in (TOPK_IDS, TOPK_LOGPROBS):
-            fields.pop(name, None)
+        if self._purpose == "behavior":
+            for name in (TOPK_IDS, TOPK_LOGPROBS):
+                fields.pop(name, None)
         temperature = get_number(fields, "temperature", 1.0)
         fields.pop("temperature", None)
         return {} if temperature == 1 else {"temperature": temperature}

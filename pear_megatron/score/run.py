@@ -85,7 +85,6 @@ class ScoreJob:
             counts,
             max_rows=self.settings.chunk_rows,
             max_tokens=self.settings.chunk_tokens,
-            keep_logprobs=self.settings.purpose != "behavior",
         )
 
     def num_missing(self) -> int:
