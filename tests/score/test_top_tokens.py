@@ -13,7 +13,7 @@ import torch
 
 from pear_megatron import PearConfig
 from pear_megatron.data import DataConfig, DataError, Trajectory, TrajectoryDataset, prepare
-from pear_megatron.data.columns import ALL_COLUMNS, Columns
+from pear_megatron.data.columns import ALL_COLUMNS, Columns, needs_behavior_logprobs
 from pear_megatron.data.topk import TopK
 from pear_megatron.errors import ScoreError
 from pear_megatron.score.backends import load_scorer
@@ -152,6 +152,33 @@ def test_reference_goes_beside_what_is_there_and_replaces_nothing(tiny_llama: Pa
     run_job(both, tmp_path / "policy.parquet", tiny_llama, write_as="policy")
     names = pq.read_schema(tmp_path / "policy.parquet").names
     assert {*kept, "reference_logprobs", "policy_logprobs"} <= set(names)
+
+
+def test_reference_needs_no_behavior_log_probs_but_all_rows_alike(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = [row | {"temperature": 0.7} for row in rows_of_ids(3)]  # whatever wrote them
+    written = score_rows(tmp_path, rows, tiny_llama, write_as="reference")
+    assert "behavior_logprobs" not in written[0]
+    config = DataConfig(
+        train=[str(tmp_path / "out.parquet")], seq_length=128, cache_dir=str(tmp_path / "cache")
+    )
+    ratios = PearConfig(ratio="reference")
+    folder = prepare(
+        config, require_behavior_logprobs=needs_behavior_logprobs(ratios), columns=Columns.of(ratios)
+    )
+    dataset = TrajectoryDataset.open(folder)
+    for trajectory, plain in zip(dataset, plainly_scored(tiny_llama, list(dataset)), strict=True):
+        np.testing.assert_allclose(trajectory.reference_logprobs, plain, atol=5e-6)
+    own = [-1.0] * len(rows[1]["input_ids"])
+    mixed = write_jsonl(
+        tmp_path / "mixed.jsonl", [rows[0], {**rows[1], "behavior_logprobs": own, "temperature": 1}]
+    )
+    with pytest.raises(DataError, match="behavior_logprobs is in some rows and not in others"):
+        run_job(mixed, tmp_path / "mixed.parquet", tiny_llama, write_as="reference")
+    warm = write_jsonl(tmp_path / "warm.jsonl", [{**rows[1], "behavior_logprobs": own}])
+    with pytest.raises(
+        DataError, match=r"temperature = 0\.7: behavior_logprobs must be those .* at temperature 1"
+    ):
+        run_job(warm, tmp_path / "warm.parquet", tiny_llama, write_as="reference")
 
 
 def test_new_log_probs_take_old_entries_away_and_keep_the_reference(tiny_llama: Path, tmp_path: Path) -> None:
