@@ -78,6 +78,8 @@ def validate(
 
 
 def _table(dataset: TrajectoryDataset, seq_length: int) -> Table:
+    import numpy as np
+
     from pear_megatron.data import BatchPlan
     from pear_megatron.data.prepare import describe_split
 
@@ -95,7 +97,11 @@ def _table(dataset: TrajectoryDataset, seq_length: int) -> Table:
     if counts.get("token_weights"):
         found.append(("with token_weights", f"{counts['token_weights']:,}"))
     if width := dataset.meta["topk_width"]:
-        found.append(("behavior_topk", f"up to {width} entries per decision"))
+        mass = sum(float(np.exp(t.behavior_topk.logprobs).sum()) for t in dataset if t.behavior_topk)
+        mean = mass / int(dataset.num_decisions.sum())
+        found.append(
+            ("behavior_topk", f"up to {width} entries per decision, {mean:.2%} of the mass on average")
+        )
     if dataset.has("reference_logprobs"):
         found.append(("reference_logprobs", "on all decisions"))
     if split := describe_split(counts):

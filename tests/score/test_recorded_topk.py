@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,14 @@ def test_a_token_without_probability_is_no_entry_and_another_sampled_log_prob_is
         RowProblem, match=r"behavior_logprobs\[3\] = -0\.5, but the sampled token's entry .* is -0\.6"
     ):
         read(chat)
+
+
+def test_the_row_of_the_page_is_taken() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "score.md").read_text()
+    (line,) = re.findall(r"^\{.*\}$", page, flags=re.MULTILINE)
+    (found,) = RowReader("import", Counter(), top_k=2)(Row("in.jsonl:1", json.loads(line), 1))
+    assert found.trajectory.behavior_topk is not None
+    assert found.trajectory.behavior_topk.ids.tolist() == [21, 11]
 
 
 def test_the_written_file_has_them(tmp_path: Path) -> None:
