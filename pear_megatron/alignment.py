@@ -41,22 +41,22 @@ class Alignment:
     shift: int
     spread_ratio: float
 
-    def describe(self) -> str:
+    def describe(self, name: str = "behavior_logprobs") -> str:
         """One sentence on a shift that was found; the empty string if there is none."""
         if not self.shift:
             return ""
         count, side = abs(self.shift), "after" if self.shift > 0 else "before"
         tokens = "1 token" if count == 1 else f"{count} tokens"
         return (
-            f"behavior_logprobs seem to stand {tokens} {side} the ones they belong to: over {self.decisions} "
+            f"{name} seem to stand {tokens} {side} the ones they belong to: over {self.decisions} "
             f"decisions they correlate with the model's own log-probs by {self.correlations[0]:.2f} as they "
             f"stand and by {self.correlations[self.shift]:.2f} when moved by {-self.shift:+d}"
         )
 
-    def refusal(self) -> str:
+    def refusal(self, name: str = "behavior_logprobs") -> str:
         """What is wrong with data that are shifted, and the way out."""
         return (
-            f"the {self.describe()}, so every ratio would compare different tokens; behavior_logprobs[i] is the "
+            f"the {self.describe(name)}, so every ratio would compare different tokens; {name}[i] is the "
             "log-prob of input_ids[i] itself: write them again with `pear-megatron score`, or set "
             "train.check_alignment=false if you are sure of them"
         )

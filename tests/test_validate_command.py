@@ -50,6 +50,16 @@ def validate(*arguments: object, ok: bool = True) -> str:
     return done.stdout if ok else done.stderr
 
 
+def test_it_says_how_much_of_the_mass_the_top_k_holds(tmp_path: Path) -> None:
+    row = {"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1], "behavior_logprobs": [None, -1.0, -2.0]}
+    topk = {"behavior_topk_ids": [None, [2], [7, 3]], "behavior_topk_logprobs": [None, [-1.0], [-1.0, -2.0]]}
+    said = validate(data(tmp_path, row | topk | {"reference_logprobs": [None, -1.5, -2.5]}))
+    assert "up to 2 entries per decision, 43.55% of the mass on average" in said  # (2 / e + 1 / e^2) / 2
+    assert "reference_logprobs" in said
+    broken = row | topk | {"behavior_topk_ids": [None, [2], [7, 7]]}
+    assert "behavior_topk_ids[2] has the id 7 twice" in validate(data(tmp_path, broken), ok=False)
+
+
 def test_the_first_trajectory_is_shown_with_its_decisions_in_brackets(
     tmp_path: Path, tokenizer: Path
 ) -> None:

@@ -21,6 +21,7 @@ from pear_megatron.adapters.megatron_lm_model import describe_checkpoints
 from pear_megatron.adapters.offline_data import OfflineBatches, open_trajectories
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig
+from pear_megatron.data.columns import Columns, needs_behavior_logprobs
 from pear_megatron.errors import RecipeError
 from pear_megatron.megatron.forward_step import PearForwardStep
 
@@ -160,10 +161,15 @@ def _batches(
     config = DataConfig(
         train=files, seq_length=args.seq_length, tokenizer=args.pear_tokenizer, cache_dir=args.pear_data_cache
     )
-    plain = args.pear_variant == "none"
+    pear = pear_config(args)
     training = "consumed_samples" in options
     return OfflineBatches(
-        open_trajectories(config, needs_logprobs=not plain, vocab_size=_vocab_size(args)),
+        open_trajectories(
+            config,
+            needs_logprobs=needs_behavior_logprobs(pear),
+            vocab_size=_vocab_size(args),
+            columns=Columns.of(pear),
+        ),
         seq_length=args.seq_length,
         global_batch_size=global_batch_size,
         micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,

@@ -19,18 +19,22 @@ from pear_megatron.data import (
     prepare_everywhere,
     require_files,
 )
+from pear_megatron.data.columns import NO_COLUMNS, Columns
 from pear_megatron.errors import RecipeError
 
 log = logging.getLogger("pear_megatron")
 
 
-def open_trajectories(config: DataConfig, *, needs_logprobs: bool, vocab_size: int) -> TrajectoryDataset:
+def open_trajectories(
+    config: DataConfig, *, needs_logprobs: bool, vocab_size: int, columns: Columns = NO_COLUMNS
+) -> TrajectoryDataset:
     """Prepares the files on rank 0 and opens them on every rank; every rank calls it.
 
     Args:
         config: the files, the row length and where the prepared trajectories are kept.
         needs_logprobs: False for plain SFT.
         vocab_size: real tokens of the model.
+        columns: what else of the rows is read.
 
     Raises:
         DataError: what is wrong with the data, by file and line; on every rank.
@@ -38,7 +42,11 @@ def open_trajectories(config: DataConfig, *, needs_logprobs: bool, vocab_size: i
     """
     require_files(config)
     found = prepare_everywhere(
-        config, config.train_sources, require_behavior_logprobs=needs_logprobs, vocab_size=vocab_size
+        config,
+        config.train_sources,
+        require_behavior_logprobs=needs_logprobs,
+        vocab_size=vocab_size,
+        columns=columns,
     )
     assert isinstance(found, TrajectoryDataset)  # of one source
     return found

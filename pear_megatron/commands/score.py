@@ -42,6 +42,7 @@ class WriteAs(StrEnum):
 
     behavior = "behavior"
     policy = "policy"
+    reference = "reference"
 
 
 class Dtype(StrEnum):
@@ -76,9 +77,19 @@ def score(
         WriteAs,
         typer.Option(
             "--as",
-            help="policy: the column policy_logprobs, for `inspect`, beside existing behavior_logprobs",
+            help="policy: the column policy_logprobs, for `inspect`, beside existing behavior_logprobs; reference: the "
+            "column reference_logprobs, of the model that training starts from, likewise",
         ),
     ] = WriteAs.behavior,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=127,  # and the token that is there: data.topk.MAX_ENTRIES
+            help="write the K likeliest tokens of each decision as well, for pear.base_loss=kl (8 K bytes per "
+            "decision); import: of those that the engine recorded",
+        ),
+    ] = 0,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="ranks that share each layer")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(min=1, help="stages")] = 1,
     dtype: Annotated[Dtype | None, typer.Option(help="default: bf16 on a GPU, fp32 without")] = None,
@@ -120,6 +131,11 @@ def score(
         raise ScoreError(
             "--raw-logprobs is about recorded log-probs; give it with --backend import, or leave it out"
         )
+    if top_k and write_as is not WriteAs.behavior:
+        raise ScoreError(
+            f"--top-k writes the likeliest tokens under the policy that wrote the data; leave --as {write_as.value} "
+            "or --top-k out"
+        )
     _run(
         ScoreSettings(
             data=[*data, *(files or [])],
@@ -127,6 +143,7 @@ def score(
             backend=chosen,
             model=model,
             write_as=write_as.value,
+            top_k=top_k,
             tokenizer=tokenizer,
             **text_settings(multi_turn, chat_template, chat_template_kwargs),
             max_length=max_length,
@@ -169,8 +186,10 @@ def _backend(model: str | None, backend: Backend | None, write_as: WriteAs) -> t
     from pear_megatron.score.backends import choose_backend
 
     if backend is Backend.recorded:
-        if write_as is WriteAs.policy:
-            raise ScoreError("--as policy takes a model's log-probs, --backend import those of the generator")
+        if write_as is not WriteAs.behavior:
+            raise ScoreError(
+                f"--as {write_as.value} takes a model's log-probs, --backend import those of the generator"
+            )
         return backend.value, "log-probs that the generator recorded"
     if model is None:
         raise ScoreError("--model is missing: name the policy that wrote the data, or give --backend import")

@@ -49,6 +49,7 @@ def validate(
     between [[ ]] in a pipe. Exit code 1 if they are broken.
     """
     from pear_megatron.data import DataConfig, TrajectoryDataset, load_tokenizer, prepare
+    from pear_megatron.data.columns import ALL_COLUMNS
     from pear_megatron.data.options import FILE_OPTIONS, in_options
 
     with tempfile.TemporaryDirectory(prefix="pear-validate-") as folder:
@@ -58,6 +59,7 @@ def validate(
             prepared = prepare(
                 config,
                 require_behavior_logprobs=not plain_sft,
+                columns=ALL_COLUMNS,
                 vocab_size=vocab_size,
                 progress=sys.stderr.isatty(),
             )
@@ -76,6 +78,8 @@ def validate(
 
 
 def _table(dataset: TrajectoryDataset, seq_length: int) -> Table:
+    import numpy as np
+
     from pear_megatron.data import BatchPlan
     from pear_megatron.data.prepare import describe_split
 
@@ -92,6 +96,14 @@ def _table(dataset: TrajectoryDataset, seq_length: int) -> Table:
     ]
     if counts.get("token_weights"):
         found.append(("with token_weights", f"{counts['token_weights']:,}"))
+    if width := dataset.meta["topk_width"]:
+        mass = sum(float(np.exp(t.behavior_topk.logprobs).sum()) for t in dataset if t.behavior_topk)
+        mean = mass / int(dataset.num_decisions.sum())
+        found.append(
+            ("behavior_topk", f"up to {width} entries per decision, {mean:.2%} of the mass on average")
+        )
+    if dataset.has("reference_logprobs"):
+        found.append(("reference_logprobs", "on all decisions"))
     if split := describe_split(counts):
         found.append(("split (--multi-turn)", split))
     found += [(note, f"{count:,}") for note, count in dataset.meta["notes"].items()]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ _PER_POSITION = (
     "position_ids",
     "padding_mask",
     "token_weights",
+    "behavior_topk",
+    "reference_logprobs",
 )
 
 
@@ -29,6 +31,9 @@ class Trajectories(Protocol):
 
     def __getitem__(self, index: int, /) -> Trajectory:
         """The trajectory of an index."""
+
+    def __len__(self) -> int:
+        """How many there are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +57,9 @@ class PackedBatch:
         max_seqlen: length of the longest segment.
         token_weights: float32 [B, S], aligned with ``labels``, 0 off the decisions; None = 1 on all of them.
         source: int64 [n], which of a blend's sources a trajectory comes from, 0 on padding; None = not known.
+        behavior_topk: (ids int32 [B, S, k], log-probs float32 [B, S, k]) of the behaviour policy's likeliest tokens,
+            aligned with ``labels``; -1 and -inf where there is no entry. k is the data set's. None = not needed.
+        reference_logprobs: float32 [B, S], of the initial model, as behavior_logprobs; None = not needed.
     """
 
     tokens: torch.Tensor
@@ -66,6 +74,8 @@ class PackedBatch:
     max_seqlen: int
     token_weights: torch.Tensor | None = None
     source: torch.Tensor | None = None
+    behavior_topk: tuple[torch.Tensor, torch.Tensor] | None = None
+    reference_logprobs: torch.Tensor | None = None
 
     def attention_mask(self) -> torch.Tensor:
         """Block-diagonal causal mask, bool [B, 1, S, S], True = masked out (Megatron's convention).
@@ -92,15 +102,24 @@ class PackedBatch:
         local = rows * length // ranks
         check_shards(self.cu_seqlens, ranks, "zigzag", local)
         mine = shard_positions(self.cu_seqlens, ranks, "zigzag", local)[rank]  # [local]
-        names = [name for name in _PER_POSITION if getattr(self, name) is not None]
-        return replace(self, **{name: getattr(self, name).flatten()[mine].view(rows, -1) for name in names})
+        return self._mapped(
+            _PER_POSITION, lambda x: x.flatten(0, 1)[mine].view(rows, local // rows, *x.shape[2:])
+        )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch on another device."""
-        names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)]
-        return replace(
-            self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
-        )
+        return self._mapped([f.name for f in fields(self)], lambda x: x.to(device, non_blocking=non_blocking))
+
+    def _mapped(self, names: Sequence[str], change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+        """With these fields' tensors changed."""
+        changed: dict[str, Any] = {}
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor):
+                changed[name] = change(value)
+            elif isinstance(value, tuple):
+                changed[name] = tuple(map(change, value))
+        return replace(self, **changed)
 
 
 def collate(
@@ -128,6 +147,7 @@ def collate(
     position_ids = np.zeros(shape, dtype=np.int64)
     padding_mask = np.ones(shape, dtype=bool)
     token_weights: np.ndarray | None = None
+    optional = _OptionalColumns(trajectories, shape)
     lengths, rewards, indices, sources = [], [], [], []
     for r, row in enumerate(rows):
         start = 0
@@ -150,6 +170,7 @@ def collate(
                 token_weights[here] = np.where(decisions, trajectory.token_weights[1:], 0.0)
             elif token_weights is not None:
                 token_weights[here] = decisions
+            optional.fill(here, decisions, trajectory)
             position_ids[r, start : start + padded] = np.arange(padded)
             lengths.append(padded)
             rewards.append(trajectory.reward)
@@ -175,4 +196,40 @@ def collate(
         max_seqlen=max(lengths, default=0),
         token_weights=None if token_weights is None else torch.from_numpy(token_weights),
         source=torch.tensor(sources, dtype=torch.int64),
+        behavior_topk=optional.behavior_topk,
+        reference_logprobs=optional.reference_logprobs,
     )
+
+
+class _OptionalColumns:
+    """The columns of a batch that all trajectories of a data set have, or none: padding alone has them too.
+
+    Args:
+        trajectories: the data set.
+        shape: (B, S).
+    """
+
+    def __init__(self, trajectories: Trajectories, shape: tuple[int, int]) -> None:
+        first = trajectories[0] if len(trajectories) else None
+        self.behavior_topk: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.reference_logprobs: torch.Tensor | None = None
+        if first is not None and first.behavior_topk is not None:
+            wide = (*shape, first.behavior_topk.width)
+            self.behavior_topk = (
+                torch.full(wide, -1, dtype=torch.int32),
+                torch.full(wide, -torch.inf, dtype=torch.float32),
+            )
+        if first is not None and first.reference_logprobs is not None:
+            self.reference_logprobs = torch.zeros(shape, dtype=torch.float32)
+
+    def fill(self, here: tuple[int, slice], decisions: np.ndarray, trajectory: Trajectory) -> None:
+        """Shifts a trajectory of n tokens into n - 1 positions of a row; decisions is its mask, bool [n - 1]."""
+        if self.behavior_topk is not None:
+            assert trajectory.behavior_topk is not None
+            padded = trajectory.behavior_topk.padded(self.behavior_topk[0].shape[-1])
+            for column, values in zip(self.behavior_topk, padded, strict=True):
+                column.numpy()[here][decisions] = values
+        if self.reference_logprobs is not None:
+            assert trajectory.reference_logprobs is not None
+            own = np.where(decisions, trajectory.reference_logprobs[1:], 0.0)
+            self.reference_logprobs.numpy()[here] = own

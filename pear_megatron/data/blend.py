@@ -32,6 +32,7 @@ class TrajectoryBlend:
         self.lengths: np.ndarray = np.concatenate([d.lengths for d in datasets])
         self.num_decisions: np.ndarray = np.concatenate([d.num_decisions for d in datasets])
         self.rewards: np.ndarray = np.concatenate([d.rewards for d in datasets])
+        self._width = max(d.meta.get("topk_width", 0) for d in datasets)
         self.meta: dict[str, Any] = {
             "files": [file for d in datasets for file in d.meta["files"]],
             "tokenizer_hash": datasets[0].meta["tokenizer_hash"],
@@ -45,10 +46,17 @@ class TrajectoryBlend:
         if not 0 <= index < len(self):
             raise IndexError(f"trajectory {index} of {len(self)}")
         source = int(np.searchsorted(self.offsets, index, side="right")) - 1
-        return replace(self.datasets[source][index - int(self.offsets[source])], source=source)
+        found = replace(self.datasets[source][index - int(self.offsets[source])], source=source)
+        if found.behavior_topk is None:
+            return found
+        return replace(found, behavior_topk=replace(found.behavior_topk, width=self._width))
 
     def __iter__(self) -> Iterator[Trajectory]:
         return (self[i] for i in range(len(self)))
+
+    def has(self, column: str) -> bool:
+        """Whether the trajectories have an optional column; all sources are alike."""
+        return self.datasets[0].has(column)
 
     def fingerprint(self) -> str:
         """Digest of the sources' digests (16 hex digits)."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,9 @@ KNOWN_FIELDS = (
     *OF_TEXT,
     "token_weights",
     "behavior_logprobs",
+    "behavior_topk_ids",
+    "behavior_topk_logprobs",
+    "reference_logprobs",
     "policy_logprobs",
     "reward",
     "id",
@@ -125,6 +130,42 @@ def get_nullable_floats(fields: Mapping[str, Any], name: str) -> tuple[np.ndarra
             raise RowProblem(f"{name} is float16, {HALF_WAY_OUT}")
         return values.astype(np.float64), np.zeros(len(values), dtype=bool)
     return np.array(values, dtype=np.float64), np.array([value is None for value in values], dtype=bool)
+
+
+@dataclass(frozen=True, eq=False)
+class Ragged:
+    """A list of lists of numbers; null is an empty list.
+
+    Attributes:
+        values: [lengths.sum()], end to end.
+        lengths: int64 [n].
+    """
+
+    values: np.ndarray
+    lengths: np.ndarray
+
+    def of(self, chosen: np.ndarray) -> np.ndarray:
+        """The values of the lists where ``chosen``, bool [n], is True, end to end."""
+        return self.values[np.repeat(chosen, self.lengths)]
+
+
+def get_ragged(fields: Mapping[str, Any], name: str, kind: type[int] | type[float]) -> Ragged:
+    """A list with a list of numbers, or null, per token; values as int64 or float64."""
+    wanted = f"a list with a list of {'integers' if kind is int else 'numbers'}, or null, per token"
+    value = fields[name]
+    if not isinstance(value, Ragged):
+        lists = _flat_list(value, name, {list, type(None)}, wanted)
+        values = _flat_list(list(chain.from_iterable(filter(None, lists))), name, {int, kind}, wanted)
+        lengths = np.array([len(one or ()) for one in lists], dtype=np.int64)
+        try:
+            value = Ragged(np.array(values, dtype=np.int64 if kind is int else np.float64), lengths)
+        except OverflowError:
+            raise RowProblem(f"{name} holds {max(values, key=abs)}, which is too large") from None
+    if value.values.dtype == np.float16:
+        raise RowProblem(f"{name} is float16, {HALF_WAY_OUT}")
+    if value.values.dtype.kind not in ("iu" if kind is int else "iuf"):
+        raise RowProblem(f"{name} holds {value.values.dtype}; it must be {wanted}")
+    return Ragged(value.values.astype(np.int64 if kind is int else np.float64), value.lengths)
 
 
 def get_token_weights(fields: Mapping[str, Any], mask: np.ndarray) -> np.ndarray | None:

@@ -6,15 +6,18 @@ import glob
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from pear_megatron.data.columns import REFERENCE, TOPK_IDS, TOPK_LOGPROBS
 from pear_megatron.data.errors import Problems, RowProblem
-from pear_megatron.data.fields import HALF_WAY_OUT, check_names, short
+from pear_megatron.data.fields import HALF_WAY_OUT, Ragged, check_names, short
 
 _PARQUET_BATCH = 256  # rows in memory at a time
+_TOPK_BATCH = 16  # the same of a file with a list of numbers per token
+_TOPK = (TOPK_IDS, TOPK_LOGPROBS)
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,18 @@ def expand_files(patterns: list[str], problems: Problems) -> list[Path]:
     return list(files)
 
 
-def read_rows(path: Path, problems: Problems, *, strict: bool = True) -> Iterator[Row]:
+def read_rows(
+    path: Path, problems: Problems, *, strict: bool = True, skip: Collection[str] = ()
+) -> Iterator[Row]:
     """The rows of one file; what cannot be read goes to ``problems``, with the line and the way out.
 
-    ``strict=False`` lets unknown fields and float16 log-probs pass: the caller checks or replaces them.
+    ``strict=False`` lets unknown fields and float16 log-probs pass: the caller checks or replaces them. Fields in
+    ``skip`` are left out of the rows, and columns not read.
     """
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        rows = _read_jsonl(path, problems, strict)
+        rows = _read_jsonl(path, problems, strict, skip)
     elif path.suffix == ".parquet":
-        rows = _read_parquet(path, problems, strict)
+        rows = _read_parquet(path, problems, strict, skip)
     else:
         problems.add(str(path), f"ends in {path.suffix!r}; expected .jsonl, .jsonl.gz or .parquet")
         return
@@ -66,7 +72,7 @@ def read_rows(path: Path, problems: Problems, *, strict: bool = True) -> Iterato
         problems.add(str(path), "has no rows; write one trajectory a row, or take it out of data.train")
 
 
-def _read_jsonl(path: Path, problems: Problems, strict: bool) -> Iterator[Row]:
+def _read_jsonl(path: Path, problems: Problems, strict: bool, skip: Collection[str]) -> Iterator[Row]:
     number, position = 0, 0
     with path.open("rb") as raw:
         stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
@@ -84,7 +90,10 @@ def _read_jsonl(path: Path, problems: Problems, strict: bool) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                yield Row(f"{path}:{number}", _parse(line, strict), size)
+                fields = _parse(line, strict)
+                yield Row(
+                    f"{path}:{number}", {name: fields[name] for name in fields if name not in skip}, size
+                )
             except RowProblem as problem:
                 problems.add(f"{path}:{number}", problem)
 
@@ -105,7 +114,7 @@ def _parse(line: bytes, strict: bool) -> dict[str, Any]:
     return {name: v for name, v in value.items() if v is not None}
 
 
-def _read_parquet(path: Path, problems: Problems, strict: bool) -> Iterator[Row]:
+def _read_parquet(path: Path, problems: Problems, strict: bool, skip: Collection[str]) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -121,11 +130,16 @@ def _read_parquet(path: Path, problems: Problems, strict: bool) -> Iterator[Row]
                 problems.add(str(path), problem)
                 return
             size = path.stat().st_size / max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
-                columns = dict(zip(schema.names, batch.columns, strict=True))
+            wanted = [name for name in schema.names if name not in skip]
+            rows = _TOPK_BATCH if any(name in wanted for name in _TOPK) else _PARQUET_BATCH
+            for batch in file.iter_batches(batch_size=rows, columns=wanted):
+                columns = dict(zip(wanted, batch.columns, strict=True))
                 for i in range(batch.num_rows):
                     number += 1
-                    values = {name: _value(column[i]) for name, column in columns.items()}
+                    values = {
+                        name: _ragged(column[i]) if name in _TOPK else _value(column[i])
+                        for name, column in columns.items()
+                    }
                     fields = {name: value for name, value in values.items() if value is not None}
                     yield Row(f"{path}:{number}", fields, size)
     except pa.ArrowNotImplementedError as error:
@@ -140,14 +154,15 @@ def _read_parquet(path: Path, problems: Problems, strict: bool) -> Iterator[Row]
 def _refuse_half(schema: Any) -> None:
     import pyarrow.types as types
 
-    if "behavior_logprobs" not in schema.names:
-        return
-    kind = schema.field("behavior_logprobs").type
-    item = kind
-    while hasattr(item, "value_type"):  # lists of any kind, and dictionaries
-        item = item.value_type
-    if types.is_float16(item):
-        raise RowProblem(f"column behavior_logprobs is {kind}: float16, {HALF_WAY_OUT}")
+    for name in ("behavior_logprobs", TOPK_LOGPROBS, REFERENCE):
+        if name not in schema.names:
+            continue
+        kind = schema.field(name).type
+        item = kind
+        while hasattr(item, "value_type"):  # lists of any kind, and dictionaries
+            item = item.value_type
+        if types.is_float16(item):
+            raise RowProblem(f"column {name} is {kind}: float16, {HALF_WAY_OUT}")
 
 
 def _value(scalar: Any) -> Any:
@@ -164,6 +179,20 @@ def _value(scalar: Any) -> Any:
     value = scalar.as_py(maps_as_pydicts="strict")
     of_numbers = isinstance(values, pa.Array) and not pa.types.is_nested(values.type)
     return value if of_numbers else _without_null_keys(value)
+
+
+def _ragged(scalar: Any) -> Any:
+    """A list of lists of numbers as arrays; anything else as ``_value`` has it, for the message."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    lists = getattr(scalar, "values", None) if scalar.is_valid else None
+    if isinstance(lists, pa.Array) and hasattr(lists, "flatten"):
+        values = lists.flatten()
+        if values.null_count == 0 and (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+            lengths = pc.fill_null(pc.list_value_length(lists), 0)
+            return Ragged(values.to_numpy(), lengths.to_numpy(zero_copy_only=False).astype("int64"))
+    return _value(scalar)
 
 
 def _without_null_keys(value: Any) -> Any:

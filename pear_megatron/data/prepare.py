@@ -7,9 +7,11 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from pear_megatron.data.columns import NO_COLUMNS, Columns
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import DataError, Problems, RowProblem
 from pear_megatron.data.files import expand_files, read_rows
@@ -25,6 +27,7 @@ def prepare(
     config: DataConfig,
     *,
     require_behavior_logprobs: bool = True,
+    columns: Columns = NO_COLUMNS,
     vocab_size: int | None = None,
     progress: bool = False,
 ) -> Path:
@@ -35,6 +38,7 @@ def prepare(
     Args:
         config: the recipe's ``data:`` section.
         require_behavior_logprobs: False for plain SFT (``pear.variant: none``).
+        columns: what else of the rows is read.
         vocab_size: true (unpadded) size of the model's vocabulary, to check token ids against.
         progress: show a progress bar on standard error.
 
@@ -45,6 +49,7 @@ def prepare(
     validator = Validator(
         config,
         require_behavior_logprobs=require_behavior_logprobs,
+        columns=columns,
         vocab_size=vocab_size,
         tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer is not None else None,
     )
@@ -52,6 +57,7 @@ def prepare(
         cache_path,
         config,
         require_behavior_logprobs=require_behavior_logprobs,
+        columns=columns,
         vocab_size=vocab_size,
         tokenizer_hash=validator.tokenizer_hash,
     )
@@ -73,7 +79,7 @@ def prepare(
              "that every node sees"]
         ) from error  # fmt: skip
     with writer:
-        _fill(writer, validator, files, progress)
+        _fill(writer, validator, files, columns, progress)
         if place() != folder:
             raise DataError(["data.train: a file changed while it was read; start again when it is written"])
         writer.commit(
@@ -94,6 +100,7 @@ def cache_path(
     require_behavior_logprobs: bool,
     vocab_size: int | None,
     tokenizer_hash: str | None,
+    columns: Columns = NO_COLUMNS,
 ) -> Path:
     """The folder of the cache: its name changes with the files and with all that shapes the content.
 
@@ -113,6 +120,8 @@ def cache_path(
         "tokenizer_hash": tokenizer_hash,
         "multi_turn": config.multi_turn,
     }
+    if columns != NO_COLUMNS:
+        content["columns"] = asdict(columns)
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(config.cache_dir).expanduser() if config.cache_dir else files[0].parent / ".pear_cache"
     return root / key
@@ -125,11 +134,13 @@ def _files(config: DataConfig) -> list[Path]:
     return files
 
 
-def _fill(writer: TrajectoryWriter, validator: Validator, files: list[Path], progress: bool) -> None:
+def _fill(
+    writer: TrajectoryWriter, validator: Validator, files: list[Path], columns: Columns, progress: bool
+) -> None:
     problems = Problems()
     with reading_progress(files, progress) as advance:
         for file in files:
-            for row in read_rows(file, problems):
+            for row in read_rows(file, problems, skip=columns.unread):
                 try:
                     trajectories = validator(row)
                 except RowProblem as problem:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pear_megatron.data.blend import AnyDataset, Blend, TrajectoryBlend
+from pear_megatron.data.columns import NO_COLUMNS, REFERENCE, TOPK_IDS, Columns
 from pear_megatron.data.config import DataConfig, DataSource
 from pear_megatron.data.errors import DataError
 from pear_megatron.data.packing import BatchPlan
@@ -21,6 +22,7 @@ def prepare_sources(
     *,
     require_behavior_logprobs: bool,
     vocab_size: int | None,
+    columns: Columns = NO_COLUMNS,
     progress: bool = False,
 ) -> list[Path]:
     """``prepare`` for each source -> their folders; each has a cache of its own.
@@ -36,6 +38,7 @@ def prepare_sources(
                 prepare(
                     config.model_copy(update={"train": source.path}),
                     require_behavior_logprobs=require_behavior_logprobs,
+                    columns=columns,
                     vocab_size=vocab_size,
                     progress=progress,
                 )
@@ -54,6 +57,7 @@ def prepare_everywhere(
     *,
     require_behavior_logprobs: bool,
     vocab_size: int | None,
+    columns: Columns = NO_COLUMNS,
 ) -> AnyDataset:
     """Prepares the sources on rank 0 and opens them on every rank, which all call it; an error there is everyone's.
 
@@ -67,6 +71,7 @@ def prepare_everywhere(
                 config,
                 sources,
                 require_behavior_logprobs=require_behavior_logprobs,
+                columns=columns,
                 vocab_size=vocab_size,
                 progress=True,
             )
@@ -103,7 +108,8 @@ def open_sources(folders: Sequence[Path], sources: Sequence[DataSource]) -> AnyD
     """The prepared folders as one set of trajectories.
 
     Raises:
-        DataError: a folder is not a whole cache, or two sources hold the same file.
+        DataError: a folder is not a whole cache, two sources hold the same file, or some have a column (see Columns)
+            and others have not.
     """
     datasets = [TrajectoryDataset.open(folder) for folder in folders]
     if len(datasets) == 1:
@@ -116,7 +122,18 @@ def open_sources(folders: Sequence[Path], sources: Sequence[DataSource]) -> AnyD
                 raise DataError(
                     [f"{file}: in source {first} and in source {source.name}; give it to one of them"]
                 )
-    return TrajectoryBlend(datasets, [source.name for source in sources])
+    names = [source.name for source in sources]
+    for column in (TOPK_IDS, REFERENCE):
+        having = [dataset.has(column) for dataset in datasets]
+        if any(having) and not all(having):
+            has, lacks = names[having.index(True)], names[having.index(False)]
+            raise DataError(
+                [
+                    f"{column} is in the rows of source {has} and not in those of source {lacks}; write it for both "
+                    "with `pear-megatron score`, or take it out of both"
+                ]
+            )
+    return TrajectoryBlend(datasets, names)
 
 
 def plan_batches(

@@ -14,7 +14,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from pear_megatron.data.columns import REFERENCE, TOPK_IDS, TOPK_LOGPROBS
 from pear_megatron.data.errors import DataError
+from pear_megatron.data.topk import TopK
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.storage import sync
 
@@ -31,11 +33,20 @@ _DTYPES: dict[str, Any] = {
     "id_bytes": np.uint8,
     "id_offsets": np.int64,
 }
-# Per token; only where a trajectory has any.
-_OPTIONAL: dict[str, Any] = {"token_weights": np.float32}
+# Only where a trajectory has any. Per token; of the top k an entry count per decision, the entries end to end, and
+# where each trajectory's entries begin.
+_OPTIONAL: dict[str, Any] = {
+    "token_weights": np.float32,
+    REFERENCE: np.float32,
+    TOPK_IDS: np.int32,
+    TOPK_LOGPROBS: np.float32,
+    "topk_counts": np.uint16,
+    "topk_offsets": np.int64,
+}
+_TOPK = (TOPK_IDS, TOPK_LOGPROBS, "topk_counts", "topk_offsets")
 
-# What a fingerprint reads in part: the arrays with an entry per token.
-_SAMPLED = ("input_ids", "loss_mask", "behavior_logprobs", "token_weights")
+# What a fingerprint reads in part: the arrays with an entry per token, or more.
+_SAMPLED = ("input_ids", "loss_mask", "behavior_logprobs", *(n for n in _OPTIONAL if n != "topk_offsets"))
 _SAMPLES = 1 << 20
 
 
@@ -55,6 +66,8 @@ class TrajectoryDataset:
         self.lengths: np.ndarray = np.diff(arrays["offsets"])
         self.num_decisions: np.ndarray = arrays["num_decisions"]
         self.rewards: np.ndarray = arrays["rewards"]
+        if self.has(TOPK_IDS):
+            self._decisions = np.concatenate([[0], np.cumsum(self.num_decisions)])
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
@@ -97,6 +110,21 @@ class TrajectoryDataset:
             arrays["behavior_logprobs"][tokens],
             float(arrays["rewards"][i]),
             arrays["token_weights"][tokens] if "token_weights" in arrays else None,
+            behavior_topk=self._topk(i) if self.has(TOPK_IDS) else None,
+            reference_logprobs=arrays[REFERENCE][tokens] if self.has(REFERENCE) else None,
+        )
+
+    def has(self, column: str) -> bool:
+        """Whether the trajectories have an optional column."""
+        return column in self._arrays
+
+    def _topk(self, i: int) -> TopK:
+        entries = slice(*self._arrays["topk_offsets"][i : i + 2])
+        return TopK(
+            self._arrays["topk_counts"][slice(*self._decisions[i : i + 2])],
+            self._arrays[TOPK_IDS][entries],
+            self._arrays[TOPK_LOGPROBS][entries],
+            self.meta["topk_width"],
         )
 
     def fingerprint(self) -> str:
@@ -128,6 +156,7 @@ class TrajectoryWriter:
         }
         self._streams["offsets"].append([0])
         self._streams["id_offsets"].append([0])
+        self._topk_width = 0
 
     def __enter__(self) -> Self:
         return self
@@ -140,7 +169,7 @@ class TrajectoryWriter:
         shutil.rmtree(self._temporary, ignore_errors=True)  # gone already if it was committed
 
     def append(self, trajectory: Trajectory) -> None:
-        """Add one trajectory."""
+        """Add one trajectory; all have reference_logprobs or none has, and so with behavior_topk."""
         streams, name = (
             self._streams,
             np.frombuffer(trajectory.id.encode("utf-8", "surrogatepass"), dtype=np.uint8),
@@ -152,6 +181,7 @@ class TrajectoryWriter:
         streams["rewards"].append([trajectory.reward])
         streams["num_decisions"].append([trajectory.loss_mask.sum()])
         self._append_token_weights(trajectory)
+        self._append_columns(trajectory)
         streams["id_bytes"].append(name)
         streams["id_offsets"].append([streams["id_bytes"].length])
 
@@ -160,13 +190,37 @@ class TrajectoryWriter:
         if trajectory.token_weights is None and "token_weights" not in self._streams:
             return
         if "token_weights" not in self._streams:
-            path = self._temporary / "token_weights.npy"
-            stream = self._streams["token_weights"] = _NpyStream(path, _OPTIONAL["token_weights"])
+            stream = self._optional("token_weights")
             before = self._streams["input_ids"].length - n
             for start in range(0, before, _SAMPLES):
                 stream.append(np.ones(min(_SAMPLES, before - start)))
         weights = trajectory.token_weights
         self._streams["token_weights"].append(np.ones(n) if weights is None else weights)
+
+    def _append_columns(self, trajectory: Trajectory) -> None:
+        first = self._streams["rewards"].length == 1
+        found: dict[str, Any] = {}
+        if trajectory.reference_logprobs is not None:
+            found[REFERENCE] = trajectory.reference_logprobs
+        topk = trajectory.behavior_topk
+        if topk is not None:
+            found |= {TOPK_IDS: topk.ids, TOPK_LOGPROBS: topk.logprobs, "topk_counts": topk.counts}
+            self._topk_width = max(self._topk_width, int(topk.counts.max()))
+        for name in (REFERENCE, *_TOPK[:3]):
+            if first and name in found:
+                self._optional(name)
+            if (name in found) != (name in self._streams):
+                raise ValueError(f"{trajectory.id}: some trajectories have {name} and some have not")
+            if name in found:
+                self._streams[name].append(found[name])
+        if topk is not None:
+            if first:
+                self._optional("topk_offsets").append([0])
+            self._streams["topk_offsets"].append([self._streams[TOPK_IDS].length])
+
+    def _optional(self, name: str) -> _NpyStream:
+        stream = self._streams[name] = _NpyStream(self._temporary / f"{name}.npy", _OPTIONAL[name])
+        return stream
 
     def commit(self, meta: dict[str, Any]) -> None:
         """Make the cache readable under its name, with ``meta`` in its meta.json."""
@@ -174,7 +228,8 @@ class TrajectoryWriter:
             stream.finish()
         shapes = {name: [stream.length] for name, stream in self._streams.items()}
         with (self._temporary / _META).open("w", encoding="utf-8") as file:
-            json.dump({"format_version": FORMAT_VERSION, "shapes": shapes, **meta}, file, indent=1)
+            sizes = {"shapes": shapes, "topk_width": self._topk_width}
+            json.dump({"format_version": FORMAT_VERSION, **sizes, **meta}, file, indent=1)
             _sync(file)
         sync(self._temporary)
         try:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pear_megatron.data.topk import TopK
+
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
@@ -21,6 +23,8 @@ class Trajectory:
         reward: finite; below 0 for a negative example.
         token_weights: float32 [n], a factor of each decision's weight, 0 off the decisions; None = 1 on all.
         source: which of a blend's sources it comes from, from 0.
+        behavior_topk: the behaviour policy's likeliest tokens at each decision; None = not known, or not needed.
+        reference_logprobs: float32 [n], as behavior_logprobs, of the initial model; None = not known, or not needed.
     """
 
     id: str
@@ -30,3 +34,5 @@ class Trajectory:
     reward: float = 1.0
     token_weights: np.ndarray | None = None
     source: int = 0
+    behavior_topk: TopK | None = None
+    reference_logprobs: np.ndarray | None = None

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from pear_megatron.data.behavior import looks_half, read_behavior_logprobs
+from pear_megatron.data.behavior import looks_half, read_logprobs
 from pear_megatron.data.chat import Conversation
+from pear_megatron.data.columns import NO_COLUMNS, REFERENCE, TOPK_IDS, TOPK_LOGPROBS, Columns, Need
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import (
@@ -24,7 +25,13 @@ from pear_megatron.data.fields import (
 )
 from pear_megatron.data.files import Row
 from pear_megatron.data.text import TextReader, Tokenized, conversation_of
+from pear_megatron.data.topk import TopK, read_behavior_topk
 from pear_megatron.data.trajectory import Trajectory
+
+_TOPK_WAY_OUT = (
+    "pear.base_loss=kl compares with it; write it with `pear-megatron score --top-k 64`, or set "
+    "pear.base_loss=nll"
+)
 
 
 class Validator:
@@ -32,14 +39,17 @@ class Validator:
 
     Args:
         config: the recipe's ``data:`` section.
-        require_behavior_logprobs: False for plain SFT, where missing ones become zeros.
+        require_behavior_logprobs: False for plain SFT, where missing ones become zeros; None = all rows have them or
+            none has.
+        columns: what else is read.
         vocab_size: true size of the model's vocabulary; None takes the tokenizer's, if there is one.
         tokenizer: a fast Hugging Face tokenizer; text rows need it.
 
     Attributes:
-        counts: ``trajectories``, ``dropped_truncated``, ``dropped_overlong``, ``half_precision``, ``token_weights``
-            (trajectories that have any), and of rows that are split into their turns ``split_rows``,
-            ``split_trajectories``, ``split_tokens`` and ``split_whole_tokens``, what one rendering of each would be.
+        counts: ``trajectories``, ``dropped_truncated``, ``dropped_overlong``, ``half_precision``, and of
+            trajectories that have any ``token_weights``, ``behavior_topk`` and ``reference_logprobs``; of rows that
+            are split into their turns ``split_rows``, ``split_trajectories``, ``split_tokens`` and
+            ``split_whole_tokens``, what one rendering of each would be.
         tokenizer_hash: of the tokenizer and chat template, or else the one that the rows carry, or None.
         encoder: what tokenises text rows; None without a tokenizer.
 
@@ -51,15 +61,20 @@ class Validator:
         self,
         config: DataConfig,
         *,
-        require_behavior_logprobs: bool,
+        require_behavior_logprobs: bool | None,
+        columns: Columns = NO_COLUMNS,
         vocab_size: int | None = None,
         tokenizer: Any = None,
     ) -> None:
         self._config = config
         self._required = require_behavior_logprobs
+        self._columns = columns
         self._text = TextReader(config, tokenizer)
         self._vocab_size = len(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size
         self._first_use: dict[str, str] = {}
+        self._first_row: dict[
+            str, tuple[bool, str]
+        ] = {}  # of a column: whether the first row has it, and its place
         self.tokenizer_hash = self._text.tokenizer_hash
         self.encoder = self._text.encoder
         self.counts: Counter[str] = Counter(
@@ -75,7 +90,10 @@ class Validator:
         """The row's trajectories, none if a policy drops them; RowProblem if the row is wrong."""
         fields = row.fields
         identity = self._identity(row)
-        self._check_origin(fields)
+        required = self._required
+        if required is None:
+            required = self._has(row, "behavior_logprobs", "if_there")
+        self._check_origin(fields, required)
         form = form_of(fields)
         if get_flag(fields, "truncated") and self._drops_truncated():
             self.counts["dropped_truncated"] += 1
@@ -92,20 +110,33 @@ class Validator:
         kept = [part for part in parts if not self._is_overlong(part, form)]
         if not kept:
             return []
-        behavior = self._behavior(fields, form, conversation, kept)
+        numbers = self._numbers(row, form, conversation, kept, required)
         weights = get_token_weights(fields, kept[0].loss_mask)
         if weights is not None and (weights[kept[0].loss_mask] == 1).all():
             weights = None
         self.counts["trajectories"] += len(kept)
         self.counts["token_weights"] += weights is not None
         found = []
-        for part, logprobs in zip(kept, behavior, strict=True):
+        for part, (behavior, topk, reference) in zip(kept, numbers, strict=True):
             name = identity if part.turn is None else f"{identity}#{part.turn}"
             if "id" in fields and part.turn is not None:
                 self._check_unique(name, row.where)
-            self.counts["half_precision"] += looks_half(logprobs[part.loss_mask])
+            self.counts["half_precision"] += looks_half(behavior[part.loss_mask])
+            self.counts["behavior_topk"] += topk is not None
+            self.counts[REFERENCE] += reference is not None
             ids = part.input_ids.astype(np.int32)
-            found.append(Trajectory(name, ids, part.loss_mask, logprobs, reward, weights))
+            found.append(
+                Trajectory(
+                    name,
+                    ids,
+                    part.loss_mask,
+                    behavior,
+                    reward,
+                    weights,
+                    behavior_topk=topk,
+                    reference_logprobs=reference,
+                )
+            )
         return found
 
     def _identity(self, row: Row) -> str:
@@ -121,9 +152,9 @@ class Validator:
         if first != where:
             raise RowProblem(f"id = {identity!r} is duplicated: {first} has it too; make ids unique")
 
-    def _check_origin(self, fields: Mapping[str, Any]) -> None:
+    def _check_origin(self, fields: Mapping[str, Any], required: bool) -> None:
         temperature = get_number(fields, "temperature", 1.0)
-        if self._required and temperature != 1.0:
+        if required and temperature != 1.0:
             raise RowProblem(
                 f"temperature = {temperature:g}: behavior_logprobs must be those of the policy at "
                 "temperature 1, as the model's in training are; score them again with `pear-megatron score`"
@@ -194,20 +225,29 @@ class Validator:
                 "before the response and mark it 0"
             )
 
-    def _behavior(
+    def _numbers(
         self,
-        fields: Mapping[str, Any],
+        row: Row,
         form: tuple[str, ...],
         conversation: Conversation | None,
         parts: list[Tokenized],
-    ) -> list[np.ndarray]:
-        """The behaviour log-probs of each part, float32 [n]."""
-        given = [name for name in ("behavior_logprobs", "policy_logprobs") if name in fields]
+        required: bool,
+    ) -> list[_Numbers]:
+        """What policies gave the tokens of each part."""
+        fields = row.fields
+        read = (TOPK_IDS, TOPK_LOGPROBS, REFERENCE)
+        names = [name for name in read if name not in self._columns.unread]
+        given = [name for name in ("behavior_logprobs", *names, "policy_logprobs") if name in fields]
         whole = parts[0]
         if given and conversation is not None and parts[0].turn is not None:
             whole = self._text.whole(conversation, parts, given[0])
         source = "input_ids" if conversation is None else f"{form[0]}, as data.tokenizer encodes it,"
-        behavior = read_behavior_logprobs(fields, whole.loss_mask, source, required=self._required)
+        behavior = read_logprobs(fields, whole.loss_mask, source, required=required)
+        topk = self._topk(row, whole, behavior if "behavior_logprobs" in fields else None, source)
+        reference = None
+        need = self._columns.reference_logprobs
+        if self._has(row, REFERENCE, need) or need == "required":
+            reference = read_logprobs(fields, whole.loss_mask, source, required=True, name=REFERENCE)
         if "policy_logprobs" in given:  # for `inspect`: training computes them itself
             count = len(get_nullable_floats(fields, "policy_logprobs")[0])
             if count != len(whole.loss_mask):
@@ -216,7 +256,60 @@ class Validator:
                     "write it again with `pear-megatron score --as policy`"
                 )
         if parts[0].turn is None:
-            return [behavior]
+            return [(behavior, topk, reference)]
         if not given:
-            return [np.zeros(len(part.loss_mask), dtype=np.float32) for part in parts]
-        return [np.where(part.loss_mask, behavior[: len(part.loss_mask)], np.float32(0)) for part in parts]
+            return [(np.zeros(len(part.loss_mask), dtype=np.float32), None, None) for part in parts]
+        return [_part(part.loss_mask, whole.loss_mask, behavior, topk, reference) for part in parts]
+
+    def _topk(self, row: Row, whole: Tokenized, behavior: np.ndarray | None, source: str) -> TopK | None:
+        fields, need = row.fields, self._columns.behavior_topk
+        for name, other in ((TOPK_IDS, TOPK_LOGPROBS), (TOPK_LOGPROBS, TOPK_IDS)):
+            if need != "no" and name in fields and other not in fields:
+                raise RowProblem(f"missing field {other!r}: {name!r} does not come without it; add it")
+        if self._has(row, TOPK_IDS, need):
+            return read_behavior_topk(
+                fields, whole.input_ids, whole.loss_mask, behavior, source, vocab_size=self._vocab_size
+            )
+        if need == "required":
+            raise RowProblem(f"missing field {TOPK_IDS!r}: {_TOPK_WAY_OUT}")
+        return None
+
+    def _has(self, row: Row, name: str, need: Need) -> bool:
+        """Whether a column is read and the row has it; unless it is required, all rows have it or none has."""
+        here = name in row.fields
+        if need == "if_there":
+            first, where = self._first_row.setdefault(name, (here, row.where))
+            if first != here:
+                has, lacks = ("this row", where) if here else (where, "this row")
+                raise RowProblem(
+                    f"{name} is in some rows and not in others: {has} has it, {lacks} does not; write it for all rows "
+                    "with `pear-megatron score`, or take it out of all"
+                )
+        return here and need != "no"
+
+
+# (behavior_logprobs, behavior_topk, reference_logprobs) of a trajectory, as it has them.
+_Numbers = tuple[np.ndarray, TopK | None, np.ndarray | None]
+
+
+def _part(
+    mask: np.ndarray,
+    whole: np.ndarray,
+    behavior: np.ndarray,
+    topk: TopK | None,
+    reference: np.ndarray | None,
+) -> _Numbers:
+    """The numbers of a whole conversation on the decisions of a part that it begins with.
+
+    Args:
+        mask: bool [m], the part's decisions, which are decisions of the whole.
+        whole: bool [n], m <= n.
+        behavior, topk, reference: of the whole.
+    """
+    cut = [
+        None if x is None else np.where(mask, x[: len(mask)], np.float32(0)) for x in (behavior, reference)
+    ]
+    own = np.flatnonzero(whole)
+    chosen = np.isin(own, np.flatnonzero(mask))
+    assert cut[0] is not None
+    return cut[0], None if topk is None else topk.select(chosen), cut[1]

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 
 from pear_megatron.data import DataConfig, DataError, Trajectory, open_sources, prepare_sources
+from pear_megatron.data.columns import Columns
 from pear_megatron.data.errors import Problems, RowProblem
 from pear_megatron.data.fields import get_nullable_floats
 from pear_megatron.data.files import read_rows
 
 _FIELD = "policy_logprobs"
-_ARRAYS = ("input_ids", "loss_mask", "behavior_logprobs", "token_weights")
+_ARRAYS = ("input_ids", "loss_mask", "behavior_logprobs", "token_weights", "reference_logprobs")
+# The top k of a KL is not looked at here: no weight comes from it.
+_COLUMNS = Columns(reference_logprobs="if_there")
 _SCORED_AT_A_TIME = 32  # trajectories between two moves of the progress bar
 
 
@@ -62,6 +65,7 @@ def draw(
             config.model_copy(update={"cache_dir": folder}),
             config.train_sources,
             require_behavior_logprobs=require_behavior_logprobs,
+            columns=_COLUMNS,
             vocab_size=vocab_size,
             progress=progress,
         )
@@ -102,7 +106,7 @@ def read_policy_logprobs(sample: Sample) -> list[np.ndarray]:
     found: dict[int, np.ndarray] = {}
     problems = Problems()
     for file in sample.files:
-        for row in read_rows(Path(file), problems):
+        for row in read_rows(Path(file), problems, skip=_COLUMNS.unread):
             i = place.get(str(row.fields.get("id", row.where)))
             if i is None:
                 continue

@@ -198,6 +198,7 @@ class PearForwardStep:
                 self.config,
                 **self._of_trajectories(batch),
                 token_weights=_flat(batch.token_weights),
+                reference_logprobs=_flat(batch.reference_logprobs),
                 tp_group=self.tp_group,
                 cp_group=self.cp_group,
                 vocab_size=self.vocab_size,
@@ -216,6 +217,7 @@ class PearForwardStep:
                 self.config,
                 **self._of_trajectories(batch),
                 token_weights=_flat(batch.token_weights),
+                reference_logprobs=_flat(batch.reference_logprobs),
                 cp_group=self.cp_group,
             )
         )

@@ -47,6 +47,7 @@ def length_from_data(recipe: Recipe, *, progress: bool = False) -> RunLength:
         ImportError: the data are text and transformers is missing.
     """
     from pear_megatron.data import open_sources, plan_batches, prepare_sources
+    from pear_megatron.data.columns import Columns, needs_behavior_logprobs
 
     data = recipe.data
     if data.cache_dir is None:
@@ -54,7 +55,8 @@ def length_from_data(recipe: Recipe, *, progress: bool = False) -> RunLength:
     folders = prepare_sources(
         data,
         data.train_sources,
-        require_behavior_logprobs=recipe.pear.variant != "none",
+        require_behavior_logprobs=needs_behavior_logprobs(recipe.pear),
+        columns=Columns.of(recipe.pear),
         vocab_size=recipe.model.vocab_size,
         progress=progress,
     )

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pear_megatron.data.topk import TopK
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.errors import RecipeError, ScoreError
 
@@ -47,6 +48,14 @@ class Scorer(Protocol):
 
         Raises:
             ScoreError: a log-prob is not finite; names the trajectories.
+        """
+
+    def with_topk(
+        self, trajectories: Sequence[Trajectory], k: int, *, on_tokens: Callable[[int], object] = int
+    ) -> tuple[list[np.ndarray], list[TopK]]:
+        """The same, and of each decision the k likeliest tokens and the one that is there: k or k + 1 entries.
+
+        The entries of tokens that are there hold exactly the log-probs that are returned.
         """
 
 

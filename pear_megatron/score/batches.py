@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pear_megatron.data.batches import PackedBatch, collate
+from pear_megatron.data.topk import TopK
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.errors import ScoreError
 
@@ -60,3 +61,19 @@ def in_place(
             "--dtype fp32, look at these rows, or check that the checkpoint is whole"
         )
     return scored
+
+
+def topk_in_place(
+    trajectories: Sequence[Trajectory],
+    batches: Sequence[Sequence[int]],
+    entries: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> list[TopK]:
+    """Each batch's ids and log-probs, [decisions, k + 1] as ``top_tokens`` has them -> a TopK per trajectory."""
+    found: dict[int, TopK] = {}
+    for batch, (ids, logprobs) in zip(batches, entries, strict=True):
+        start = 0
+        for i in batch:
+            end = start + int(trajectories[i].loss_mask.sum())
+            found[i] = TopK.of_padded(ids[start:end], logprobs[start:end])
+            start = end
+    return [found[i] for i in range(len(trajectories))]

@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pear_megatron.data.columns import REFERENCE, TOPK_IDS, TOPK_LOGPROBS
+from pear_megatron.data.topk import TopK
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.errors import ScoreError
 from pear_megatron.score.manifest import Identity
@@ -84,12 +86,10 @@ class WorkFolder:
         *,
         max_rows: int,
         max_tokens: int,
-        keep_logprobs: bool,
     ) -> None:
         """Writes rows in chunks of up to ``max_rows`` rows or ``max_tokens`` tokens, or one longer row.
 
-        ``counts`` are read when all rows are. With ``keep_logprobs`` the trajectories' behavior_logprobs are
-        written as well.
+        ``counts`` are read when all rows are.
         """
         partial = self.path / "chunks.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -97,9 +97,10 @@ class WorkFolder:
         sizes = []
         for k, group in enumerate(_groups(rows, max_rows, max_tokens)):
             table = _unscored_table(group)
-            if keep_logprobs:
+            if group[0].scored:  # as all rows are, or none
                 kept = [row.trajectory.behavior_logprobs for row in group]
                 table = with_logprobs(table, "behavior_logprobs", kept)
+            table = _with_columns(table, [row.trajectory for row in group])
             pq.write_table(table, partial / f"chunk-{k:06}.parquet")
             decisions = sum(int(row.trajectory.loss_mask.sum()) for row in group)
             sizes.append((len(group), sum(len(row.trajectory.input_ids) for row in group), decisions))
@@ -115,9 +116,19 @@ class WorkFolder:
         present = {file.name for file in self.path.glob("part-*.parquet")}
         return [k for k in range(count) if self._part(k).name not in present]
 
-    def write_part(self, k: int, chunk: pa.Table, column: str, logprobs: Sequence[np.ndarray]) -> None:
-        """The rows of a chunk with their log-probs in ``column``."""
+    def write_part(
+        self,
+        k: int,
+        chunk: pa.Table,
+        column: str,
+        logprobs: Sequence[np.ndarray],
+        topk: Sequence[TopK] = (),
+    ) -> None:
+        """The rows of a chunk with their log-probs in ``column``, and with the likeliest tokens if they are given."""
         table = with_logprobs(chunk, column, logprobs)
+        if topk:
+            masks = [mask.values.to_numpy(zero_copy_only=False) for mask in chunk["loss_mask"]]
+            table = _with_topk(table, masks, topk)
         partial = self._part(k).with_suffix(f".{os.getpid()}.partial")
         pq.write_table(table, partial)
         os.replace(partial, self._part(k))
@@ -167,9 +178,43 @@ def trajectories_of(chunk: pa.Table) -> list[Trajectory]:
 
 def with_logprobs(table: pa.Table, column: str, logprobs: Sequence[np.ndarray]) -> pa.Table:
     """The table with a column of float32 lists, after ``loss_mask`` (``behavior_logprobs``, if there)."""
-    place = "behavior_logprobs" if "behavior_logprobs" in table.column_names else "loss_mask"
-    position = table.column_names.index(place) + 1
+    position = table.column_names.index(_last_numbers(table)) + 1
     return table.add_column(position, pa.field(column, _FLOATS), pa.array(list(logprobs), type=_FLOATS))
+
+
+def _with_columns(table: pa.Table, trajectories: Sequence[Trajectory]) -> pa.Table:
+    """The table with what the rows brought along; all of them have a column or none has."""
+    topk = [t.behavior_topk for t in trajectories if t.behavior_topk is not None]
+    if topk:
+        table = _with_topk(table, [t.loss_mask for t in trajectories], topk)
+    reference = [t.reference_logprobs for t in trajectories if t.reference_logprobs is not None]
+    return with_logprobs(table, REFERENCE, reference) if reference else table
+
+
+def _with_topk(table: pa.Table, masks: Sequence[np.ndarray], topk: Sequence[TopK]) -> pa.Table:
+    """The table with two columns of lists of lists, empty off the decisions, after ``behavior_logprobs``."""
+    position = table.column_names.index(_last_numbers(table)) + 1
+    counts = np.zeros(sum(map(len, masks)), dtype=np.int64)  # entries of every token
+    counts[np.concatenate(masks)] = np.concatenate([one.counts for one in topk])
+    tokens = _offsets([len(mask) for mask in masks])
+    for name, values in (
+        (TOPK_IDS, pa.array(np.concatenate([one.ids for one in topk]))),
+        (TOPK_LOGPROBS, pa.array(np.concatenate([one.logprobs for one in topk]))),
+    ):
+        per_token = pa.ListArray.from_arrays(_offsets(counts), values)
+        column = pa.ListArray.from_arrays(tokens, per_token)
+        table = table.add_column(position, pa.field(name, column.type), column)
+        position += 1
+    return table
+
+
+def _last_numbers(table: pa.Table) -> str:
+    """The column after which others go."""
+    return "behavior_logprobs" if "behavior_logprobs" in table.column_names else "loss_mask"
+
+
+def _offsets(lengths: Any) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths)]), type=pa.int32())
 
 
 def _groups(rows: Iterable[ScoreRow], max_rows: int, max_tokens: int) -> Iterator[list[ScoreRow]]:

@@ -22,6 +22,7 @@ _OPTIONS = {
     "tokenizer_hash": "tokenizer, chat template or its arguments",
     "multi_turn": "--multi-turn",
     "raw_logprobs": "--raw-logprobs",
+    "top_k": "--top-k",
     "inputs": "--data",
 }
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from pear_megatron.data.batches import PackedBatch
+from pear_megatron.data.topk import TopK
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.ops.logprob import vocab_parallel_logprob
-from pear_megatron.score.batches import in_place, length_batches, right_padded
+from pear_megatron.score.batches import in_place, length_batches, right_padded, topk_in_place
+from pear_megatron.score.top_tokens import top_tokens
 
 
 class MegatronScorer:
@@ -43,21 +45,27 @@ class MegatronScorer:
         self.replica, self.num_replicas = self._layout.dp_rank, self._layout.dp_size
         self.writes = self._layout.is_first_stage and self._layout.tp_group.rank() == 0
 
-    @torch.no_grad()
     def __call__(
         self, trajectories: Sequence[Trajectory], *, on_tokens: Callable[[int], object] = int
     ) -> list[np.ndarray]:
         """See Scorer."""
+        return self.with_topk(trajectories, 0, on_tokens=on_tokens)[0]
+
+    @torch.no_grad()
+    def with_topk(
+        self, trajectories: Sequence[Trajectory], k: int, *, on_tokens: Callable[[int], object] = int
+    ) -> tuple[list[np.ndarray], list[TopK]]:
+        """See Scorer; k = 0 gives no entries."""
         from pear_megatron.megatron.schedule import run_schedule
 
         batches = length_batches([len(t.input_ids) for t in trajectories], self._max_tokens)
         if not batches:
-            return []
+            return [], []
         packed = [right_padded(trajectories, batch) for batch in batches]
         tokens = [sum(len(trajectories[i].input_ids) for i in batch) for batch in batches]
         rows, positions = packed[0].tokens.shape
-        logprobs = run_schedule(
-            partial(self._forward_step, on_tokens=on_tokens),
+        found = run_schedule(
+            partial(self._forward_step, k=k, on_tokens=on_tokens),
             zip(packed, tokens, strict=True),
             [self._model],
             count=len(packed),
@@ -65,39 +73,51 @@ class MegatronScorer:
             forward_only=True,
             collect_non_loss_data=True,
         )
-        shared = self._from_last_stage(logprobs, [batch.tokens.shape for batch in packed])
-        return in_place(trajectories, batches, [rows.cpu().numpy() for rows in shared])
+        shapes = [batch.tokens.shape for batch in packed]
+        shared = self._from_last_stage([one[0] for one in found], shapes, torch.float32)
+        scored = in_place(trajectories, batches, [rows.cpu().numpy() for rows in shared])
+        if not k:
+            return scored, []
+        wide = [torch.Size((int(batch.loss_mask.sum()), k + 1)) for batch in packed]
+        ids = self._from_last_stage([one[1] for one in found], wide, torch.int32)
+        values = self._from_last_stage([one[2] for one in found], wide, torch.float32)
+        entries = [(i.cpu().numpy(), v.cpu().numpy()) for i, v in zip(ids, values, strict=True)]
+        return scored, topk_in_place(trajectories, batches, entries)
 
     def _forward_step(
-        self, batches: Iterator[tuple[PackedBatch, int]], model: Any, *, on_tokens: Callable[[int], object]
-    ) -> tuple[Tensor, Callable[..., Tensor]]:
+        self,
+        batches: Iterator[tuple[PackedBatch, int]],
+        model: Any,
+        *,
+        k: int,
+        on_tokens: Callable[[int], object],
+    ) -> tuple[Tensor, Callable[..., list[Tensor]]]:
         batch, tokens = next(batches)
         batch = batch.to(self._layout.device, non_blocking=True)
 
-        def logprobs(logits: Tensor, non_loss_data: bool = True) -> Tensor:  # [B, S, V/tp] -> [B, S]
-            return vocab_parallel_logprob(
-                logits,
-                batch.labels,
-                mask=batch.loss_mask,
-                tp_group=self._layout.tp_group,
-                vocab_size=self._vocab_size,
-            )
+        def score(logits: Tensor, non_loss_data: bool = True) -> list[Tensor]:  # of [B, S, V/tp]
+            shards: dict[str, Any] = {"tp_group": self._layout.tp_group, "vocab_size": self._vocab_size}
+            logprobs = vocab_parallel_logprob(logits, batch.labels, mask=batch.loss_mask, **shards)  # [B, S]
+            top = top_tokens(logits, batch, logprobs, k, **shards) if k else ()
+            return [logprobs, *(tensor.cpu() for tensor in top)]
 
         # No attention mask: Megatron's attention is causal by itself, and padding stands to the right.
         positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
         output = model(batch.tokens, positions, None, **self._options)
         on_tokens(tokens)
-        return output, logprobs
+        return output, score
 
-    def _from_last_stage(self, logprobs: list[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
-        """The last pipeline stage's log-probs, on every stage."""
+    def _from_last_stage(
+        self, found: list[Tensor], shapes: Sequence[torch.Size], dtype: torch.dtype
+    ) -> list[Tensor]:
+        """The last pipeline stage's tensors, on every stage."""
         group = self._layout.pp_group
         if group.size() == 1:
-            return logprobs
+            return found
         sizes = [shape.numel() for shape in shapes]
-        flat = torch.empty(sum(sizes), dtype=torch.float32, device=self._layout.device)
+        flat = torch.empty(sum(sizes), dtype=dtype, device=self._layout.device)
         if self._layout.is_last_stage:
-            torch.cat([rows.flatten() for rows in logprobs], out=flat)
+            flat.copy_(torch.cat([rows.flatten() for rows in found]))
         last = torch.distributed.get_global_rank(group, group.size() - 1)
         torch.distributed.broadcast(flat, src=last, group=group)
         return [rows.view(shape) for rows, shape in zip(flat.split(sizes), shapes, strict=True)]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from pear_megatron.data.columns import ALL_COLUMNS, REFERENCE, TOPK_IDS, TOPK_LOGPROBS
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import OF_TEXT, check_names, get_flag, get_number
@@ -17,22 +18,24 @@ from pear_megatron.data.validate import Validator
 from pear_megatron.score.recorded import ordinary_fields
 from pear_megatron.score.recorded.tokens import Tokens
 
-Purpose = Literal["behavior", "policy", "import"]
+Purpose = Literal["behavior", "policy", "reference", "import"]
 _TEXT_FIELDS = ("messages", "conversations", "prompt", "response", *OF_TEXT)
 _NO_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreRow:
-    """A row of the output; ``behavior_logprobs`` of its trajectory are 0 where a model gives them yet.
+    """A row of the output.
 
     Attributes:
+        scored: whether its trajectory has behavior_logprobs; otherwise they are 0.
         tokenizer_hash: of the tokenizer that scores, or else the one the row came with.
         truncated: the row's own mark; None = it had none.
         metadata: JSON: the source's file and line, the text fields, the row's own metadata.
     """
 
     trajectory: Trajectory
+    scored: bool
     tokenizer_hash: str | None
     truncated: bool | None
     metadata: str
@@ -43,7 +46,8 @@ class RowReader:
 
     Args:
         purpose: ``behavior`` takes a row's log-probs and temperature away, a model gives new ones;
-            ``policy`` keeps and checks them; ``import`` takes what the generator recorded.
+            ``policy`` keeps and checks them, and so does ``reference``, which does without as well; ``import`` takes
+            what the generator recorded.
         counts: gets ``rows`` (of the output), ``overlong`` (dropped), ``truncated``, ``replaced`` (had log-probs of
             their own).
         tokenizer: a fast Hugging Face tokenizer; text rows need it.
@@ -52,7 +56,7 @@ class RowReader:
         max_length: positions; a trajectory of n tokens takes n - 1. None = no limit.
         overlong: what to do with a longer one.
         origin: goes into every row's metadata.
-        raw_logprobs: see ``ordinary_fields``.
+        raw_logprobs, top_k: see ``ordinary_fields``.
 
     Attributes:
         tokenizer_hash: of tokenizer, chat template and its arguments; None without a tokenizer.
@@ -70,6 +74,7 @@ class RowReader:
         overlong: Literal["error", "drop"] = "error",
         origin: Mapping[str, Any] | None = None,
         raw_logprobs: bool = False,
+        top_k: int = 0,
     ) -> None:
         config = DataConfig(
             train=["-"],
@@ -81,7 +86,8 @@ class RowReader:
         self._purpose = purpose
         self._validator = Validator(
             config,
-            require_behavior_logprobs=purpose != "behavior",
+            require_behavior_logprobs=None if purpose == "reference" else purpose != "behavior",
+            columns=ALL_COLUMNS,
             vocab_size=vocab_size,
             tokenizer=tokenizer,
         )
@@ -91,7 +97,7 @@ class RowReader:
         self._overlong = overlong
         self._origin = dict(origin or {})
         self._counts = counts
-        self._raw_logprobs = raw_logprobs
+        self._raw_logprobs, self._top_k = raw_logprobs, top_k
 
     @property
     def split(self) -> Mapping[str, int]:
@@ -110,7 +116,7 @@ class RowReader:
             return list(
                 self._rows(row, {name: row.fields[name] for name in _TEXT_FIELDS if name in row.fields})
             )
-        found = ordinary_fields(row.fields, self._tokens, raw_logprobs=self._raw_logprobs)
+        found = ordinary_fields(row.fields, self._tokens, raw_logprobs=self._raw_logprobs, top_k=self._top_k)
         own = {"metadata": row.fields["metadata"]} if "metadata" in row.fields else {}
         written: list[ScoreRow] = []
         for k, (fields, notes) in enumerate(found):
@@ -122,8 +128,13 @@ class RowReader:
         fields = dict(row.fields)
         own = fields.pop("metadata", None)
         fields.pop("policy_logprobs", None)
+        if self._purpose == "reference" and REFERENCE in fields:
+            raise RowProblem(
+                f"{REFERENCE} is there already, and --as reference would replace it; take the column out if that is "
+                "what you want, or keep this file as it is"
+            )
         kept: dict[str, Any] = {}
-        if self._purpose == "behavior":
+        if self._purpose == "behavior" or "behavior_logprobs" not in fields:
             kept = self._take_origin_away(fields)
         truncated = get_flag(fields, "truncated") if "truncated" in fields else None
         notes = {"source": row.where, **self._origin, **texts, **kept}
@@ -136,6 +147,7 @@ class RowReader:
             self._counts["truncated"] += bool(truncated)
             yield ScoreRow(
                 trajectory,
+                "behavior_logprobs" in fields,
                 self.tokenizer_hash or fields.get("tokenizer_hash"),
                 truncated,
                 json.dumps(notes, ensure_ascii=False, default=str),
@@ -144,6 +156,9 @@ class RowReader:
     def _take_origin_away(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Removes what describes the log-probs that are replaced; returns what to remember of it."""
         self._counts["replaced"] += fields.pop("behavior_logprobs", None) is not None
+        if self._purpose == "behavior":
+            for name in (TOPK_IDS, TOPK_LOGPROBS):
+                fields.pop(name, None)
         temperature = get_number(fields, "temperature", 1.0)
         fields.pop("temperature", None)
         return {} if temperature == 1 else {"temperature": temperature}

@@ -12,6 +12,7 @@ import torch
 
 from pear_megatron.data.errors import DataError
 from pear_megatron.data.prepare import describe_split
+from pear_megatron.data.topk import TopK
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.errors import ScoreError
 from pear_megatron.progress import token_progress
@@ -84,7 +85,6 @@ class ScoreJob:
             counts,
             max_rows=self.settings.chunk_rows,
             max_tokens=self.settings.chunk_tokens,
-            keep_logprobs=self.settings.purpose != "behavior",
         )
 
     def num_missing(self) -> int:
@@ -102,6 +102,10 @@ class ScoreJob:
         chunks, counts = self._work.read_index()
         tokens = [chunk.tokens for chunk in chunks]
         missing = ranks.from_main(lambda: self._work.missing_parts(len(chunks)) if self.num_missing() else [])
+        if is_main() and self.settings.top_k:
+            decisions = sum(chunk.decisions for chunk in chunks)
+            size = 8 * self.settings.top_k  # an int32 and a float32 each
+            log.info("--top-k: %d bytes per decision, %.3g GB in all", size, size * decisions / 1e9)
         if missing:
             if is_main() and len(missing) < len(chunks):
                 log.info("continuing: %d of %d chunks are scored", len(chunks) - len(missing), len(chunks))
@@ -131,19 +135,21 @@ class ScoreJob:
             for k in mine:
                 chunk = self._work.read_chunk(k)
                 try:
-                    logprobs = _scored(scorer, trajectories_of(chunk), advance)
+                    found = _scored(scorer, trajectories_of(chunk), settings.top_k, advance)
                 except ScoreError as error:
                     _say_for_rank_0(error, scorer)
                     raise
                 if scorer.writes:
-                    self._work.write_part(k, chunk, f"{settings.write_as}_logprobs", logprobs)
+                    self._work.write_part(k, chunk, f"{settings.write_as}_logprobs", *found)
 
 
 def _scored(
-    scorer: Scorer, trajectories: list[Trajectory], advance: Callable[[int], object]
-) -> list[np.ndarray]:
+    scorer: Scorer, trajectories: list[Trajectory], top_k: int, advance: Callable[[int], object]
+) -> tuple[list[np.ndarray], list[TopK]]:
     try:
-        return scorer(trajectories, on_tokens=advance)
+        if top_k:
+            return scorer.with_topk(trajectories, top_k, on_tokens=advance)
+        return scorer(trajectories, on_tokens=advance), []
     except torch.cuda.OutOfMemoryError as error:
         raise ScoreError(
             "the GPU's memory is too small for a batch: give a lower --max-tokens-per-batch (default 16384) or a "

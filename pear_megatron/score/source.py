@@ -32,6 +32,8 @@ class ScoreSettings:
         backend: ``megatron``, ``hf`` or ``import``.
         model: folder of the model; may be None with ``import``.
         write_as: which column the model's log-probs become.
+        top_k: so many of the model's likeliest tokens are written for each decision, with ``import`` of those that
+            were recorded; 0 = none.
         tokenizer: name or folder; None = the model's.
         chat_template, chat_template_kwargs, multi_turn: of text rows, see ``DataConfig``.
         max_length: positions, at most; None = the model's.
@@ -44,7 +46,8 @@ class ScoreSettings:
     output: Path
     backend: str
     model: str | None = None
-    write_as: Literal["behavior", "policy"] = "behavior"
+    write_as: Literal["behavior", "policy", "reference"] = "behavior"
+    top_k: int = 0
     tokenizer: str | None = None
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -107,6 +110,7 @@ class Source:
             "overlong": settings.overlong,
             "chunks": [settings.chunk_rows, settings.chunk_tokens],
             "raw_logprobs": settings.raw_logprobs,
+            "top_k": settings.top_k or None,  # as files have it that were written before there was one
             "inputs": digest_inputs(self._files),
         }
 
@@ -143,6 +147,7 @@ class Source:
                 overlong=settings.overlong,
                 origin={"model": self._model_name, "backend": settings.backend},
                 raw_logprobs=settings.raw_logprobs,
+                top_k=settings.top_k,
             )
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from pear_megatron.data.topk import TopK
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.errors import ScoreError
 from pear_megatron.ops.logprob import vocab_parallel_logprob
-from pear_megatron.score.batches import in_place, length_batches, right_padded
+from pear_megatron.score.batches import in_place, length_batches, right_padded, topk_in_place
 from pear_megatron.score.ranks import world_size
+from pear_megatron.score.top_tokens import top_tokens
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -41,20 +43,32 @@ class TransformersScorer:
         self, trajectories: Sequence[Trajectory], *, on_tokens: Callable[[int], object] = int
     ) -> list[np.ndarray]:
         """See Scorer."""
-        batches = length_batches([len(t.input_ids) for t in trajectories], self._max_tokens)
-        logprobs = []
-        for batch in batches:
-            logprobs.append(self._score(trajectories, batch))
-            on_tokens(sum(len(trajectories[i].input_ids) for i in batch))
-        return in_place(trajectories, batches, logprobs)
+        return self.with_topk(trajectories, 0, on_tokens=on_tokens)[0]
 
-    def _score(self, trajectories: Sequence[Trajectory], batch: Sequence[int]) -> np.ndarray:
+    @torch.no_grad()
+    def with_topk(
+        self, trajectories: Sequence[Trajectory], k: int, *, on_tokens: Callable[[int], object] = int
+    ) -> tuple[list[np.ndarray], list[TopK]]:
+        """See Scorer; k = 0 gives no entries."""
+        batches = length_batches([len(t.input_ids) for t in trajectories], self._max_tokens)
+        logprobs, entries = [], []
+        for batch in batches:
+            rows, *top = self._score(trajectories, batch, k)
+            logprobs.append(rows)
+            entries.append((top[0], top[1]) if top else None)
+            on_tokens(sum(len(trajectories[i].input_ids) for i in batch))
+        scored = in_place(trajectories, batches, logprobs)
+        return scored, topk_in_place(trajectories, batches, [e for e in entries if e]) if k else []
+
+    def _score(self, trajectories: Sequence[Trajectory], batch: Sequence[int], k: int) -> list[np.ndarray]:
+        """[B, S] log-probs and, of k > 0, what ``top_tokens`` returns."""
         packed = right_padded(trajectories, batch).to(self._model.device)
         # No attention mask: causal attention never looks at what stands to the right.
         logits = self._model(input_ids=packed.tokens, use_cache=False).logits  # [B, S, V]
         packed = packed.to(logits.device)
         logprobs = vocab_parallel_logprob(logits, packed.labels, mask=packed.loss_mask)  # [B, S] float32
-        return logprobs.cpu().numpy()
+        found = [logprobs, *(top_tokens(logits, packed, logprobs, k) if k else ())]
+        return [tensor.cpu().numpy() for tensor in found]
 
 
 def _load(folder: Path, dtype: torch.dtype, *, alone: bool) -> Any:

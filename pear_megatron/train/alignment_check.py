@@ -1,4 +1,4 @@
-"""check_alignment: refuses behaviour log-probs that belong to other tokens, before the first step of a run."""
+"""check_alignment: refuses log-probs of the data that belong to other tokens, before the first step of a run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron.alignment import Alignment, alignment_sums, no_sums, read_alignment
+from pear_megatron.config import PearConfig
 from pear_megatron.data import AnyDataset, DataError, PackedBatch
 from pear_megatron.megatron.forward_step import LossOutput, PearForwardStep
 from pear_megatron.megatron.layout import Layout
@@ -21,6 +22,11 @@ log = logging.getLogger("pear_megatron")
 
 _UNRELATED = 0.1  # a correlation below this says that the policies have nothing in common
 _ENOUGH = 200  # decisions
+
+
+def _compared(pear: PearConfig) -> str:
+    """The column that the ratios are taken against."""
+    return "reference_logprobs" if pear.ratio == "reference" else "behavior_logprobs"
 
 
 class _AlignmentStep(PearForwardStep):
@@ -40,7 +46,8 @@ class _AlignmentStep(PearForwardStep):
     def loss_of_logprobs(self, logprobs: Tensor, batch: PackedBatch) -> LossOutput:
         """The same from [T] log-probs."""
         mask = batch.loss_mask.flatten()
-        sums = alignment_sums(logprobs, batch.behavior_logprobs.flatten(), mask, batch.cu_seqlens)
+        given = getattr(batch, _compared(self.config)).flatten()
+        sums = alignment_sums(logprobs, given, mask, batch.cu_seqlens)
         return logprobs.sum(), mask.sum(dtype=torch.int32), {"alignment": sums}
 
 
@@ -79,13 +86,13 @@ def check_alignment(
     for report in _forward(chunks, forward_step, held, layout):
         sums += report["alignment"]
     torch.distributed.all_reduce(sums)
-    alignment = read_alignment(sums)
+    alignment, name = read_alignment(sums), _compared(recipe.pear)
     if alignment.shift:
         indices = [int(i) for i in held[0].trajectory_index if i >= 0][:3]
         ids = ", ".join(dataset[i].id for i in indices)
-        raise DataError([f"{dataset.meta['files'][0]} ({ids}, ...): {alignment.refusal()}"])
+        raise DataError([f"{dataset.meta['files'][0]} ({ids}, ...): {alignment.refusal(name)}"])
     if layout.is_main:
-        _say(alignment, starts_from)
+        _say(alignment, starts_from, name)
 
 
 def _forward(
@@ -119,16 +126,17 @@ def _forward(
     return reports if layout.reports else []
 
 
-def _say(alignment: Alignment, starts_from: str) -> None:
+def _say(alignment: Alignment, starts_from: str, name: str) -> None:
     r, count = alignment.correlations[0], alignment.decisions
     if r < _UNRELATED and count >= _ENOUGH:
         log.warning(
-            "behavior_logprobs have nothing to do with the log-probs of %s (correlation %.2f over %d "
+            "%s have nothing to do with the log-probs of %s (correlation %.2f over %d "
             "decisions): were they computed over other tokens, with another tokenizer or chat template? "
             "`pear-megatron inspect` shows more",
+            name,
             starts_from,
             r,
             count,
         )
     else:
-        log.info("behavior_logprobs and the model's correlate by %.2f over %d decisions; no shift", r, count)
+        log.info("%s and the model's correlate by %.2f over %d decisions; no shift", name, r, count)

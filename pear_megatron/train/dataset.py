@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from pear_megatron.data import AnyDataset, DataSource, as_sources, prepare_everywhere
+from pear_megatron.data.columns import REFERENCE, Columns, needs_behavior_logprobs
+from pear_megatron.data.errors import DataError
 from pear_megatron.data.options import in_options
 from pear_megatron.ranks import from_main
 from pear_megatron.recipe import Recipe, RecipeError
@@ -35,6 +37,14 @@ def open_validation(recipe: Recipe, train: AnyDataset) -> AnyDataset | None:
     sources = as_sources(recipe.data.validation)
     with in_options({"data.train": "data.validation"}):
         held_out = _open(recipe, sources)
+    if train.has(REFERENCE) != held_out.has(REFERENCE):
+        has, lacks = ("train", "validation") if train.has(REFERENCE) else ("validation", "train")
+        raise DataError(
+            [
+                f"data.{lacks}: the rows have no {REFERENCE} and those of data.{has} have it, so pear.negative_floor "
+                "would mean two things; write it with `pear-megatron score --as reference`, or take it out of both"
+            ]
+        )
     trained = {Path(file).resolve() for file in train.meta["files"]}
     for file in held_out.meta["files"]:
         if Path(file).resolve() in trained:
@@ -52,7 +62,8 @@ def _open(recipe: Recipe, sources: Sequence[DataSource]) -> AnyDataset:
     return prepare_everywhere(
         data,
         sources,
-        require_behavior_logprobs=recipe.pear.variant != "none",
+        require_behavior_logprobs=needs_behavior_logprobs(recipe.pear),
+        columns=Columns.of(recipe.pear),
         vocab_size=recipe.model.vocab_size,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 
 from pear_megatron.adapters import megatron_lm
 from pear_megatron.adapters.offline_data import OfflineBatches, open_trajectories
+from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig, DataError, TrajectoryDataset
+from pear_megatron.data.columns import Columns
 from pear_megatron.errors import RecipeError
 from tests.megatron.runs import write_trajectories
 
@@ -33,6 +36,29 @@ def test_an_epoch_shows_every_trajectory_once_over_all_ranks(dataset: Trajectory
     ranks = [OfflineBatches(dataset, **SIZES, dp_rank=rank, dp_size=2) for rank in range(2)]
     steps = ranks[0].steps_per_epoch
     assert sorted(i for rank in ranks for i in seen(rank, 2 * steps)) == list(range(60))
+
+
+def test_batches_hold_the_columns_that_the_loss_reads(tmp_path: Path) -> None:
+    data = write_trajectories(tmp_path / "data.jsonl", 8)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in rows:
+        ids, mask, logprobs = row["input_ids"], row["loss_mask"], row["behavior_logprobs"]
+        row["behavior_topk_ids"] = [[i, (i + 1) % 1000] if m else [] for i, m in zip(ids, mask, strict=True)]
+        row["behavior_topk_logprobs"] = [[v, -1.0] if m else [] for v, m in zip(logprobs, mask, strict=True)]
+        row["reference_logprobs"] = logprobs
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(train=[str(data)], seq_length=128)
+    for pear in (PearConfig(base_loss="kl"), PearConfig(ratio="reference"), PearConfig()):
+        columns = Columns.of(pear)
+        found = open_trajectories(config, needs_logprobs=True, vocab_size=1000, columns=columns)
+        shards = [next(OfflineBatches(found, **SIZES, cp_rank=rank, cp_size=2)) for rank in range(2)]
+        for batch in shards:
+            assert (batch.behavior_topk is not None) == (pear.base_loss == "kl")
+            assert (batch.reference_logprobs is not None) == (pear.ratio == "reference")
+            if batch.behavior_topk is not None:
+                ids, _ = batch.behavior_topk
+                assert ids.shape == (2, 64, 2)
+                assert (ids[..., 0][batch.loss_mask] == batch.labels[batch.loss_mask]).all()
 
 
 def test_it_goes_on_from_the_rows_that_were_consumed(dataset: TrajectoryDataset) -> None:

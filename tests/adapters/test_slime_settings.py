@@ -160,6 +160,26 @@ def test_factors_of_single_decisions_are_refused(tmp_path: Path) -> None:
         ids(tmp_path / "data.jsonl", 0)
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"pear_base_loss": "kl"}, "base_loss kl needs behavior_topk_ids, which slime does not carry"),
+        ({"pear_ratio": "reference"}, "ratio reference needs reference_logprobs, which slime does not carry"),
+        (
+            {"pear_negative_floor": 1.0},
+            "rows have reference_logprobs, and slime carries no number of the kind",
+        ),
+    ],
+)
+def test_losses_of_columns_that_slime_does_not_carry_are_refused(
+    keys: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    row = {"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1], "behavior_logprobs": [0, -1, -1]}
+    (tmp_path / "data.jsonl").write_text(json.dumps({**row, "reference_logprobs": [0, -1, -2]}) + "\n")
+    with pytest.raises(RecipeError, match=said):
+        samples(arguments(pear_data=str(tmp_path / "data.jsonl"), **keys), 0)
+
+
 def test_rows_without_logprobs_train_plain_sft_alone(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}\n')
     assert samples(arguments(pear_data=str(tmp_path / "data.jsonl"), pear_variant="none"), 0)[0][

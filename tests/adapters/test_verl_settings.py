@@ -247,6 +247,21 @@ def test_token_weights_come_with_every_row_or_none(files: Path) -> None:
     assert rows[0]["token_weights"][1:].tolist() == [1.0] * 3
 
 
+def test_reference_log_probs_come_where_the_loss_takes_them(files: Path) -> None:
+    assert "reference_logprobs" not in dataset(files)[0]
+    with pytest.raises(DataError, match="missing field 'reference_logprobs'.*score --as reference"):
+        dataset(files, pear={"reference_logprobs": "required"})
+    rows = [json.loads(line) for line in files.read_text().splitlines()]
+    written = [{**row, "reference_logprobs": [-0.75 * m for m in row["loss_mask"]]} for row in rows]
+    files.write_text("".join(json.dumps(row) + "\n" for row in written))
+    row = dataset(files, pear={"reference_logprobs": "required"})[1]
+    assert row["reference_logprobs"].tolist() == written[1]["reference_logprobs"]
+    with pytest.raises(
+        RecipeError, match="data.pear.reference_logprobs=yes: it is one of no, if_there, required"
+    ):
+        dataset(files, pear={"reference_logprobs": "yes"})
+
+
 def test_the_first_rows_can_be_asked_for(files: Path) -> None:
     assert len(dataset(files, max_samples=2)) == 2
     assert len(dataset(files, max_samples=99)) == 5

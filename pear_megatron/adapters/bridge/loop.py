@@ -13,6 +13,7 @@ from pear_megatron.adapters.bridge.checks import attention_of_model, check, pack
 from pear_megatron.adapters.offline_data import OfflineBatches, open_trajectories
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig
+from pear_megatron.data.columns import Columns, needs_behavior_logprobs
 from pear_megatron.errors import RecipeError
 from pear_megatron.megatron.forward_step import PearForwardStep
 from pear_megatron.report import WeightWatch
@@ -118,10 +119,14 @@ class _Plan:
     def _batches(
         self, groups: Any, files: Sequence[str], global_size: int, micro_size: int, **options: Any
     ) -> OfflineBatches:
-        plain = self.pear.variant == "none"
         data = self.data.model_copy(update={"train": list(files)})
         return OfflineBatches(
-            open_trajectories(data, needs_logprobs=not plain, vocab_size=self.config.model.vocab_size),
+            open_trajectories(
+                data,
+                needs_logprobs=needs_behavior_logprobs(self.pear),
+                vocab_size=self.config.model.vocab_size,
+                columns=Columns.of(self.pear),
+            ),
             seq_length=data.seq_length,
             global_batch_size=global_size,
             micro_batch_size=micro_size,

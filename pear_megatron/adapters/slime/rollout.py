@@ -17,6 +17,7 @@ from pear_megatron.adapters.slime.settings import (
     settings,
 )
 from pear_megatron.data import DataConfig, TrajectoryDataset
+from pear_megatron.data.columns import REFERENCE, Columns, needs_behavior_logprobs, refuse_columns
 from pear_megatron.data.options import in_options
 from pear_megatron.errors import RecipeError
 
@@ -110,16 +111,20 @@ def _dataset(config: SlimeSettings, tokens: int, option: str, vocab_size: int) -
         tokenizer=config.tokenizer,
         cache_dir=config.data_cache,
     )
-    needs_logprobs = config.variant != "none"
-    key = (data.model_dump_json(), needs_logprobs, vocab_size)
+    refuse_columns(config, "slime")
+    needs_logprobs, columns = needs_behavior_logprobs(config), Columns.of(config)
+    key = (data.model_dump_json(), needs_logprobs, columns, vocab_size)
     if key not in _opened:
         names = {"data.seq_length": option, "data.train": "pear_data", "data.tokenizer": "pear_tokenizer"}
         with in_options(names):
-            dataset = open_trajectories(data, needs_logprobs=needs_logprobs, vocab_size=vocab_size)
-        if "token_weights" in dataset.meta["shapes"]:
-            raise RecipeError(
-                f"pear_data {config.data}: rows have token_weights, and slime carries no number of the kind from a "
-                "sample to the loss; leave the field out, or train in another loop"
+            dataset = open_trajectories(
+                data, needs_logprobs=needs_logprobs, vocab_size=vocab_size, columns=columns
             )
+        for column in ("token_weights", REFERENCE):
+            if dataset.has(column):
+                raise RecipeError(
+                    f"pear_data {config.data}: rows have {column}, and slime carries no number of the kind from a "
+                    "sample to the loss; leave the field out, or train in another loop"
+                )
         _opened[key] = dataset
     return _opened[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -11,10 +11,12 @@ from torch.utils.data import Dataset
 
 from pear_megatron.adapters.offline_data import open_trajectories
 from pear_megatron.data import DataConfig
+from pear_megatron.data.columns import REFERENCE, Columns, Need
 from pear_megatron.errors import RecipeError
 
 # Keys of data.pear: how rows become trajectories (DataConfig), and whether they must have been scored.
-_SETTINGS = ("overlong", "truncated", "multi_turn", "chat_template", "cache_dir", "needs_logprobs")
+_OF_DATA = ("overlong", "truncated", "multi_turn", "chat_template", "cache_dir")
+_SETTINGS = (*_OF_DATA, "needs_logprobs", REFERENCE)
 # verl's own settings of its dataset that this one would silently not follow, and what they must be.
 _FIXED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("truncation", ("error",), "a cut trajectory has lost its suffix, so that its weights would be another's; to leave "
@@ -35,7 +37,8 @@ class PearDataset(Dataset):  # type: ignore[type-arg]
         parquet_files: the files, globs allowed.
         tokenizer: verl's; its ``name_or_path`` tokenises rows of text, and must have made the ids of the others.
         config: verl's ``data`` section; its key ``pear`` may hold ``overlong``, ``truncated``, ``multi_turn``,
-            ``chat_template``, ``cache_dir`` (see DataConfig) and ``needs_logprobs`` (False for plain SFT).
+            ``chat_template``, ``cache_dir`` (see DataConfig), ``needs_logprobs`` (False for plain SFT) and
+            ``reference_logprobs``: ``required``, ``if_there`` or, by default, ``no``.
         processor: not used.
         max_samples: take the first so many; -1 = all.
 
@@ -55,6 +58,9 @@ class PearDataset(Dataset):  # type: ignore[type-arg]
         if unknown := sorted(set(settings) - set(_SETTINGS)):
             raise RecipeError(f"data.pear has no {', '.join(unknown)}; it has {', '.join(_SETTINGS)}")
         needs_logprobs = bool(settings.pop("needs_logprobs", True))
+        reference = settings.pop(REFERENCE, "no")
+        if reference not in get_args(Need):
+            raise RecipeError(f"data.pear.{REFERENCE}={reference}: it is one of {', '.join(get_args(Need))}")
         self.trajectories = open_trajectories(
             DataConfig(
                 train=files,
@@ -65,6 +71,7 @@ class PearDataset(Dataset):  # type: ignore[type-arg]
                 **settings,
             ),
             needs_logprobs=needs_logprobs,
+            columns=Columns(reference_logprobs=reference),
             vocab_size=len(tokenizer),
         )
         self._length = len(self.trajectories) if max_samples < 0 else min(max_samples, len(self.trajectories))
@@ -86,6 +93,8 @@ class PearDataset(Dataset):  # type: ignore[type-arg]
         }
         if trajectory.token_weights is not None:
             row["token_weights"] = torch.tensor(trajectory.token_weights)
+        if trajectory.reference_logprobs is not None:
+            row[REFERENCE] = torch.tensor(trajectory.reference_logprobs)
         return row
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron.config import PearConfig
+from pear_megatron.data.columns import REFERENCE
 from pear_megatron.data.errors import DataError
 from pear_megatron.errors import RecipeError
 from pear_megatron.loss import REPORT_KEYS, loss_of_logprobs, report_keys
@@ -30,7 +31,8 @@ class PearSFTLoss:
 
     - ``log_probs`` float32: entry i is the log-probability of token i + 1; the last of each trajectory is of no token.
     - ``loss_mask``: entry i is 1 where token i is a decision, 0 at the first token. Shifted here, in the trajectory.
-    - ``behavior_logprobs``, ``reward``, and optionally ``token_weights``, float32: aligned with the tokens as well.
+    - ``behavior_logprobs``, ``reward``, and optionally ``token_weights`` and ``reference_logprobs``, float32: aligned
+      with the tokens as well.
     - ``batch_num_tokens``, ``dp_size``: decisions of the global batch and data-parallel ranks, from verl's engine.
 
     Args:
@@ -64,13 +66,15 @@ class PearSFTLoss:
         cu_seqlens = log_probs.offsets()
         with torch.autocast(log_probs.device.type, enabled=False):
             mask = _next_token(_column(data, "loss_mask", cu_seqlens).bool(), cu_seqlens)
-            behavior = reward = token_weights = None
+            behavior = reward = token_weights = reference = None
             if self.config.variant != "none" or "behavior_logprobs" in data:
                 behavior = _next_token(_column(data, "behavior_logprobs", cu_seqlens), cu_seqlens)
             if "reward" in data:
                 reward = _column(data, "reward", cu_seqlens)
             if "token_weights" in data:
                 token_weights = _next_token(_column(data, "token_weights", cu_seqlens), cu_seqlens)
+            if self.config.ratio == "reference" or REFERENCE in data:
+                reference = _next_token(_column(data, REFERENCE, cu_seqlens), cu_seqlens)
             loss_sum, _, report = loss_of_logprobs(
                 _flat(log_probs).where(mask, 0.0),
                 behavior,
@@ -79,6 +83,7 @@ class PearSFTLoss:
                 self.config,
                 reward=reward,
                 token_weights=token_weights,
+                reference_logprobs=reference,
             )
         loss = loss_sum * (data["dp_size"] / max(data["batch_num_tokens"], 1))
         return loss, {

@@ -16,6 +16,7 @@ from pear_megatron.adapters.verl.settings import (
     count_whole_tokens,
 )
 from pear_megatron.config import PearConfig
+from pear_megatron.data.columns import REFERENCE, Columns, needs_behavior_logprobs, refuse_columns
 from pear_megatron.loss import report_keys
 from pear_megatron.report import WeightWatch
 
@@ -34,13 +35,18 @@ class PearSFTTrainer(SFTTrainer):
     def __init__(self, config: DictConfig) -> None:
         settings: Any = OmegaConf.to_container(config.get("pear") or OmegaConf.create(), resolve=True)
         self.pear = PearConfig(**settings)
+        refuse_columns(self.pear, "verl", carries=(REFERENCE,))
         self._watch, self._trained = WeightWatch(self.pear), 0
         with open_dict(config):
             if config.data.custom_cls.path is None:
                 config.data.custom_cls.path = "pkg://pear_megatron.adapters.verl.data"
                 config.data.custom_cls.name = "PearDataset"
             data = dict(config.data.get("pear") or {})
-            config.data.pear = {"needs_logprobs": self.pear.variant != "none", **data}
+            needs = {
+                "needs_logprobs": needs_behavior_logprobs(self.pear),
+                REFERENCE: Columns.of(self.pear).reference_logprobs,
+            }
+            config.data.pear = needs | data
         super().__init__(config)
 
     def _build_config(self) -> None:

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig, TrajectoryDataset, prepare, require_files
+from pear_megatron.data.columns import REFERENCE, Columns, needs_behavior_logprobs, refuse_columns
 from pear_megatron.errors import PearError, RecipeError
 from pear_megatron.report import WeightWatch
 from pear_megatron.rl.nemo_rl.loss import PearLoss
@@ -28,7 +29,8 @@ class NemoRlTrajectories:
     """Our prepared trajectories as a data set of NeMo-RL: items are its ``DatumSpec``.
 
     Its SFT loop marks what is trained by role. So each run of decisions is a message of the assistant, and each
-    run of other tokens one of the user; the behaviour log-probs are a second tensor beside ``token_ids``.
+    run of other tokens one of the user; the behaviour log-probs are a second tensor beside ``token_ids``, and those of
+    the reference, where the loss takes them, a third.
     """
 
     def __init__(self, trajectories: TrajectoryDataset) -> None:
@@ -42,14 +44,15 @@ class NemoRlTrajectories:
         messages, start = [], 0
         for decision, run in groupby(np.asarray(trajectory.loss_mask).tolist()):
             end = start + len(list(run))
-            messages.append(
-                {
-                    "role": "assistant" if decision else "user",
-                    "content": "",
-                    "token_ids": torch.tensor(trajectory.input_ids[start:end], dtype=torch.long),
-                    "behavior_logprobs": torch.tensor(trajectory.behavior_logprobs[start:end]),
-                }
-            )
+            message = {
+                "role": "assistant" if decision else "user",
+                "content": "",
+                "token_ids": torch.tensor(trajectory.input_ids[start:end], dtype=torch.long),
+                "behavior_logprobs": torch.tensor(trajectory.behavior_logprobs[start:end]),
+            }
+            if trajectory.reference_logprobs is not None:
+                message[REFERENCE] = torch.tensor(trajectory.reference_logprobs[start:end])
+            messages.append(message)
             start = end
         return {
             "message_log": messages,
@@ -91,7 +94,7 @@ class _Policy:
         self._watch, self._steps = WeightWatch(config), 0
 
     def train(self, data: Any, loss_fn: Any, **options: Any) -> Any:
-        """``Policy.train`` with ``behavior_logprobs`` [B, S] and ``reward`` [B] in ``data``."""
+        """``Policy.train`` with ``reward`` [B] and the rows' log-probs, [B, S] each, in ``data``."""
         from nemo_rl.data.llm_message_utils import batched_message_log_to_flat_message
 
         batch = self._loader.batch
@@ -103,6 +106,8 @@ class _Policy:
         if not torch.equal(flat["token_ids"], data["input_ids"]):
             raise RuntimeError("NeMo-RL's SFT loop arranges a batch in a way this runner does not know")
         data["behavior_logprobs"] = flat["behavior_logprobs"]
+        if REFERENCE in flat:
+            data[REFERENCE] = flat[REFERENCE]
         data["reward"] = torch.tensor([info["reward"] for info in batch["extra_env_info"]])
         results = self._policy.train(data, loss_fn, **options)
         # Each micro-batch's metrics are its share of the global batch's means.
@@ -165,7 +170,13 @@ def run(recipe: str, overrides: list[str]) -> None:
 
     config, pear, data = load(recipe, overrides)
     tokenizer = get_tokenizer(config.policy["tokenizer"])
-    cache = prepare(data, require_behavior_logprobs=pear.variant != "none", vocab_size=len(tokenizer))
+    refuse_columns(pear, "NeMo-RL's loop", carries=(REFERENCE,))
+    cache = prepare(
+        data,
+        require_behavior_logprobs=needs_behavior_logprobs(pear),
+        columns=Columns.of(pear),
+        vocab_size=len(tokenizer),
+    )
     trajectories = TrajectoryDataset.open(cache)
     if weighted := trajectories.meta["counts"].get("token_weights"):
         raise RecipeError(

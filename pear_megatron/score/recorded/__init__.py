@@ -12,6 +12,7 @@ from pear_megatron.score.recorded import nemo_rl, openai, responses, sglang, sli
 from pear_megatron.score.recorded.answers import Recorded
 from pear_megatron.score.recorded.sampling import check_sampling
 from pear_megatron.score.recorded.tokens import Tokens
+from pear_megatron.score.recorded.top import ENTRIES, topk_fields
 
 _ENGINES = (sglang, vllm, responses, openai)
 _CHECKED = (
@@ -22,7 +23,7 @@ _CHECKED = (
 
 
 def ordinary_fields(
-    fields: Mapping[str, Any], tokens: Tokens, *, raw_logprobs: bool = False
+    fields: Mapping[str, Any], tokens: Tokens, *, raw_logprobs: bool = False, top_k: int = 0
 ) -> list[Recorded]:
     """(fields as the loader knows them, what else is worth keeping) of each trajectory in a row.
 
@@ -33,6 +34,7 @@ def ordinary_fields(
         fields: the row as it stands in the file.
         tokens: the tokenizer, for rows without token ids.
         raw_logprobs: the user says that the engine logged the model's own log-probs, whatever it sampled with.
+        top_k: take so many of the likeliest tokens that were recorded at each decision; 0 = none.
 
     Raises:
         RowProblem: no known form, log-probs that cannot be aligned with the tokens for certain, or that may be
@@ -40,7 +42,12 @@ def ordinary_fields(
     """
     hashed = {"tokenizer_hash": fields["tokenizer_hash"]} if "tokenizer_hash" in fields else {}
     try:
-        return [(hashed | found, notes) for found, notes in _read(fields, tokens, raw_logprobs)]
+        rows = []
+        for found, notes in _read(fields, tokens, raw_logprobs):
+            entries = found.pop(ENTRIES, None)
+            topk = topk_fields(found, entries, top_k) if top_k else {}
+            rows.append((hashed | found | topk, notes))
+        return rows
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, RowProblem):
             raise

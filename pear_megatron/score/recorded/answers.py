@@ -10,6 +10,7 @@ from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import get_integers, get_mask, short
 from pear_megatron.score.recorded.request import CONTEXT_FIELDS, Request
 from pear_megatron.score.recorded.tokens import RECORD_IDS, Tokens, id_in
+from pear_megatron.score.recorded.top import ENTRIES, Entries
 
 Recorded = tuple[dict[str, Any], dict[str, Any]]  # (fields as the loader knows them, notes for the metadata)
 
@@ -34,6 +35,7 @@ class Answer:
         counts: (name, value) of the generator's own counts of prompt and of generated tokens, in this order.
         reasoning_count: generated tokens that it says are reasoning.
         reward: of this answer alone.
+        entries: the likeliest tokens recorded with each log-prob; None = the form has none.
     """
 
     place: str
@@ -47,6 +49,7 @@ class Answer:
     counts: Sequence[tuple[str, Any]] = ()
     reasoning_count: int = 0
     reward: Any = None
+    entries: Entries | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,14 @@ class Whole:
     Attributes:
         ids: the token whose log-prob it is, None where only a text was recorded.
         tokens: texts, where they were recorded.
+        entries: as of an Answer.
     """
 
     place: str
     logprobs: list[float | None]
     ids: list[int | None] | None = None
     tokens: list[str] | None = None
+    entries: Entries | None = None
 
 
 def gives_whole(fields: Mapping[str, Any], request: Request) -> bool:
@@ -88,7 +93,7 @@ def whole_row(
         tokens.check_ids(ids, whole.ids, whole.place)
     if whole.tokens is not None:
         tokens.check(ids, whole.tokens, whole.place)
-    found = {"input_ids": ids, "loss_mask": mask, "behavior_logprobs": whole.logprobs}
+    found = {"input_ids": ids, "loss_mask": mask, "behavior_logprobs": whole.logprobs, ENTRIES: whole.entries}
     return found | own_fields(fields), notes_of(fields)
 
 
@@ -179,6 +184,7 @@ def _row(request: Request, answer: Answer, tokens: Tokens) -> Recorded:
         "input_ids": context + response,
         "loss_mask": [False] * len(context) + [True] * len(response),
         "behavior_logprobs": [*[None] * len(context), *answer.logprobs],
+        ENTRIES: answer.entries,
     }
     message = answer.message or {}
     said = {"response": answer.text if answer.message is None else message.get("content")}

@@ -23,6 +23,7 @@ from pear_megatron.score.recorded.answers import (
 )
 from pear_megatron.score.recorded.request import Request
 from pear_megatron.score.recorded.tokens import Tokens
+from pear_megatron.score.recorded.top import of_pairs
 from pear_megatron.score.recorded.vllm import prompt_logprobs
 
 
@@ -71,6 +72,7 @@ def _answer(body: Mapping[str, Any], choice: Mapping[str, Any], name: str, count
         ),
         reasoning_count=(usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0,
         reward=choice.get("reward"),
+        entries=lambda: _top(choice, name),
     )
 
 
@@ -86,7 +88,24 @@ def _whole(
             return prompt_logprobs(ids, place["prompt_logprobs"])
     name, texts, values = _logprobs(choice, "choices[0]")
     # With echo, what was generated after the trajectory follows.
-    return Whole(name, values[: len(ids)], tokens=texts[: len(ids)])
+    entries = lambda: _top(choice, "choices[0]")[: len(ids)]  # noqa: E731
+    return Whole(name, values[: len(ids)], tokens=texts[: len(ids)], entries=entries)
+
+
+def _top(choice: Mapping[str, Any], name: str) -> list[dict[int, float] | None]:
+    """The likeliest tokens of each token of a choice: {token_id:N: log-prob}, or a list of {token, logprob}."""
+    logprobs = choice["logprobs"]
+    if logprobs.get("content") is not None:
+        tops = [entry.get("top_logprobs") for entry in logprobs["content"]]
+        pairs = [top and [(entry["token"], entry["logprob"]) for entry in top] for top in tops]
+    else:
+        pairs = [top and list(top.items()) for top in logprobs.get("top_logprobs") or []]
+    if not any(pairs):
+        raise RowProblem(
+            f"{name}.logprobs has no top_logprobs: ask for them (chat: top_logprobs=K, completions: logprobs=K) with "
+            "return_tokens_as_token_ids=true, or leave --top-k out"
+        )
+    return [of_pairs(one or None, f"{name}.logprobs, token {i}: top_logprobs") for i, one in enumerate(pairs)]
 
 
 def _logprobs(choice: Mapping[str, Any], name: str) -> tuple[str, list[str], list[float | None]]:

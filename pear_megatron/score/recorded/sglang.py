@@ -19,6 +19,7 @@ from pear_megatron.score.recorded.answers import (
 )
 from pear_megatron.score.recorded.request import Request
 from pear_megatron.score.recorded.tokens import Tokens
+from pear_megatron.score.recorded.top import of_pairs
 
 
 def is_answer(body: Any) -> bool:
@@ -73,6 +74,7 @@ def _answer(body: Mapping[str, Any], name: str) -> Answer:
             (f"{name}meta_info.completion_tokens", meta.get("completion_tokens")),
         ),
         reward=body.get("reward"),
+        entries=lambda: _top(meta, "output_top_logprobs", len(ids), name),
     )
 
 
@@ -85,7 +87,27 @@ def _whole(body: Mapping[str, Any]) -> Whole:
             "logprob_start_len=0"
         )
     logprobs, ids = _entries(entries, place)
-    return Whole(place, logprobs, ids=list(ids))
+    meta = body["meta_info"]
+    top = "input_top_logprobs"
+    return Whole(place, logprobs, ids=list(ids), entries=lambda: _top(meta, top, len(ids), ""))
+
+
+def _top(meta: Mapping[str, Any], field: str, count: int, name: str) -> list[dict[int, float] | None]:
+    """The likeliest tokens of each of ``count`` tokens: a list of [log-prob, id, text], null where there are none."""
+    place, lists = f"{name}meta_info.{field}", meta.get(field)
+    if not isinstance(lists, list) or len(lists) != count:
+        said = (
+            f"has {len(lists)} entries for {count} tokens"
+            if isinstance(lists, list)
+            else f"is {short(lists)}"
+        )
+        raise RowProblem(
+            f"{place} {said}; ask for return_logprob=true and top_logprobs_num=K, or leave --top-k out"
+        )
+    return [
+        of_pairs([(entry[1], entry[0]) for entry in one] if one else None, f"{place}[{i}]")
+        for i, one in enumerate(lists)
+    ]
 
 
 def _entries(entries: Any, place: str) -> tuple[list[float | None], list[int]]:

@@ -19,6 +19,7 @@ from pear_megatron.score.recorded.answers import (
 )
 from pear_megatron.score.recorded.request import Request
 from pear_megatron.score.recorded.tokens import Tokens
+from pear_megatron.score.recorded.top import of_pairs
 
 
 def is_answer(body: Mapping[str, Any]) -> bool:
@@ -46,10 +47,11 @@ def read(fields: Mapping[str, Any], body: Mapping[str, Any], tokens: Tokens) -> 
 
 
 def _answer(output: Mapping[str, Any], context: list[int], name: str) -> Answer:
-    ids = get_integers(output, "token_ids").tolist()
+    ids, place = get_integers(output, "token_ids").tolist(), f"{name}.logprobs"
     return Answer(
-        place=f"{name}.logprobs",
-        logprobs=of_ids(ids, output.get("logprobs"), f"{name}.logprobs", f"{name}.token_ids"),
+        place=place,
+        logprobs=of_ids(ids, output.get("logprobs"), place, f"{name}.token_ids"),
+        entries=lambda: entries_of(output.get("logprobs"), place),
         ids=ids,
         text=output.get("text"),
         finish_reason=output.get("finish_reason"),
@@ -60,7 +62,21 @@ def _answer(output: Mapping[str, Any], context: list[int], name: str) -> Answer:
 
 def prompt_logprobs(ids: Sequence[int], entries: Any) -> Whole:
     """The log-probs of a prompt's tokens, null for the first."""
-    return Whole("prompt_logprobs", of_ids(ids, entries, "prompt_logprobs", "the trajectory"))
+    place = "prompt_logprobs"
+    return Whole(
+        place, of_ids(ids, entries, place, "the trajectory"), entries=lambda: entries_of(entries, place)
+    )
+
+
+def entries_of(recorded: Any, place: str) -> list[dict[int, float] | None]:
+    """What vLLM recorded of each token, in the forms of ``of_ids``: {id: log-prob}, of one number nothing."""
+    positions = _from_flat(recorded, place) if isinstance(recorded, Mapping) else recorded
+    return [
+        of_pairs([(int(i), entry["logprob"]) for i, entry in one.items()], f"{place}[{j}]")
+        if isinstance(one, Mapping)
+        else None
+        for j, one in enumerate(positions)
+    ]
 
 
 def of_ids(ids: Sequence[int], entries: Any, place: str, what: str) -> list[float | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from pear_megatron.config import PearConfig
 from pear_megatron.errors import RecipeError
 from pear_megatron.megatron import cpu
 from tests.megatron.runs import write_trajectories
@@ -102,7 +104,6 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def _with_a_thousand_tokens(path: Path) -> None:
-    import json
 
     tokenizer = json.loads(path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -135,6 +136,42 @@ def test_batches_carry_the_data_of_the_files_token_by_token(runner: Any) -> None
             assert batch[key][row, :n].tolist() == expected.tolist(), key
             assert key == "input_ids" or not batch[key][row, n:].any()
         assert batch["reward"][row] == trajectory.reward
+
+
+def write_reference(path: Path) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    written = [{**row, "reference_logprobs": [v - 0.25 for v in row["behavior_logprobs"]]} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in written))
+
+
+def test_messages_hold_the_reference_log_probs_where_the_loss_takes_them(tmp_path: Path) -> None:
+    from pear_megatron.data import DataConfig, TrajectoryDataset, prepare
+    from pear_megatron.data.columns import Columns
+    from pear_megatron.rl.nemo_rl.sft import NemoRlTrajectories
+
+    write_reference(write_trajectories(tmp_path / "data.jsonl", 4, longest=50))
+    config = DataConfig(train=[str(tmp_path / "data.jsonl")], seq_length=63)
+    for pear in (PearConfig(ratio="reference"), PearConfig()):
+        trajectories = TrajectoryDataset.open(prepare(config, columns=Columns.of(pear), vocab_size=1000))
+        for item, trajectory in zip(NemoRlTrajectories(trajectories), trajectories, strict=False):
+            found = [message.get("reference_logprobs") for message in item["message_log"]]
+            if pear.ratio == "reference":
+                assert torch.cat(found).tolist() == trajectory.reference_logprobs.tolist()
+            else:
+                assert found == [None] * len(found)
+
+
+def test_batches_carry_the_reference_and_a_kl_is_refused(runner: Any) -> None:
+    write_reference(Path("data.jsonl"))
+    losses(runner, "pear.ratio=reference")
+    for batch in OneProcess.batches:
+        decisions = batch["token_mask"].bool()
+        moved = (batch["behavior_logprobs"] - 0.25).where(decisions, 0.0)
+        torch.testing.assert_close(batch["reference_logprobs"], moved)
+    with pytest.raises(
+        RecipeError, match="base_loss kl needs behavior_topk_ids, which NeMo-RL's loop does not"
+    ):
+        losses(runner, "pear.base_loss=kl")
 
 
 def test_training_follows_the_weighted_loss(runner: Any) -> None:

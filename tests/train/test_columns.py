@@ -1,0 +1,54 @@
+"""Runs whose loss reads more of the data than log-probs: refused without them, and alike on every layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.megatron.ranks import failures
+
+
+def with_columns(source: Path, target: Path, *, topk: bool = True, reference: bool = True) -> Path:
+    """The rows with a top-k (the sampled token and two neighbours) and with reference_logprobs, 0.1 lower."""
+    rows: list[dict[str, Any]] = [json.loads(line) for line in source.read_text().splitlines()]
+    for row in rows:
+        ids, mask, logprobs = row["input_ids"], row["loss_mask"], row["behavior_logprobs"]
+        if topk:
+            row["behavior_topk_ids"] = [
+                [(i + 1) % 1000, i, (i + 7) % 1000] if m else None for i, m in zip(ids, mask, strict=True)
+            ]
+            row["behavior_topk_logprobs"] = [
+                [-0.7, v, -1.6] if m else None for v, m in zip(logprobs, mask, strict=True)
+            ]
+        if reference:
+            row["reference_logprobs"] = [v - 0.1 if m else None for v, m in zip(logprobs, mask, strict=True)]
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("pear.base_loss=kl", "missing field 'behavior_topk_ids'"),
+        ("pear.ratio=reference", "missing field 'reference_logprobs'"),
+    ],
+)
+def test_data_without_the_column_are_refused_on_every_rank_before_there_is_a_model(
+    setting: str, said: str, tmp_path: Path, data: dict[str, Path]
+) -> None:
+    for message in failures(2, data["near"], tmp_path / "run", setting):
+        assert f"{data['near']}:1: {said}" in message
+        assert "`pear-megatron score --" in message
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["data_cache"]
+
+
+def test_held_out_data_must_have_the_reference_where_training_has_it(
+    tmp_path: Path, data: dict[str, Path]
+) -> None:
+    train = with_columns(data["near"], tmp_path / "train.jsonl")
+    held_out = f"data.validation={data['held_out']}"
+    (message,) = failures(1, train, tmp_path / "run", "pear.negative_floor=1", held_out)
+    assert "data.validation: the rows have no reference_logprobs and those of data.train have it" in message
