@@ -52,6 +52,8 @@ class PackedBatch:
         max_seqlen: length of the longest segment.
         token_weights: float32 [B, S], aligned with ``labels``, 0 off the decisions; None = 1 on all of them.
         source: int64 [n], which of a blend's sources a trajectory comes from, 0 on padding; None = not known.
+        behavior_topk: (ids int32 [B, S, k], log-probs float32 [B, S, k]) of the behaviour policy's likeliest tokens,
+            aligned with ``labels``, id -1 = no entry; None = the data have none.
     """
 
     tokens: torch.Tensor
@@ -66,6 +68,7 @@ class PackedBatch:
     max_seqlen: int
     token_weights: torch.Tensor | None = None
     source: torch.Tensor | None = None
+    behavior_topk: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def attention_mask(self) -> torch.Tensor:
         """Block-diagonal causal mask, bool [B, 1, S, S], True = masked out (Megatron's convention).
