@@ -72,21 +72,21 @@ enum WeightStatistic {
                           const Tensor& lse, const Tensor& grad, int64_t vocab_start,              \
                           int64_t vocab_size);                                                     \
   /* logprob_forward and more of each row in the same pass, token by token: [T, W] f32, W = 3, + 1 \
-     if entropy is wanted, + k if topk_ids [T, k] int32 are given (-inf where another rank, or            \
-     none, holds an id; 0 off the mask). */                                                                  \
+     if entropy is wanted, + k if topk_ids [T, k] int32 are given (-inf where another rank, or     \
+     none, holds an id; 0 off the mask). */                                                        \
   Tensor statistics_forward(const Tensor& logits, const Tensor& target,                            \
                             const OptionalTensor& mask, const OptionalTensor& topk_ids,            \
                             int64_t vocab_start, int64_t vocab_size, bool entropy);                \
   /* stats [n, T, W], of all ranks -> logprob, logsumexp, entropy, KL [T], all f32 and 0 off the   \
-     mask, the top-k's log-probs [T, k] and kl_terms [T, kKlTerms]; what is not wanted has no                \
-     elements. topk_logprobs [T, k] f32 are the behaviour policy's; an id of -1 is no entry. On                  \
-     the mask an id outside [0, vocab_size) raises IndexError; an id twice, no entry with any                         \
-     mass, and a log-prob that is NaN or above 1e-5 raise ValueError. */                                                    \
+     mask, the top-k's log-probs [T, k] and kl_terms [T, kKlTerms]; what is not wanted has no      \
+     elements. topk_logprobs [T, k] f32 are the behaviour policy's; an id of -1 is no entry. On    \
+     the mask an id outside [0, vocab_size) raises IndexError; an id twice, no entry with any      \
+     mass, and a log-prob that is NaN or above 1e-5 raise ValueError. */                           \
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics_combine(                   \
       const Tensor& stats, const OptionalTensor& mask, const OptionalTensor& topk_ids,             \
       const OptionalTensor& topk_logprobs, int64_t vocab_size, bool entropy, bool bucket);         \
   /* logprob_backward_ plus kl_grad[t] * d KL_t / d logits (docs/method.md, Base loss), in one     \
-     pass; the top-k's columns come from topk_log_pi, as statistics_combine gave it. kl_grad [T]             \
+     pass; the top-k's columns come from topk_log_pi, as statistics_combine gave it. kl_grad [T]   \
      f32. */                                                                                       \
   void topk_kl_backward_(Tensor& logits, const Tensor& target, const OptionalTensor& mask,         \
                          const Tensor& lse, const Tensor& grad, const Tensor& topk_ids,            \

@@ -221,7 +221,7 @@ def vocab_parallel_statistics(
         (start, vocab_size),
     )
     found = _VocabParallelStatistics.apply(layout.rows(logits), wanted, tp_group, inplace_backward)
-    return TokenStatistics(*(None if x is None else layout.unflat(x) for x in found))
+    return TokenStatistics._make(None if x is None else layout.unflat(x) for x in found)
 
 
 def checked_tail(tail: Any) -> Tail:
