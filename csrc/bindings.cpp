@@ -17,6 +17,21 @@ TORCH_LIBRARY(pear_megatron, m) {
       "logprob_backward_(Tensor(a!) logits, Tensor target, Tensor? mask, Tensor lse, Tensor grad, "
       "int vocab_start, int vocab_size) -> ()");
   m.def(
+      "statistics_forward(Tensor logits, Tensor target, Tensor? mask, Tensor? topk_ids, "
+      "int vocab_start, int vocab_size, bool entropy) -> Tensor");
+  m.def(
+      "statistics_combine(Tensor stats, Tensor? mask, Tensor? topk_ids, Tensor? topk_logprobs, "
+      "int vocab_size, bool entropy, bool bucket) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "topk_kl_backward(Tensor logits, Tensor target, Tensor? mask, Tensor lse, Tensor grad, "
+      "Tensor topk_ids, Tensor topk_logprobs, Tensor topk_log_pi, Tensor kl_terms, Tensor kl_grad, "
+      "int vocab_start, int vocab_size) -> Tensor");
+  m.def(
+      "topk_kl_backward_(Tensor(a!) logits, Tensor target, Tensor? mask, Tensor lse, Tensor grad, "
+      "Tensor topk_ids, Tensor topk_logprobs, Tensor topk_log_pi, Tensor kl_terms, Tensor kl_grad, "
+      "int vocab_start, int vocab_size) -> ()");
+  m.def(
       "segmented_suffix_sum(Tensor x, Tensor cu_seqlens, Tensor? carry, bool exclusive) -> Tensor");
   m.def("segment_sum(Tensor x, Tensor cu_seqlens) -> Tensor");
   m.def(
@@ -32,6 +47,10 @@ TORCH_LIBRARY(pear_megatron, m) {
   m.impl("logprob_combine", &pear::device::logprob_combine);           \
   m.impl("logprob_backward", &pear::device::logprob_backward);         \
   m.impl("logprob_backward_", &pear::device::logprob_backward_);       \
+  m.impl("statistics_forward", &pear::device::statistics_forward);     \
+  m.impl("statistics_combine", &pear::device::statistics_combine);     \
+  m.impl("topk_kl_backward", &pear::device::topk_kl_backward);         \
+  m.impl("topk_kl_backward_", &pear::device::topk_kl_backward_);       \
   m.impl("segmented_suffix_sum", &pear::device::segmented_suffix_sum); \
   m.impl("segment_sum", &pear::device::segment_sum);                   \
   m.impl("pear_weights", &pear::device::pear_weights);

@@ -54,6 +54,52 @@ inline void check_logits(const Tensor& logits, const Tensor& target, const Optio
   check_mask(mask, logits.size(0), logits);
 }
 
+// [T, k] of one dtype, k >= 1.
+inline void check_topk(const Tensor& x, const char* name, int64_t T, int64_t k,
+                       at::ScalarType dtype, const Tensor& as) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) == T && x.size(1) == k && k > 0, name,
+                    " must have shape [", T, ", k], k > 0 and alike in ids and log-probs, got ",
+                    x.sizes());
+  TORCH_CHECK_VALUE(x.scalar_type() == dtype, name, " must be ", dtype, ", got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.is_contiguous(), name, " must be contiguous");
+  check_same_device(x, name, as);
+}
+
+// The number k of entries per token, 0 without any.
+inline int64_t check_topk_ids(const OptionalTensor& ids, int64_t T, const Tensor& as) {
+  if (!ids) return 0;
+  const int64_t k = ids->dim() == 2 ? ids->size(1) : 0;
+  check_topk(*ids, "topk_ids", T, k, at::kInt, as);
+  return k;
+}
+
+// Of statistics_combine -> k.
+inline int64_t check_statistics(const Tensor& stats, const OptionalTensor& topk_ids,
+                                const OptionalTensor& topk_logprobs, bool entropy) {
+  TORCH_CHECK_VALUE(stats.dim() == 3 && stats.scalar_type() == at::kFloat && stats.is_contiguous(),
+                    "stats must be contiguous float32 [ranks, T, W], got ", stats.sizes());
+  TORCH_CHECK_VALUE(topk_ids.has_value() == topk_logprobs.has_value(),
+                    "topk_ids and topk_logprobs are wanted together");
+  const int64_t k = check_topk_ids(topk_ids, stats.size(1), stats);
+  if (k) check_topk(*topk_logprobs, "topk_logprobs", stats.size(1), k, at::kFloat, stats);
+  TORCH_CHECK_VALUE(stats.size(2) == kLogprobStatistics + entropy + k, "stats have ", stats.size(2),
+                    " numbers a token, expected ", kLogprobStatistics + entropy + k);
+  return k;
+}
+
+// Of topk_kl_backward -> k.
+inline int64_t check_topk_gradient(const Tensor& logits, const Tensor& ids, const Tensor& logprobs,
+                                   const Tensor& log_pi, const Tensor& kl_terms,
+                                   const Tensor& kl_grad) {
+  const int64_t T = logits.size(0), k = check_topk_ids(ids, T, logits);
+  check_topk(logprobs, "topk_logprobs", T, k, at::kFloat, logits);
+  check_topk(log_pi, "topk_log_pi", T, k, at::kFloat, logits);
+  check_topk(kl_terms, "kl_terms", T, kKlTerms, at::kFloat, logits);
+  check_vector(kl_grad, "kl_grad", T, at::kFloat);
+  check_same_device(kl_grad, "kl_grad", logits);
+  return k;
+}
+
 inline void check_stats(const Tensor& stats) {
   TORCH_CHECK_VALUE(stats.dim() == 3 && stats.size(1) == kLogprobStatistics,
                     "stats must be [ranks, 3, T], got ", stats.sizes());

@@ -7,13 +7,18 @@ from pear_megatron.lazy import lazily
 if TYPE_CHECKING:
     from pear_megatron.config import PearConfig
     from pear_megatron.loss import pear_linear_loss, pear_loss
-    from pear_megatron.ops import linear_logprob, segmented_suffix_sum, vocab_parallel_logprob
+    from pear_megatron.ops import (
+        linear_logprob,
+        segmented_suffix_sum,
+        vocab_parallel_logprob,
+        vocab_parallel_topk_kl,
+    )
     from pear_megatron.weights import importance_weights
 else:  # `pear-megatron --help`, and a mistake in a recipe, wait for no torch
     _NAMES = {
         "config": ["PearConfig"],
         "loss": ["pear_linear_loss", "pear_loss"],
-        "ops": ["linear_logprob", "segmented_suffix_sum", "vocab_parallel_logprob"],
+        "ops": ["linear_logprob", "segmented_suffix_sum", "vocab_parallel_logprob", "vocab_parallel_topk_kl"],
         "weights": ["importance_weights"],
     }
     __getattr__, __dir__ = lazily(__name__, _NAMES)
@@ -28,4 +33,5 @@ __all__ = [
     "pear_loss",
     "segmented_suffix_sum",
     "vocab_parallel_logprob",
+    "vocab_parallel_topk_kl",
 ]

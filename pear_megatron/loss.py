@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pear_megatron.config import PearConfig
 from pear_megatron.ops.arguments import require_behavior, require_config, require_mask, require_tensors
-from pear_megatron.ops.logprob import vocab_parallel_logprob
-from pear_megatron.ops.output_layer import linear_logprob
+from pear_megatron.ops.output_layer import linear_statistics
+from pear_megatron.ops.statistics import TopK, vocab_parallel_statistics
 from pear_megatron.ops.suffix_sum import as_cu_seqlens
 from pear_megatron.weights import dft_factor, reward_per_token, statistic_names, weights_and_statistics
 
@@ -21,8 +21,6 @@ from pear_megatron.weights import dft_factor, reward_per_token, statistic_names,
 BY_SOURCE = "by_source"
 
 Normalization = Literal["token", "trajectory"]
-# The behaviour policy's likeliest tokens: ids [T, k] int32 (-1 = no entry) and their log-probs [T, k] float32.
-TopK = tuple[Tensor, Tensor]
 
 
 def report_keys(config: PearConfig) -> tuple[str, ...]:
@@ -57,6 +55,22 @@ def _check_arguments(
         reference_logprobs=reference_logprobs,
         has_reward=reward is not None,
     )
+
+
+def topk_of(config: PearConfig, behavior_topk: TopK | None) -> TopK | None:
+    """The top-k, where the config's base loss takes one.
+
+    Raises:
+        ValueError: it takes one and there is none.
+    """
+    if config.base_loss != "kl":
+        return None
+    if behavior_topk is None:
+        raise ValueError(
+            "base_loss 'kl' needs behavior_topk, (ids [T, k] int32, log-probs [T, k] float32) of the behaviour "
+            "policy; 'nll' does without"
+        )
+    return behavior_topk
 
 
 def _checked_token_weights(token_weights: Tensor, mask: Tensor) -> Tensor:
@@ -150,20 +164,25 @@ def pear_loss(
     _check_arguments(
         config, behavior_logprobs, reference_logprobs, reward, mask, logits=logits, target=target
     )
-    logprob = vocab_parallel_logprob(
+    found = vocab_parallel_statistics(
         logits,
         target,
+        topk=topk_of(config, behavior_topk),
+        tail=config.kl_tail,
+        entropy=config.needs_entropy,
         mask=mask,
         tp_group=tp_group,
         vocab_size=vocab_size,
         inplace_backward=inplace_backward,
     )
     return loss_of_logprobs(
-        logprob,
+        found.logprob,
         behavior_logprobs,
         mask,
         cu_seqlens,
         config,
+        kl=found.kl,
+        entropy=found.entropy,
         reward=reward,
         token_weights=token_weights,
         reference_logprobs=reference_logprobs,
@@ -223,22 +242,27 @@ def pear_linear_loss(
         weight=weight,
         target=target,
     )
-    logprob = linear_logprob(
+    found = linear_statistics(
         hidden,
         weight,
         target,
         chunk_tokens=chunk_tokens,
+        topk=topk_of(config, behavior_topk),
+        tail=config.kl_tail,
+        entropy=config.needs_entropy,
         mask=mask,
         tp_group=tp_group,
         vocab_size=vocab_size,
         reduce_hidden_gradient=reduce_hidden_gradient,
     )
     return loss_of_logprobs(
-        logprob,
+        found.logprob,
         behavior_logprobs,
         mask,
         cu_seqlens,
         config,
+        kl=found.kl,
+        entropy=found.entropy,
         reward=reward,
         token_weights=token_weights,
         reference_logprobs=reference_logprobs,
@@ -315,7 +339,8 @@ def loss_of_logprobs(
         num_tokens = counted.sum(dtype=torch.int32)
     base = -logprob
     if config.base_loss == "kl":
-        assert kl is not None
+        if kl is None:
+            raise ValueError("base_loss 'kl' needs kl, the divergences of the tokens; 'nll' does without")
         kl = kl.reshape(-1)
         if config.dft_power:  # of the NLL alone
             initial = None if reference_logprobs is None else reference_logprobs.reshape(-1)

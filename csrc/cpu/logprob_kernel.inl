@@ -130,29 +130,51 @@ static float block_max(const T* x, int64_t n) {
   return horizontal_max(max[0]);
 }
 
-template <typename T>
-static float block_sum_exp(const T* x, int64_t n, float max) {
-  f32s sum[kUnroll] = {};
+// The sum of exp(x - max) and, for the entropy, that of (x - max) exp(x - max).
+template <bool kEntropy>
+struct BlockSums {
+  f32s sum = {}, weighted = {};
+
+  void add(f32s exponent) {
+    const f32s e = exp_all(exponent);
+    sum += e;
+    if constexpr (kEntropy) {
+      const f32s low = splat(-1000.0f);  // -inf times exp(-inf) adds nothing
+      weighted += e * (exponent < low ? low : exponent);
+    }
+  }
+};
+
+template <bool kEntropy, typename T>
+static void add_block(const T* x, int64_t n, float max, float* sum, float* weighted) {
+  BlockSums<kEntropy> sums[kUnroll];
   int64_t i = 0;
   for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
-    for (int u = 0; u < kUnroll; ++u) sum[u] += exp_all(load(x + i + u * kLanes) - max);
+    for (int u = 0; u < kUnroll; ++u) sums[u].add(load(x + i + u * kLanes) - max);
   }
   for (; i < n; i += kLanes) {
-    sum[0] += exp_all((n - i >= kLanes ? load(x + i) : load_tail(x + i, n - i)) - max);
+    sums[0].add((n - i >= kLanes ? load(x + i) : load_tail(x + i, n - i)) - max);
   }
-  return horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  *sum += horizontal_sum((sums[0].sum + sums[1].sum) + (sums[2].sum + sums[3].sum));
+  if constexpr (kEntropy) {
+    *weighted += horizontal_sum((sums[0].weighted + sums[1].weighted) +
+                                (sums[2].weighted + sums[3].weighted));
+  }
 }
 
-// Online over blocks: the running sum is rescaled when a block raises the maximum. One read from
-// memory.
-template <typename T>
-static void row_max_and_sum_exp(const T* x, int64_t n, float* row_max, float* row_sum_exp) {
-  float max = -kInfinity, sum = 0.0f;
+// Online over blocks: the running sums are rescaled when a block raises the maximum. One read from
+// memory. row_weighted is written where the entropy is wanted.
+template <bool kEntropy, typename T>
+static void row_sums(const T* x, int64_t n, float* row_max, float* row_sum_exp,
+                     float* row_weighted) {
+  float max = -kInfinity, sum = 0.0f, weighted = 0.0f;
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t columns = std::min(kBlock, n - start);
     const float block = block_max(x + start, columns);
     if (block > max) {
-      sum *= exp1(max - block);
+      const float scale = exp1(max - block);
+      if constexpr (kEntropy) weighted = (weighted + finite_exponent(max - block) * sum) * scale;
+      sum *= scale;
       max = block;
     }
     // A block of nothing but -inf adds nothing; -inf - -inf would be NaN. NaN columns must be seen.
@@ -162,10 +184,11 @@ static void row_max_and_sum_exp(const T* x, int64_t n, float* row_max, float* ro
       }
       continue;
     }
-    sum += block_sum_exp(x + start, columns, max);
+    add_block<kEntropy>(x + start, columns, max, &sum, &weighted);
   }
   *row_max = max;
   *row_sum_exp = sum;
+  if constexpr (kEntropy) *row_weighted = weighted;
 }
 
 // out = scale * exp(x - lse); out may be x.

@@ -1,7 +1,8 @@
 // Vocab-parallel log-probabilities on CUDA. Both directions are bound by memory: of V columns of b
 // bytes, forward moves V b per token (each logit read once; 12 bytes of statistics), backward 2 V b
 // (read once, written once), in 16-byte accesses, kUnroll of them in flight per thread. Rows off
-// the mask move nothing forward and V b backward.
+// the mask move nothing forward and V b backward. A top-k adds a sector of 32 bytes per entry to
+// each direction, in the same launch.
 #include <ATen/ops/empty.h>
 
 #include "checks.h"
@@ -9,6 +10,7 @@
 #include "cuda/vector.h"
 #include "online_softmax.h"
 #include "ops.h"
+#include "topk_kl.h"
 
 namespace pear::cuda {
 namespace {
@@ -35,24 +37,39 @@ __device__ __forceinline__ float exp_difference(float x, float base) {
   return exp2_approx((x - base) * kLog2e);
 }
 
-template <int kThreads>
-__device__ __forceinline__ SoftmaxPart merge_row(SoftmaxPart part) {
-  const auto merge_warp = [](SoftmaxPart p) {
+__device__ __forceinline__ SoftmaxPart of_lane(SoftmaxPart p, int bits) {
+  return {__shfl_xor_sync(kFullWarp, p.max, bits), __shfl_xor_sync(kFullWarp, p.sum, bits)};
+}
+__device__ __forceinline__ EntropyPart of_lane(EntropyPart p, int bits) {
+  return {__shfl_xor_sync(kFullWarp, p.max, bits), __shfl_xor_sync(kFullWarp, p.sum, bits),
+          __shfl_xor_sync(kFullWarp, p.weighted, bits)};
+}
+
+template <bool kEntropy>
+using RowPart = std::conditional_t<kEntropy, EntropyPart, SoftmaxPart>;
+
+template <bool kEntropy>
+__device__ __forceinline__ RowPart<kEntropy> row_part(SoftmaxPart part) {
+  if constexpr (kEntropy) return with_entropy(part);
+  if constexpr (!kEntropy) return part;
+}
+
+template <int kThreads, typename Part>
+__device__ __forceinline__ Part merge_row(Part part) {
+  const auto merge_warp = [](Part p) {
 #pragma unroll
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-      p = merge(p, SoftmaxPart{__shfl_xor_sync(kFullWarp, p.max, lanes),
-                               __shfl_xor_sync(kFullWarp, p.sum, lanes)});
-    }
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) p = merge(p, of_lane(p, lanes));
     return p;
   };
   part = merge_warp(part);
   if constexpr (kThreads == kWarp) return part;
   constexpr int kWarps = kThreads / kWarp;
-  __shared__ SoftmaxPart by_warp[kWarps];
+  __shared__ Part by_warp[kWarps];
   if (threadIdx.x % kWarp == 0) by_warp[threadIdx.x / kWarp] = part;
   __syncthreads();
   if (threadIdx.x >= kWarp) return part;
-  return merge_warp(threadIdx.x < kWarps ? by_warp[threadIdx.x] : no_columns());
+  constexpr bool kEntropy = std::is_same_v<Part, EntropyPart>;
+  return merge_warp(threadIdx.x < kWarps ? by_warp[threadIdx.x] : row_part<kEntropy>(no_columns()));
 }
 
 // -inf in every place: adds nothing to a maximum.
@@ -66,21 +83,33 @@ __device__ __forceinline__ uint4 nothing(c10::Half) {
   return {0xfc00fc00u, 0xfc00fc00u, 0xfc00fc00u, 0xfc00fc00u};
 }
 
-template <typename T, int kThreads>
+// Where the statistics go, and the top-k whose logits are among them (k = 0: none).
+struct StatisticsOut {
+  float* first;
+  int64_t token, statistic;
+  const int32_t* topk_ids;
+  int k;
+};
+
+template <typename T, int kThreads, bool kEntropy>
 PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, VocabShard shard,
                              int64_t vocab_size, const int64_t* targets, const bool* mask,
-                             float* stats) {
+                             StatisticsOut stats) {
   constexpr int kColumns = kPerVector<T>;
   const int i = threadIdx.x % kThreads;
   const int64_t t = int64_t(blockIdx.x) * kRowsPerBlock<kThreads> + threadIdx.x / kThreads;
   if (t >= rows) return;
-  float *row_max = stats + kRowMax * rows + t, *row_sum = stats + kRowSumExp * rows + t;
-  float* target_logit = stats + kTargetLogit * rows + t;
+  float* out = stats.first + t * stats.token;
+  float *row_max = out + kRowMax * stats.statistic, *row_sum = out + kRowSumExp * stats.statistic;
+  float* target_logit = out + kTargetLogit * stats.statistic;
+  float* entries = out + (kLogprobStatistics + kEntropy) * stats.statistic;
   if (mask && !mask[t]) {
     if (i == 0) {
       *row_max = kNegativeInfinity;
       *row_sum = *target_logit = 0.0f;
+      if constexpr (kEntropy) out[kRowEntropySum * stats.statistic] = 0.0f;
     }
+    for (int j = i; j < stats.k; j += kThreads) entries[j * stats.statistic] = 0.0f;
     return;
   }
 
@@ -92,13 +121,18 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
     const bool here = 0 <= column && column < columns;
     *target_logit = here ? static_cast<float>(row[column]) : kNegativeInfinity;
   }
+  for (int j = i; j < stats.k; j += kThreads) {
+    const int64_t id = stats.topk_ids[t * stats.k + j], column = id - shard.start;
+    const bool here = id >= 0 && 0 <= column && column < columns;
+    entries[j * stats.statistic] = here ? static_cast<float>(row[column]) : kNegativeInfinity;
+  }
 
   const RowSplit split = split_row(row, columns);
   const uint4* body = reinterpret_cast<const uint4*>(row + split.head);
   float single = kNegativeInfinity;  // head and tail are fewer than the threads
   if (i < split.head + split.tail) single = row[single_column(split, columns, i)];
 
-  SoftmaxPart part = no_columns();
+  RowPart<kEntropy> part = row_part<kEntropy>(no_columns());
   for (int v = i; v < split.vectors; v += kUnroll * kThreads) {
     uint4 raw[kUnroll];
 #pragma unroll
@@ -116,22 +150,36 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
     }
     const float base = exponent_base(max);
     float sum = part.sum * exp_difference(part.max, base), other = 0.0f;  // two chains of additions
+    float weighted = 0.0f;
+    if constexpr (kEntropy) {
+      const float less = finite_exponent(part.max - base);
+      weighted = (part.weighted + less * part.sum) * exp_difference(part.max, base);
+    }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (v + u * kThreads >= split.vectors) break;
       unpack(raw[u], x, T(0.0f));
 #pragma unroll
       for (int c = 0; c < kColumns; c += 2) {
-        sum += exp_difference(x[c], base);
-        other += exp_difference(x[c + 1], base);
+        const float e = exp_difference(x[c], base), f = exp_difference(x[c + 1], base);
+        sum += e;
+        other += f;
+        if constexpr (kEntropy) {
+          weighted += finite_exponent(x[c] - base) * e + finite_exponent(x[c + 1] - base) * f;
+        }
       }
     }
-    part = {max, sum + other};
+    if constexpr (kEntropy) {
+      part = {max, sum + other, weighted};
+    } else {
+      part = {max, sum + other};
+    }
   }
-  part = merge_row<kThreads>(merge(part, one_column(single)));
+  part = merge_row<kThreads>(merge(part, row_part<kEntropy>(one_column(single))));
   if (i == 0) {
     *row_max = part.max;
     *row_sum = part.sum;
+    if constexpr (kEntropy) out[kRowEntropySum * stats.statistic] = part.weighted;
   }
 }
 
@@ -146,11 +194,27 @@ __global__ void __launch_bounds__(256)
   lse[t] = out.lse;
 }
 
+// What the KL adds to a backward pass.
+struct TopkGradient {
+  int k;
+  const int32_t* ids;
+  const float *logprobs, *log_pi, *terms, *grad;
+};
+
+template <int kThreads>
+__device__ __forceinline__ void sync_row() {
+  if constexpr (kThreads == kWarp) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
 // x may be y: a thread reads what it writes, before it writes it.
-template <typename T, int kThreads>
+template <typename T, int kThreads, bool kTopk>
 PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows,
                               int V, VocabShard shard, const int64_t* targets, const bool* mask,
-                              const float* lse, const float* grad) {
+                              const float* lse, const float* grad, TopkGradient topk) {
   constexpr int kColumns = kPerVector<T>;
   const int i = threadIdx.x % kThreads;
   const int64_t t = int64_t(blockIdx.x) * kRowsPerBlock<kThreads> + threadIdx.x / kThreads;
@@ -162,9 +226,17 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
   const int columns = static_cast<int>(shard.columns);
   const int64_t shifted = targets[t] - shard.start;
   const int target = 0 <= shifted && shifted < columns ? static_cast<int>(shifted) : -1;
-  const float row_lse = lse[t], scale = -grad[t];
+  const float row_lse = lse[t], of_logprob = -grad[t];
+  float of_kl = 0.0f, scale = of_logprob;
+  if constexpr (kTopk) {
+    of_kl = topk.grad[t] * topk.terms[t * kKlTerms + kOutsideFactor];
+    scale += of_kl;
+  }
   const auto gradient = [&](float logit) { return scale * exp_difference(logit, row_lse); };
-  const auto target_gradient = [&](float logit) { return scale * expm1f(logit - row_lse); };
+  const auto target_gradient = [&](float logit) {
+    const float g = of_logprob * expm1f(logit - row_lse);
+    return kTopk ? g + of_kl * exp_difference(logit, row_lse) : g;
+  };
 
   // Vectors need rows of the same alignment; others (a slice into a new tensor) go one by one.
   RowSplit split = split_row(out, columns);
@@ -203,6 +275,17 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
     out[column] = static_cast<T>(column == target ? target_gradient(logit) : gradient(logit));
   }
   zero_columns(out, columns, V, i, kThreads);
+  if constexpr (kTopk) {
+    sync_row<kThreads>();  // the entries' columns have been written, and are written over
+    const float log_mass = topk.terms[t * kKlTerms + kLogMass];
+    for (int j = i; j < topk.k; j += kThreads) {
+      const int64_t at = t * topk.k + j, id = topk.ids[at], column = id - shard.start;
+      if (id < 0 || column < 0 || column >= columns) continue;
+      out[column] =
+          static_cast<T>(entry_gradient(topk.log_pi[at], expf(topk.logprobs[at] - log_mass),
+                                        grad[t], topk.grad[t], column == target));
+    }
+  }
 }
 
 // Calls f with the threads for a row of V columns, as a compile-time constant. Long rows get large
@@ -224,9 +307,28 @@ const bool* mask_data(const OptionalTensor& mask) {
   return mask ? mask->const_data_ptr<bool>() : nullptr;
 }
 
+void run_forward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
+                 int64_t vocab_start, int64_t vocab_size, bool entropy, StatisticsOut out) {
+  const auto shard = vocab_shard(logits.size(1), vocab_start, vocab_size);
+  const int64_t rows = logits.size(0);
+  if (rows == 0) return;
+  for_logits_dtype(logits, [&](auto zero) {
+    using T = decltype(zero);
+    for_row_threads<T>(shard.columns, [&](auto threads) {
+      constexpr int kThreads = threads();
+      constexpr int kRows = kRowsPerBlock<kThreads>;
+      const auto kernel =
+          entropy ? forward_rows<T, kThreads, true> : forward_rows<T, kThreads, false>;
+      launch(kernel, (rows + kRows - 1) / kRows, kBlock<kThreads>, logits.const_data_ptr<T>(),
+             logits.stride(0), rows, shard, vocab_size, target.const_data_ptr<int64_t>(),
+             mask_data(mask), out);
+    });
+  });
+}
+
 void run_backward(const Tensor& logits, Tensor& out, const Tensor& target,
                   const OptionalTensor& mask, const Tensor& lse, const Tensor& grad,
-                  VocabShard shard) {
+                  VocabShard shard, const TopkGradient& topk = {}) {
   const int64_t rows = logits.size(0), V = logits.size(1);
   if (rows == 0) return;
   for_logits_dtype(logits, [&](auto zero) {
@@ -234,12 +336,25 @@ void run_backward(const Tensor& logits, Tensor& out, const Tensor& target,
     for_row_threads<T>(V, [&](auto threads) {
       constexpr int kThreads = threads();
       constexpr int kRows = kRowsPerBlock<kThreads>;
-      launch(backward_rows<T, kThreads>, (rows + kRows - 1) / kRows, kBlock<kThreads>,
-             logits.const_data_ptr<T>(), logits.stride(0), out.mutable_data_ptr<T>(), out.stride(0),
-             rows, static_cast<int>(V), shard, target.const_data_ptr<int64_t>(), mask_data(mask),
-             lse.const_data_ptr<float>(), grad.const_data_ptr<float>());
+      const auto kernel =
+          topk.k ? backward_rows<T, kThreads, true> : backward_rows<T, kThreads, false>;
+      launch(kernel, (rows + kRows - 1) / kRows, kBlock<kThreads>, logits.const_data_ptr<T>(),
+             logits.stride(0), out.mutable_data_ptr<T>(), out.stride(0), rows, static_cast<int>(V),
+             shard, target.const_data_ptr<int64_t>(), mask_data(mask), lse.const_data_ptr<float>(),
+             grad.const_data_ptr<float>(), topk);
     });
   });
+}
+
+TopkGradient topk_gradient(const Tensor& logits, const Tensor& ids, const Tensor& logprobs,
+                           const Tensor& log_pi, const Tensor& terms, const Tensor& grad) {
+  const int64_t k = check_topk_gradient(logits, ids, logprobs, log_pi, terms, grad);
+  return {static_cast<int>(k),
+          ids.const_data_ptr<int32_t>(),
+          logprobs.const_data_ptr<float>(),
+          log_pi.const_data_ptr<float>(),
+          terms.const_data_ptr<float>(),
+          grad.const_data_ptr<float>()};
 }
 
 VocabShard check_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
@@ -260,21 +375,26 @@ Tensor logprob_forward(const Tensor& logits, const Tensor& target, const Optiona
                        int64_t vocab_start, int64_t vocab_size) {
   check_logits(logits, target, mask);
   check_columns(logits);
-  const auto shard = vocab_shard(logits.size(1), vocab_start, vocab_size);
   const DeviceGuard guard(logits.device());
   const int64_t rows = logits.size(0);
   Tensor stats = at::empty({kLogprobStatistics, rows}, logits.options().dtype(at::kFloat));
-  if (rows == 0) return stats;
-  for_logits_dtype(logits, [&](auto zero) {
-    using T = decltype(zero);
-    for_row_threads<T>(shard.columns, [&](auto threads) {
-      constexpr int kThreads = threads();
-      constexpr int kRows = kRowsPerBlock<kThreads>;
-      launch(forward_rows<T, kThreads>, (rows + kRows - 1) / kRows, kBlock<kThreads>,
-             logits.const_data_ptr<T>(), logits.stride(0), rows, shard, vocab_size,
-             target.const_data_ptr<int64_t>(), mask_data(mask), stats.mutable_data_ptr<float>());
-    });
-  });
+  run_forward(logits, target, mask, vocab_start, vocab_size, false,
+              {stats.mutable_data_ptr<float>(), 1, rows, nullptr, 0});
+  return stats;
+}
+
+Tensor statistics_forward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
+                          const OptionalTensor& topk_ids, int64_t vocab_start, int64_t vocab_size,
+                          bool entropy) {
+  check_logits(logits, target, mask);
+  check_columns(logits);
+  const DeviceGuard guard(logits.device());
+  const int64_t rows = logits.size(0), k = check_topk_ids(topk_ids, rows, logits);
+  const int64_t width = kLogprobStatistics + entropy + k;
+  Tensor stats = at::empty({rows, width}, logits.options().dtype(at::kFloat));
+  run_forward(logits, target, mask, vocab_start, vocab_size, entropy,
+              {stats.mutable_data_ptr<float>(), width, 1,
+               k ? topk_ids->const_data_ptr<int32_t>() : nullptr, static_cast<int>(k)});
   return stats;
 }
 
@@ -307,6 +427,30 @@ void logprob_backward_(Tensor& logits, const Tensor& target, const OptionalTenso
   const auto shard = check_backward(logits, target, mask, lse, grad, vocab_start, vocab_size);
   const DeviceGuard guard(logits.device());
   run_backward(logits, logits, target, mask, lse, grad, shard);
+}
+
+Tensor topk_kl_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
+                        const Tensor& lse, const Tensor& grad, const Tensor& topk_ids,
+                        const Tensor& topk_logprobs, const Tensor& topk_log_pi,
+                        const Tensor& kl_terms, const Tensor& kl_grad, int64_t vocab_start,
+                        int64_t vocab_size) {
+  const auto shard = check_backward(logits, target, mask, lse, grad, vocab_start, vocab_size);
+  const auto topk = topk_gradient(logits, topk_ids, topk_logprobs, topk_log_pi, kl_terms, kl_grad);
+  const DeviceGuard guard(logits.device());
+  Tensor out = at::empty(logits.sizes(), logits.options());
+  run_backward(logits, out, target, mask, lse, grad, shard, topk);
+  return out;
+}
+
+void topk_kl_backward_(Tensor& logits, const Tensor& target, const OptionalTensor& mask,
+                       const Tensor& lse, const Tensor& grad, const Tensor& topk_ids,
+                       const Tensor& topk_logprobs, const Tensor& topk_log_pi,
+                       const Tensor& kl_terms, const Tensor& kl_grad, int64_t vocab_start,
+                       int64_t vocab_size) {
+  const auto shard = check_backward(logits, target, mask, lse, grad, vocab_start, vocab_size);
+  const auto topk = topk_gradient(logits, topk_ids, topk_logprobs, topk_log_pi, kl_terms, kl_grad);
+  const DeviceGuard guard(logits.device());
+  run_backward(logits, logits, target, mask, lse, grad, shard, topk);
 }
 
 }  // namespace pear::cuda

@@ -21,10 +21,11 @@ from pear_megatron.errors import RecipeError
 from pear_megatron.loss import Normalization, loss_of_logprobs, pear_loss
 from pear_megatron.megatron.model import wraps_precision
 from pear_megatron.megatron.output_chunks import (
-    logprobs_in_chunks,
     require_output_processor,
+    statistics_in_chunks,
     supports_output_processor,
 )
+from pear_megatron.ops.statistics import TokenStatistics
 from pear_megatron.report import ReportWatch
 
 LossOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -77,7 +78,7 @@ class PearForwardStep:
     Raises:
         ValueError: output_chunk_tokens without the output processor.
         RecipeError: when called: output_chunk_tokens with a model that it does not work with, or a model
-            whose config does not say ``calculate_per_token_loss``.
+            whose config does not say ``calculate_per_token_loss``; ``base_loss: kl`` with data without a top-k.
     """
 
     def __init__(
@@ -122,6 +123,11 @@ class PearForwardStep:
         batch = next(data_iterator)
         if not self._met:
             self._meet(model)
+        if self.config.base_loss == "kl" and batch.behavior_topk is None:
+            raise RecipeError(
+                "pear.base_loss: kl needs the behaviour policy's top-k, and the batch has none: score the data with "
+                "`pear-megatron score --top-k K`, or set pear.base_loss: nll"
+            )
         inputs = self._inputs(batch)
         run = model.build_schedule_plan if return_schedule_plan else model
         if wraps_precision(model):
@@ -138,16 +144,17 @@ class PearForwardStep:
                 logits, _bias = output_layer(hidden_states, weight=output_weight)  # [s, b, V/tp]
                 results.append(self.loss(scale_logits(logits).transpose(0, 1), batch))
             else:
-                logprobs = logprobs_in_chunks(
+                found = statistics_in_chunks(
                     hidden_states,
                     output_layer,
                     output_weight,
                     batch,
+                    self.config,
                     chunk_tokens=self.output_chunk_tokens,
                     vocab_size=self.vocab_size,
                     tp_group=self.tp_group,
                 )
-                results.append(self.loss_of_logprobs(logprobs, batch))
+                results.append(self.loss_of_statistics(found, batch))
             return results[0][0]
 
         output = run(**inputs, output_processor=processor)
@@ -199,6 +206,7 @@ class PearForwardStep:
                 **self._of_trajectories(batch),
                 token_weights=_flat(batch.token_weights),
                 reference_logprobs=_flat(batch.reference_logprobs),
+                behavior_topk=batch.behavior_topk,
                 tp_group=self.tp_group,
                 cp_group=self.cp_group,
                 vocab_size=self.vocab_size,
@@ -206,15 +214,17 @@ class PearForwardStep:
             )
         )
 
-    def loss_of_logprobs(self, logprobs: Tensor, batch: PackedBatch) -> LossOutput:
-        """The same from [B * S] log-probs, 0 off the mask."""
+    def loss_of_statistics(self, found: TokenStatistics, batch: PackedBatch) -> LossOutput:
+        """The same from what is [B * S] each, 0 off the mask."""
         return self._seen(
             loss_of_logprobs(
-                logprobs,
+                found.logprob,
                 batch.behavior_logprobs,
                 batch.loss_mask.view(-1),
                 batch.cu_seqlens,
                 self.config,
+                kl=found.kl,
+                entropy=found.entropy,
                 **self._of_trajectories(batch),
                 token_weights=_flat(batch.token_weights),
                 reference_logprobs=_flat(batch.reference_logprobs),

@@ -1,4 +1,4 @@
-"""Log-probs from the output layer's input, a chunk of tokens at a time: logits that never exist as a whole.
+"""What the loss takes of each token, a chunk of tokens at a time: logits that never exist as a whole.
 
 What ``GPTModel.forward(output_processor=...)`` hands over (megatron-core 0.19+) is enough for it: hidden states,
 the output layer, and the embedding's weight where it is shared. ColumnParallelLinear is not called; what it
@@ -14,35 +14,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pear_megatron.config import PearConfig
 from pear_megatron.data.batches import PackedBatch
 from pear_megatron.errors import RecipeError
+from pear_megatron.loss import topk_of
 from pear_megatron.megatron.model import unwrap
-from pear_megatron.ops.output_layer import linear_logprob
+from pear_megatron.ops.output_layer import linear_statistics
+from pear_megatron.ops.statistics import TokenStatistics
 
 
-def logprobs_in_chunks(
+def statistics_in_chunks(
     hidden_states: Tensor,
     output_layer: Any,
     output_weight: Tensor | None,
     batch: PackedBatch,
+    config: PearConfig,
     *,
     chunk_tokens: int,
     vocab_size: int,
     tp_group: torch.distributed.ProcessGroup | None = None,
-) -> Tensor:
-    """Log-prob of each label of a micro-batch, with chunk_tokens x V/tp logits at a time.
+) -> TokenStatistics:
+    """Log-prob of each label of a micro-batch, with chunk_tokens x V/tp logits at a time, and what else the loss takes.
 
     Args:
         hidden_states: [s, b, h] floating, the output layer's input; [s/tp, b, h] under sequence parallelism.
         output_layer: mcore's ColumnParallelLinear.
         output_weight: [V/tp, h], the embedding's weight where it is shared; None = the layer's own.
         batch: its labels and loss mask are [b, s].
+        config: says whether the loss takes a KL (of the batch's ``behavior_topk``) and the entropy.
         chunk_tokens: rows of logits that exist at a time.
         vocab_size: real tokens; columns beyond are Megatron's padding.
         tp_group: tensor-parallel group of the model.
 
     Returns:
-        [b * s] float32, 0 off the mask.
+        [b * s] float32 each, 0 off the mask.
 
     Raises:
         RecipeError: an output layer that does more than a GEMM.
@@ -54,11 +59,14 @@ def logprobs_in_chunks(
 
         # Its backward is the reduce-scatter that sums the gradient over the ranks.
         hidden_states = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
-    return linear_logprob(
+    return linear_statistics(
         hidden_states.transpose(0, 1).reshape(-1, hidden_states.shape[-1]),  # [b * s, h]
         output_layer.weight if output_weight is None else output_weight,
         batch.labels.view(-1),
         chunk_tokens=chunk_tokens,
+        topk=topk_of(config, batch.behavior_topk),
+        tail=config.kl_tail,
+        entropy=config.needs_entropy,
         mask=batch.loss_mask.view(-1),
         tp_group=tp_group,
         vocab_size=vocab_size,

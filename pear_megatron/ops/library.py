@@ -67,6 +67,46 @@ def _(
     return None
 
 
+@torch.library.register_fake("pear_megatron::statistics_forward")
+def _(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    topk_ids: Tensor | None,
+    vocab_start: int,
+    vocab_size: int,
+    entropy: bool,
+) -> Tensor:
+    k = 0 if topk_ids is None else topk_ids.shape[1]
+    return logits.new_empty((logits.shape[0], LOGPROB_STATISTICS + entropy + k), dtype=torch.float32)
+
+
+@torch.library.register_fake("pear_megatron::statistics_combine")
+def _(
+    stats: Tensor,
+    mask: Tensor | None,
+    topk_ids: Tensor | None,
+    topk_logprobs: Tensor | None,
+    vocab_size: int,
+    entropy: bool,
+    bucket: bool,
+) -> tuple[Tensor, ...]:
+    tokens = stats.shape[1]
+    with_kl, k = (0, 0) if topk_ids is None else (tokens, topk_ids.shape[1])
+    shapes = [(tokens,), (tokens,), (tokens if entropy else 0,), (with_kl,), (with_kl, k), (with_kl, 2)]
+    return tuple(stats.new_empty(shape) for shape in shapes)
+
+
+@torch.library.register_fake("pear_megatron::topk_kl_backward")
+def _(logits: Tensor, *of_tokens_and_vocabulary: Tensor | int | None) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("pear_megatron::topk_kl_backward_")
+def _(logits: Tensor, *of_tokens_and_vocabulary: Tensor | int | None) -> None:
+    return None
+
+
 @torch.library.register_fake("pear_megatron::segmented_suffix_sum")
 def _(x: Tensor, cu_seqlens: Tensor, carry: Tensor | None, exclusive: bool) -> Tensor:
     return torch.empty_like(x)

@@ -28,7 +28,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
         inplace_backward: bool,
     ) -> Tensor:
         stats = ops.logprob_forward(logits, target, mask, vocab_start, vocab_size)  # [3, T]
-        logprob, lse = ops.logprob_combine(_gather_ranks(stats, tp_group), mask)
+        logprob, lse = ops.logprob_combine(gather_ranks(stats, tp_group), mask)
         ctx.save_for_backward(logits, target, mask, lse)
         ctx.vocab_start, ctx.vocab_size, ctx.inplace = vocab_start, vocab_size, inplace_backward
         return logprob
@@ -48,18 +48,80 @@ class _VocabParallelLogprob(torch.autograd.Function):
         return grad_logits, None, None, None, None, None, None
 
 
-def _gather_ranks(stats: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
-    """[3, T] of this rank -> [ranks, 3, T]: the one collective, 12 bytes a token."""
+def gather_ranks(stats: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+    """This rank's statistics, [3, T] or [T, W] -> [ranks, ...]: the one collective, 12 bytes a token (4 W)."""
     if group is None or group.size() == 1:
         return stats.unsqueeze(0)
     return all_gather(stats, group)
 
 
-def _memory_order(logits: Tensor) -> list[int]:
-    """Leading dimensions by falling stride, so that flattening them is a view: mcore's [s, b, v] comes
-    to its users transposed to [b, s, v]."""
-    strides = logits.stride()
-    return sorted(range(logits.dim() - 1), key=lambda d: (-strides[d], d))
+class RowLayout:
+    """Which token is which row. Leading dimensions go by falling stride, so that flattening the logits is a view:
+    mcore's [s, b, v] comes to its users transposed to [b, s, v]."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.shape, strides = logits.shape[:-1], logits.stride()
+        self.order = sorted(range(logits.dim() - 1), key=lambda d: (-strides[d], d))
+
+    def rows(self, logits: Tensor) -> Tensor:
+        """[..., V] -> [T, V], each row contiguous."""
+        rows = logits.permute([*self.order, logits.dim() - 1]).reshape(-1, logits.shape[-1])
+        return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+    def flat(self, x: Tensor) -> Tensor:
+        """[...] -> [T], or [..., k] -> [T, k]; contiguous."""
+        rest = range(len(self.order), x.dim())
+        return x.permute([*self.order, *rest]).reshape(-1, *(x.shape[d] for d in rest)).contiguous()
+
+    def unflat(self, x: Tensor) -> Tensor:
+        """[T] -> [...]."""
+        permuted = x.view([self.shape[d] for d in self.order])
+        return permuted.permute([self.order.index(d) for d in range(len(self.order))])
+
+
+def vocab_shard(
+    local: int, vocab_size: int | None, tp_group: torch.distributed.ProcessGroup | None, what: str
+) -> tuple[int, int]:
+    """(first id of this rank, number of real tokens), from how many ids each rank holds.
+
+    Raises:
+        ValueError: more tokens than the ranks hold.
+    """
+    ranks, rank = (1, 0) if tp_group is None else (tp_group.size(), tp_group.rank())
+    if vocab_size is None:
+        vocab_size = local * ranks
+    elif not 0 < vocab_size <= local * ranks:
+        raise ValueError(
+            f"vocab_size {vocab_size} does not fit: {ranks} rank(s) x {local} {what} hold {local * ranks} ids"
+        )
+    return rank * local, vocab_size
+
+
+def checked_logits(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    tp_group: torch.distributed.ProcessGroup | None,
+    vocab_size: int | None,
+) -> tuple[RowLayout, int, int]:
+    """How the logits' rows lie, this rank's first id and the number of real tokens.
+
+    Raises:
+        TypeError, ValueError: see vocab_parallel_logprob.
+    """
+    require_tensors(logits=logits)
+    require_tensors(logits.device, target=target)
+    if mask is not None:
+        require_mask(mask, logits.device)
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V] with V > 0, got shape {tuple(logits.shape)}")
+    shape = logits.shape[:-1]
+    for name, x in (("target", target), ("mask", mask)):
+        if x is not None and x.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, but logits {tuple(logits.shape)} want {tuple(shape)}"
+            )
+    return RowLayout(logits), *vocab_shard(logits.shape[-1], vocab_size, tp_group, "columns")
 
 
 def vocab_parallel_logprob(
@@ -96,36 +158,14 @@ def vocab_parallel_logprob(
         IndexError: a target outside the vocabulary where the mask is True (CPU; on CUDA a device-side
             assertion, since reading it back would stall the stream).
     """
-    require_tensors(logits=logits)
-    require_tensors(logits.device, target=target)
-    if mask is not None:
-        require_mask(mask, logits.device)
-    if logits.dim() < 1 or logits.shape[-1] == 0:
-        raise ValueError(f"logits must be [..., V] with V > 0, got shape {tuple(logits.shape)}")
-    shape = logits.shape[:-1]
-    for name, x in (("target", target), ("mask", mask)):
-        if x is not None and x.shape != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}, but logits {tuple(logits.shape)} want {tuple(shape)}"
-            )
-    local = logits.shape[-1]
-    ranks, rank = (1, 0) if tp_group is None else (tp_group.size(), tp_group.rank())
-    if vocab_size is None:
-        vocab_size = local * ranks
-    elif not 0 < vocab_size <= local * ranks:
-        raise ValueError(
-            f"vocab_size {vocab_size} does not fit: {ranks} rank(s) x {local} columns hold "
-            f"{local * ranks} ids"
-        )
-
-    order = _memory_order(logits)
-    rows = logits.permute(*order, -1).reshape(-1, local)
-    if rows.stride(1) != 1 and local > 1:
-        rows = rows.contiguous()
-    flat_target = target.permute(order).reshape(-1).contiguous()
-    flat_mask = None if mask is None else mask.permute(order).reshape(-1).contiguous()
+    layout, start, vocab_size = checked_logits(logits, target, mask, tp_group, vocab_size)
     logprob = _VocabParallelLogprob.apply(
-        rows, flat_target, flat_mask, tp_group, rank * local, vocab_size, inplace_backward
+        layout.rows(logits),
+        layout.flat(target),
+        None if mask is None else layout.flat(mask),
+        tp_group,
+        start,
+        vocab_size,
+        inplace_backward,
     )
-    permuted = logprob.view([shape[d] for d in order])
-    return permuted.permute([order.index(d) for d in range(len(order))])
+    return layout.unflat(logprob)

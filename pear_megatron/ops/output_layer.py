@@ -1,9 +1,9 @@
 """Log-probabilities straight from hidden states: the output layer's GEMM in chunks of tokens, and no logits.
 
 Whole logits grow with the sequence: 32 k tokens x 152 k columns of bfloat16 are 10 GB. Here one buffer of
-``chunk_tokens`` rows is used again and again. Forward keeps the row sums that it found (4 bytes a token), so
-that backward, which makes each chunk's logits a second time, needs no reduction and no collective over the
-vocabulary: three GEMMs become four, and memory no longer depends on the number of tokens.
+``chunk_tokens`` rows is used again and again. Forward keeps the row sums that it found (4 bytes a token, and 4 k
+with the KL of a top-k), so that backward, which makes each chunk's logits a second time, needs no reduction and no
+collective over the vocabulary: three GEMMs become four, and memory no longer depends on the number of tokens.
 """
 
 from __future__ import annotations
@@ -17,8 +17,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pear_megatron.ops.arguments import require_mask, require_tensors
-from pear_megatron.ops.context_parallel import all_gather
-from pear_megatron.ops.library import ops
+from pear_megatron.ops.logprob import gather_ranks, vocab_shard
+from pear_megatron.ops.statistics import (
+    Tail,
+    TokenPass,
+    TokenStatistics,
+    TopK,
+    checked_tail,
+    checked_topk,
+    differentiable,
+)
 
 
 def linear_logprob(
@@ -57,6 +65,44 @@ def linear_logprob(
         ValueError: shapes, dtypes or devices that do not fit.
         IndexError: see vocab_parallel_logprob.
     """
+    return linear_statistics(
+        hidden,
+        weight,
+        target,
+        chunk_tokens=chunk_tokens,
+        mask=mask,
+        tp_group=tp_group,
+        vocab_size=vocab_size,
+        reduce_hidden_gradient=reduce_hidden_gradient,
+    ).logprob
+
+
+def linear_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    chunk_tokens: int,
+    topk: TopK | None = None,
+    tail: Tail = "none",
+    entropy: bool = False,
+    mask: Tensor | None = None,
+    tp_group: torch.distributed.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    reduce_hidden_gradient: bool = True,
+) -> TokenStatistics:
+    """linear_logprob, and from the same chunks the KL and the entropy where they are asked for.
+
+    Args:
+        hidden, weight, target, chunk_tokens, mask, tp_group, vocab_size, reduce_hidden_gradient: as in linear_logprob.
+        topk, tail, entropy: as in vocab_parallel_statistics, [T, k].
+
+    Returns:
+        What was asked for, each [T] float32.
+
+    Raises:
+        TypeError, ValueError, IndexError: see linear_logprob and vocab_parallel_topk_kl.
+    """
     require_tensors(hidden=hidden)
     require_tensors(hidden.device, weight=weight, target=target)
     if mask is not None:
@@ -72,70 +118,58 @@ def linear_logprob(
             raise ValueError(f"{name} has shape {tuple(x.shape)}, but hidden {tuple(hidden.shape)} wants [T]")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be 1 or more, got {chunk_tokens}")
-    columns = weight.shape[0]
-    ranks, rank = (1, 0) if tp_group is None else (tp_group.size(), tp_group.rank())
-    if vocab_size is None:
-        vocab_size = columns * ranks
-    elif not 0 < vocab_size <= columns * ranks:
-        raise ValueError(
-            f"vocab_size {vocab_size} does not fit: {ranks} rank(s) x {columns} rows of the weight hold "
-            f"{columns * ranks} ids"
-        )
-    return _LinearLogprob.apply(
-        hidden.contiguous(),
-        weight,
+    if topk is not None:
+        topk = checked_topk(topk, target.numel(), hidden.device)
+    wanted = TokenPass(
         target.contiguous(),
         None if mask is None else mask.contiguous(),
-        tp_group,
-        rank * columns,
-        vocab_size,
-        chunk_tokens,
-        reduce_hidden_gradient,
+        topk,
+        checked_tail(tail) == "bucket",
+        entropy,
+        vocab_shard(weight.shape[0], vocab_size, tp_group, "rows of the weight"),
     )
+    found = _LinearStatistics.apply(
+        hidden.contiguous(), weight, wanted, tp_group, chunk_tokens, reduce_hidden_gradient
+    )
+    return TokenStatistics(*found)
 
 
-class _LinearLogprob(torch.autograd.Function):
-    """hidden [T, H], weight [V_local, H] -> logprob [T]; saves its inputs and [T] vectors."""
+class _LinearStatistics(torch.autograd.Function):
+    """hidden [T, H], weight [V_local, H] -> TokenStatistics; saves its inputs, [T] vectors and k numbers a token."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        target: Tensor,
-        mask: Tensor | None,
+        wanted: TokenPass,
         tp_group: torch.distributed.ProcessGroup | None,
-        vocab_start: int,
-        vocab_size: int,
         chunk_tokens: int,
         reduce_hidden_gradient: bool,
-    ) -> Tensor:
-        ctx.chunk_tokens, ctx.vocab = chunk_tokens, (vocab_start, vocab_size)
+    ) -> tuple[Tensor | None, ...]:
         ctx.reduce_group = None
         if tp_group is not None and tp_group.size() > 1:
             ctx.reduce_group = tp_group if reduce_hidden_gradient else None
-        stats = hidden.new_empty((3, hidden.shape[0]), dtype=torch.float32)
+        stats = hidden.new_empty((hidden.shape[0], wanted.width), dtype=torch.float32)
         for rows, logits in chunks_of_logits(hidden, weight, chunk_tokens):
-            of_chunk = None if mask is None else mask[rows]
-            stats[:, rows] = ops.logprob_forward(logits, target[rows], of_chunk, *ctx.vocab)
-        of_ranks = stats.unsqueeze(0)
-        if tp_group is not None and tp_group.size() > 1:
-            of_ranks = all_gather(stats, tp_group)  # the one collective of forward: 12 bytes a token
-        logprob, lse = ops.logprob_combine(of_ranks, mask)
-        ctx.save_for_backward(hidden, weight, target, mask, lse)
-        return logprob
+            stats[rows] = wanted.forward(logits, rows)
+        found, kept = wanted.combine(gather_ranks(stats, tp_group))
+        ctx.save_for_backward(hidden, weight, *kept, *wanted.tensors())
+        ctx.wanted, ctx.kept, ctx.chunk_tokens = wanted, len(kept), chunk_tokens
+        return differentiable(ctx, found)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, target, mask, lse = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, kl_grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, *saved = ctx.saved_tensors
+        kept = saved[: ctx.kept]
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad = grad.float().contiguous()
+        kl_grad = None if kl_grad is None else kl_grad.float().contiguous()
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         accumulator = WeightGradient(weight) if wants_weight else None
         for rows, logits in chunks_of_logits(hidden, weight, ctx.chunk_tokens):
-            of_chunk = None if mask is None else mask[rows]
-            ops.logprob_backward_(logits, target[rows], of_chunk, lse[rows], grad[rows], *ctx.vocab)
+            ctx.wanted.backward(logits, kept, grad, kl_grad, rows, inplace=True)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[rows])
             if accumulator is not None:
@@ -143,7 +177,7 @@ class _LinearLogprob(torch.autograd.Function):
         if grad_hidden is not None and ctx.reduce_group is not None:
             torch.distributed.all_reduce(grad_hidden, group=ctx.reduce_group)
         grad_weight = accumulator.gradient() if accumulator is not None else None
-        return grad_hidden, grad_weight, None, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def chunks_of_logits(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> Iterator[tuple[slice, Tensor]]:

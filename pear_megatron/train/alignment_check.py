@@ -16,6 +16,7 @@ from pear_megatron.megatron.forward_step import LossOutput, PearForwardStep
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.schedule import run_schedule
 from pear_megatron.ops.logprob import vocab_parallel_logprob
+from pear_megatron.ops.statistics import TokenStatistics
 from pear_megatron.recipe import Recipe
 
 log = logging.getLogger("pear_megatron")
@@ -41,10 +42,11 @@ class _AlignmentStep(PearForwardStep):
             tp_group=self.tp_group,
             vocab_size=self.vocab_size,
         )
-        return self.loss_of_logprobs(logprobs.flatten(), batch)
+        return self.loss_of_statistics(TokenStatistics(logprobs.flatten()), batch)
 
-    def loss_of_logprobs(self, logprobs: Tensor, batch: PackedBatch) -> LossOutput:
+    def loss_of_statistics(self, found: TokenStatistics, batch: PackedBatch) -> LossOutput:
         """The same from [T] log-probs."""
+        logprobs = found.logprob
         mask = batch.loss_mask.flatten()
         given = getattr(batch, _compared(self.config)).flatten()
         sums = alignment_sums(logprobs, given, mask, batch.cu_seqlens)

@@ -21,6 +21,7 @@ INTENDED_THREADS = {
     "forward_rows": 1024,  # 64 KB of loads in flight
     "backward_rows": 1024,
     "combine_tokens": 2048,
+    "combine_statistics": 1024,
     "sum_segments": 512,  # cooperative: four blocks of 128 must be resident at once
     "scan_segments": 512,
     "weigh_pack": 512,
@@ -58,7 +59,7 @@ def name_of(mangled: str) -> str:
 
 @pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta"])
 def test_every_op_has_a_kernel_for(key):
-    assert len(op_names()) == 7
+    assert len(op_names()) == 11
     missing = [n for n in op_names() if not torch._C._dispatch_has_kernel_for_dispatch_key(n, key)]
     assert missing == []
 

@@ -17,6 +17,7 @@ from pear_megatron.ops import STATISTICS, reference
 from pear_megatron.ops.weights import _VARIANTS
 from tests.cuda_build.emulated import emulated_ops
 from tests.ops.test_logprob import DTYPES, assert_rounds_to, float64_answer
+from tests.ops.test_statistics import TAILS, Problem, assert_close
 from tests.packs import CONFIGS, SEQUENCE_MEAN, Pack, config_id, make_pack
 
 INF, NAN = float("inf"), float("nan")
@@ -126,6 +127,84 @@ def test_nan_and_inf_stay_visible(ops, columns):
 def test_a_target_outside_the_vocabulary_is_a_device_side_assertion(ops):
     with pytest.raises(RuntimeError, match=r"device-side assertion.*outside the vocabulary"):
         ops.logprob_forward(torch.randn(2, 9), torch.tensor([0, 9]), None, 0, 9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 9, 2063, 32775])
+@pytest.mark.parametrize("k", [1, 33, 128])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_kl_and_entropy_at_every_width_and_alignment(ops, dtype, columns, k, offset):
+    """A warp, 256 and 512 threads a row; the last columns are padding."""
+    k, rows = min(k, columns), 5 if columns < 5000 else 2
+    problem = Problem.random(rows, columns, k, dtype)
+    wide = torch.full((rows, offset + columns + 5), NAN, dtype=dtype)
+    wide[:, offset : offset + columns] = problem.logits
+    logits, vocab = wide[:, offset:], (0, columns)
+    of_token = (problem.target, problem.mask)
+    for tail in TAILS:
+        lp, expected, entropy, exact = problem.exact(tail)
+        stats = ops.statistics_forward(logits, *of_token, problem.ids, *vocab, True)
+        found = ops.statistics_combine(
+            stats[None], problem.mask, problem.ids, problem.logprobs, columns, True, tail == "bucket"
+        )
+        logprob, lse, ours, kl, log_pi, terms = found
+        for got, wanted in ((logprob, lp), (ours, entropy), (kl, expected)):
+            torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+        topk = (problem.ids, problem.logprobs, log_pi, terms, problem.kl_grad)
+        args = (*of_token, lse, problem.grad, *topk, *vocab)
+        out = ops.topk_kl_backward(logits, *args)
+        assert_close(out[:, :columns], exact, dtype)
+        assert not out[:, columns:].any()
+        copy = wide.clone()
+        ops.topk_kl_backward_inplace(copy[:, offset:], *args)
+        assert torch.equal(copy[:, offset:], out)
+        assert copy[:, :offset].isnan().all()  # nothing beside the rows was touched
+        assert wide[:, :offset].isnan().all()
+
+
+def test_kl_and_entropy_of_shards_of_the_vocabulary_one_of_them_only_padding(ops):
+    problem = Problem.random(4, 60, 9)
+    lp, expected, entropy, exact = problem.exact("bucket")
+    shards = torch.nn.functional.pad(problem.logits, (0, 30), value=NAN).split(30, dim=1)
+    shards = [shard.contiguous() for shard in shards]
+    of_token = (problem.target, problem.mask)
+    stats = [
+        ops.statistics_forward(x, *of_token, problem.ids, 30 * r, 60, True) for r, x in enumerate(shards)
+    ]
+    logprob, lse, ours, kl, log_pi, terms = ops.statistics_combine(
+        torch.stack(stats), problem.mask, problem.ids, problem.logprobs, 60, True, True
+    )
+    for got, wanted in ((logprob, lp), (ours, entropy), (kl, expected)):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    topk = (problem.ids, problem.logprobs, log_pi, terms, problem.kl_grad)
+    gradients = [
+        ops.topk_kl_backward(x, *of_token, lse, problem.grad, *topk, 30 * r, 60) for r, x in enumerate(shards)
+    ]
+    assert_close(torch.cat(gradients[:2], 1), exact)
+    assert not gradients[2].any()
+
+
+@pytest.mark.parametrize(
+    ("ids", "logprobs", "message"),
+    [
+        ([3, 50], [-1.0, -1.0], "an id of the top-k is outside the vocabulary"),
+        ([3, -2], [-1.0, -1.0], "an id of the top-k is outside the vocabulary"),
+        ([3, 3], [-1.0, -2.0], "an id is twice in a token's top-k"),
+        ([-1, -1], [-1.0, -2.0], "no entry of any mass"),
+        ([3, -1], [-INF, -2.0], "no entry of any mass"),
+        ([3, 4], [-1.0, 0.5], "NaN or positive"),
+        ([3, 4], [NAN, -0.5], "NaN or positive"),
+    ],
+)
+def test_a_top_k_that_is_none_is_a_device_side_assertion(ops, ids, logprobs, message):
+    topk = torch.tensor([[3, 4], ids], dtype=torch.int32), torch.tensor([[-1.0, -2.0], logprobs])
+    for mask in (torch.tensor([True, False]), torch.tensor([True, True])):
+        stats = ops.statistics_forward(torch.randn(2, 50), torch.zeros(2).long(), mask, topk[0], 0, 50, False)
+        if mask[1]:
+            with pytest.raises(RuntimeError, match=f"device-side assertion.*{message}"):
+                ops.statistics_combine(stats[None], mask, *topk, 50, False, False)
+        else:
+            ops.statistics_combine(stats[None], mask, *topk, 50, False, False)
 
 
 # Chunks are 256 tokens at least: segments inside one, over two, over many, empty ones, one for all.

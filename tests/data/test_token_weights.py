@@ -14,6 +14,7 @@ from sample_rows import a_row, write_jsonl, write_parquet
 from pear_megatron import PearConfig
 from pear_megatron.data import DataConfig, DataError, PackedBatch, TrajectoryDataset, collate, prepare
 from pear_megatron.megatron.forward_step import PearForwardStep
+from pear_megatron.ops.statistics import TokenStatistics
 
 Config = Callable[..., DataConfig]
 WEIGHTS = [None, 0, 7.0, 0.5, -2.0, 1.0, 0.0, 3.0]
@@ -102,6 +103,6 @@ def test_the_loss_is_multiplied_and_the_count_is_not(shape: str, tmp_path: Path,
     chosen = logprobs.gather(1, labels[:, None])[:, 0].where(batch.loss_mask.flatten(), 0)
     torch.testing.assert_close(loss.detach(), -(chosen * batch.token_weights.flatten()).sum())
     assert num_tokens == batch.loss_mask.sum()
-    from_logprobs, count, _ = step.loss_of_logprobs(chosen, batch)
+    from_logprobs, count, _ = step.loss_of_statistics(TokenStatistics(chosen), batch)
     torch.testing.assert_close(from_logprobs, loss.detach())
     assert count == num_tokens

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from tests import test_loss, test_weights
+from tests import test_kl_loss, test_loss, test_weights
 from tests.distributed import run_ranks
 from tests.ops import (
     test_logprob,
     test_logprob_tensor_parallel,
     test_output_layer,
     test_registration,
+    test_statistics,
     test_suffix_sum,
 )
 
@@ -25,9 +26,11 @@ MODULES = (
     test_logprob_tensor_parallel,
     test_output_layer,
     test_registration,
+    test_statistics,
     test_suffix_sum,
     test_weights,
     test_loss,
+    test_kl_loss,
 )
 
 # What holds on the host alone, and why.
@@ -42,6 +45,9 @@ HOST_ONLY = {
     "output_layer: inputs_that_do_not_fit_are_named": "tensors made on the host, when the module is read",
     "output_layer: nothing_the_size_of_all_logits_is_allocated": "asks the CPU's profiler",
     "registration: the_number_of_threads_changes_no_bit": "the host's threads",
+    "statistics: a_top_k_that_is_none_is_refused_with_its_place": "a device-side assertion",
+    "statistics: arguments_that_do_not_fit_are_named": "tensors made on the host, when the module is read",
+    "statistics: nothing_the_size_of_the_logits_is_allocated": "asks the CPU's profiler",
     "suffix_sum: bad_boundaries_are_refused": "a device-side assertion",
     "suffix_sum: bad_values_are_refused": "tensors made on the host, when the module is read",
     "suffix_sum: packs_that_ranks_cannot_share_are_refused_on_every_rank": "checked where it costs no sync",

@@ -9,9 +9,34 @@ from __future__ import annotations
 import torch
 
 from pear_megatron.ops.library import ops
+from pear_megatron.ops.statistics import vocab_parallel_statistics
 from pear_megatron.ops.weights import pear_weights
 from tests.gpu.device import DEVICE
 from tests.packs import CONFIGS, SEQUENCE_MEAN, make_pack
+
+
+def run_topk_kl(logits: torch.Tensor, mask: torch.Tensor) -> None:
+    """The kernels of the KL and the entropy, on the logits' own top-k with a gap."""
+    k = min(40, logits.shape[1])
+    logprobs, ids = logits.float().log_softmax(-1).topk(k)
+    ids[::2, 1:] = ids[::2, 1:].where(torch.rand(ids[::2, 1:].shape) < 0.7, -1)
+    for tail in ("none", "bucket"):
+        leaf = logits.clone().requires_grad_()
+        found = vocab_parallel_statistics(
+            leaf * 1.0,
+            ids[:, 0],
+            topk=(ids.int(), logprobs),
+            tail=tail,
+            entropy=True,
+            mask=mask,
+            inplace_backward=tail == "none",
+        )
+        assert found.entropy is not None
+        assert found.kl is not None
+        (found.logprob + found.kl).sum().backward()
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+        assert found.entropy.isfinite().all()
 
 
 def main() -> None:
@@ -28,6 +53,7 @@ def main() -> None:
                 ops.logprob_backward_(logits, *rest)
                 assert torch.equal(out, logits)
                 assert logprob.isfinite().all()
+                run_topk_kl(wide[:, :columns].contiguous(), mask)
                 # A chunk of rows in the middle, its vectors at any alignment.
                 rows = slice(1, 4)
                 ops.logprob_forward(logits[rows], target[rows], mask[rows], 0, columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,14 @@ def make_trajectories(count: int = 6, seed: int = 0) -> list[Trajectory]:
             )
         )
     return trajectories
+
+
+def with_topk(batch: PackedBatch, k: int = 3) -> PackedBatch:
+    """The batch with a top-k of random tokens."""
+    generator = torch.Generator().manual_seed(1)
+    chances = torch.rand(*batch.labels.shape, MODEL.vocab_size, generator=generator)
+    logprobs, ids = (3 * chances).log_softmax(-1).topk(k)
+    return replace(batch, behavior_topk=(ids.int(), logprobs))
 
 
 def build(tp_size: int, config: ModelConfig = MODEL) -> tuple[Any, Any]:
@@ -117,20 +126,21 @@ def rank_both_hooks(rank: int, batch: PackedBatch) -> bool:
     model, layout = build(2)
     if not supports_output_processor(model):
         return False
-    results = []
-    for use in (True, False):
-        step = PearForwardStep(
-            PearConfig(), vocab_size=MODEL.vocab_size, tp_group=layout.tp_group, use_output_processor=use
-        )
-        output, loss_func = step(iter([batch]), model)
-        loss, num_tokens, report = loss_func(output)
-        results.append((loss.detach(), num_tokens, report, gradients(model, loss)))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+    for config in (PearConfig(), PearConfig(base_loss="kl", report_entropy=True)):
+        results = []
+        for use in (True, False):
+            step = PearForwardStep(
+                config, vocab_size=MODEL.vocab_size, tp_group=layout.tp_group, use_output_processor=use
+            )
+            output, loss_func = step(iter([batch]), model)
+            loss, num_tokens, report = loss_func(output)
+            results.append((loss.detach(), num_tokens, report, gradients(model, loss)))
+        torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
     return True
 
 
 def test_output_processor_and_logits_paths_agree() -> None:
-    batch = collate(make_trajectories(), [[0, 1], [2, 3]], SEQ_LENGTH)
+    batch = with_topk(collate(make_trajectories(), [[0, 1], [2, 3]], SEQ_LENGTH))
     if not run_ranks(2, rank_both_hooks, batch)[0]:
         pytest.skip("this megatron-core has no output_processor (0.19+)")
 
@@ -190,3 +200,37 @@ def rank_shares_no_sequence(rank: int, batch: PackedBatch) -> None:
 
 def test_a_context_parallel_run_without_its_group_is_refused() -> None:
     run_ranks(1, rank_shares_no_sequence, collate(make_trajectories(), [[0, 1], [2, 3]], SEQ_LENGTH))
+
+
+def rank_kl_by_torch(rank: int, batch: PackedBatch) -> None:
+    """The step's loss and gradient against the model's whole logits and float64 autograd."""
+    from pear_megatron.megatron.forward_step import PearForwardStep
+    from pear_megatron.ops import reference
+
+    model, _ = build(1)
+    config = PearConfig(base_loss="kl", kl_weight=0.7, report_entropy=True)
+    step = PearForwardStep(config, vocab_size=MODEL.vocab_size)
+    with pytest.raises(RecipeError, match="pear.base_loss: kl needs .*score --top-k K"):
+        step(iter([replace(batch, behavior_topk=None)]), model)
+    output, loss_func = step(iter([batch]), model)
+    loss, _, report = loss_func(output)
+    ours = gradients(model, loss)
+
+    logits = model(batch.tokens, batch.position_ids, batch.attention_mask()).flatten(0, 1)
+    mask = batch.loss_mask.flatten()
+    flat = (batch.labels.flatten(), batch.behavior_logprobs.flatten(), mask, batch.cu_seqlens, config)
+    topk = tuple(x.flatten(0, 1) for x in batch.behavior_topk)
+    exact = reference.loss_sum(logits, *flat, vocab_size=MODEL.vocab_size, behavior_topk=topk)
+    theirs = gradients(model, exact)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    kl = reference.topk_kl(logits, *topk, mask, vocab_size=MODEL.vocab_size)
+    entropy = reference.entropy(logits, mask, MODEL.vocab_size)
+    for name, values in (("kl", kl), ("pear/entropy", entropy)):
+        total, count = report[name].tolist()
+        assert total == pytest.approx(float(values.sum()), rel=1e-5)
+        assert count == mask.sum()
+
+
+def test_a_kl_step_equals_float64_on_the_models_logits() -> None:
+    run_ranks(1, rank_kl_by_torch, with_topk(collate(make_trajectories(), [[0, 1], [2, 3]], SEQ_LENGTH)))

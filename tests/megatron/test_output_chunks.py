@@ -15,7 +15,14 @@ from pear_megatron.data import PackedBatch, collate
 from pear_megatron.errors import RecipeError
 from tests.distributed import run_ranks
 from tests.megatron.ranks import failures, final_weights, train_runs
-from tests.megatron.test_forward_step import MODEL, SEQ_LENGTH, build, gradients, make_trajectories
+from tests.megatron.test_forward_step import (
+    MODEL,
+    SEQ_LENGTH,
+    build,
+    gradients,
+    make_trajectories,
+    with_topk,
+)
 from tests.megatron.test_layouts import (
     OVERLAP,
     PP,
@@ -36,7 +43,7 @@ CHUNKS = "train.output_chunk_tokens=50"  # of a micro-batch's 256: the last chun
 def make_batches() -> list[PackedBatch]:
     """Two micro-batches of two rows, the second without a decision in one of them."""
     trajectories = make_trajectories()
-    batches = [collate(trajectories, rows, SEQ_LENGTH) for rows in ([[0, 1], [2, 3]], [[4], [5]])]
+    batches = [with_topk(collate(trajectories, rows, SEQ_LENGTH)) for rows in ([[0, 1], [2, 3]], [[4], [5]])]
     batches[1].loss_mask[1] = False
     return batches
 
@@ -48,10 +55,11 @@ def rank_chunked_and_whole(rank: int, tied: bool, batches: list[PackedBatch]) ->
     config = MODEL.model_copy(update={"share_embeddings_and_output_weights": tied})
     model, layout = build(torch.distributed.get_world_size(), config)
     answers = []
-    for variant in ("token", "block", "sequence", "none"):
+    kl = PearConfig(base_loss="kl", kl_weight=0.5, kl_tail="bucket", report_entropy=True)
+    for pear in (*(PearConfig(variant=v) for v in ("token", "block", "sequence", "none")), kl):
         for chunk_tokens in (None, 1000, 7):
             step = PearForwardStep(
-                PearConfig(variant=variant),
+                pear,
                 vocab_size=MODEL.vocab_size,
                 tp_group=layout.tp_group,
                 output_chunk_tokens=chunk_tokens,
@@ -111,7 +119,7 @@ def rank_sequence_parallel(rank: int, hidden: torch.Tensor, weight: torch.Tensor
     from megatron.core import parallel_state
 
     from pear_megatron.megatron import cpu
-    from pear_megatron.megatron.output_chunks import logprobs_in_chunks
+    from pear_megatron.megatron.output_chunks import statistics_in_chunks
 
     cpu.enable()
     ranks = torch.distributed.get_world_size()
@@ -120,13 +128,16 @@ def rank_sequence_parallel(rank: int, hidden: torch.Tensor, weight: torch.Tensor
     weight = weight.chunk(ranks)[rank].clone().requires_grad_()
     layer = SimpleNamespace(sequence_parallel=ranks > 1, weight=weight, config=None)
     group = parallel_state.get_tensor_model_parallel_group()
-    out = logprobs_in_chunks(hidden, layer, None, batch, chunk_tokens=7, vocab_size=300, tp_group=group)
-    out.sum().backward()
-    return out.detach(), hidden.grad, weight.grad
+    config = PearConfig(base_loss="kl", report_entropy=True)
+    found = statistics_in_chunks(
+        hidden, layer, None, batch, config, chunk_tokens=7, vocab_size=300, tp_group=group
+    )
+    (found.logprob.sum() + found.kl.sum()).backward()
+    return torch.stack(found).detach(), hidden.grad, weight.grad
 
 
 def test_sequence_parallel_ranks_gather_the_hidden_states_and_scatter_their_gradient() -> None:
-    batch = make_batches()[0]
+    batch = with_topk(make_batches()[0])
     hidden, weight = torch.randn(SEQ_LENGTH, 2, 8), torch.randn(512, 8)
     ((logprob, hidden_grad, weight_grad),) = run_ranks(1, rank_sequence_parallel, hidden, weight, batch)
     shards = run_ranks(2, rank_sequence_parallel, hidden, weight, batch)
@@ -154,12 +165,18 @@ def test_a_megatron_core_without_output_processor_is_refused(tmp_path: Path, tra
     ],
 )
 def test_an_output_layer_that_does_more_than_a_gemm_is_refused(layer: dict[str, Any], said: str) -> None:
-    from pear_megatron.megatron.output_chunks import logprobs_in_chunks
+    from pear_megatron.megatron.output_chunks import statistics_in_chunks
 
     output_layer = SimpleNamespace(**{"config": None, "sequence_parallel": False, **layer})
     with pytest.raises(RecipeError, match=f"output layer has .*{said}.*leave train.output_chunk_tokens out"):
-        logprobs_in_chunks(
-            torch.zeros(3, 1, 8), output_layer, None, make_batches()[0], chunk_tokens=2, vocab_size=9
+        statistics_in_chunks(
+            torch.zeros(3, 1, 8),
+            output_layer,
+            None,
+            make_batches()[0],
+            PearConfig(),
+            chunk_tokens=2,
+            vocab_size=9,
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from pear_megatron import vocab_parallel_logprob
 from tests.distributed import run_ranks
 from tests.ops.test_logprob import DTYPES, ROUNDING, assert_rounds_to, float64_answer
+from tests.ops.test_statistics import TAILS, Problem, assert_close
 
 COLUMNS, WORDS, TOKENS = 148, 70, 11  # with 2 ranks the second, with 4 the last two hold only padding
 
@@ -89,6 +92,53 @@ def test_forward_has_one_collective_and_backward_none():
     for forward, backward in run_ranks(2, collectives_of_a_step, whole_problem(torch.float32, padded=False)):
         assert forward == ["c10d::_allgather_base_"]
         assert backward == []
+
+
+def statistics_of_a_shard(rank: int, problems: list[tuple[Problem, int | None]]) -> list[tuple[Any, ...]]:
+    group = torch.distributed.group.WORLD
+    results = []
+    for problem, vocab_size in problems:
+        mine = replace(problem, logits=problem.logits.chunk(group.size(), dim=-1)[rank])
+        for tail in TAILS:
+            found, gradient = mine.ours(tail, vocab_size=vocab_size, tp_group=group)
+            _, inplace = mine.ours(tail, vocab_size=vocab_size, tp_group=group, inplace_backward=True)
+            results.append((*(x.detach() for x in found), gradient, inplace))
+    return results
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_kl_and_entropy_of_ranks_together_equal_float64(ranks):
+    problems: list[tuple[Problem, int | None]] = []
+    for dtype in DTYPES:
+        problems.append((Problem.random(TOKENS, COLUMNS, 9, dtype), None))
+        padded = Problem.random(TOKENS, WORDS, 9, dtype)
+        wide = torch.full((TOKENS, COLUMNS), float("nan"), dtype=dtype)
+        wide[:, :WORDS] = padded.logits
+        problems.append((replace(padded, logits=wide), WORDS))
+    by_rank = run_ranks(ranks, statistics_of_a_shard, problems)
+    expected = [problem.exact(tail, words) for problem, words in problems for tail in TAILS]
+    for i, (exact, *shards) in enumerate(zip(expected, *by_rank, strict=True)):
+        *values, gradient = exact
+        for ours, value in zip(shards[0][:3], (values[0], values[1], values[2]), strict=True):
+            torch.testing.assert_close(ours.double(), value, rtol=1e-5, atol=1e-5)
+        for shard in shards:  # every rank has the same bits
+            assert all(torch.equal(a, b) for a, b in zip(shard[:3], shards[0][:3], strict=True))
+        whole, inplace = (torch.cat([shard[j] for shard in shards], dim=-1) for j in (3, 4))
+        assert torch.equal(whole, inplace)
+        assert_close(whole, gradient.nan_to_num(0.0), problems[i // 2][0].logits.dtype)
+
+
+def collectives_of_a_kl_step(rank: int, problem: Problem) -> list[str]:
+    group = torch.distributed.group.WORLD
+    mine = replace(problem, logits=problem.logits.chunk(2, dim=-1)[rank])
+    with torch.profiler.profile() as profile:
+        mine.ours("bucket", tp_group=group)
+    return [e.name for e in profile.events() if e.name.startswith("c10d::")]
+
+
+def test_kl_and_entropy_take_no_collective_of_their_own():
+    for names in run_ranks(2, collectives_of_a_kl_step, Problem.random(TOKENS, COLUMNS, 9)):
+        assert names == ["c10d::_allgather_base_"]
 
 
 def error_of_a_bad_target(rank: int, logits: Tensor, target: Tensor) -> str:

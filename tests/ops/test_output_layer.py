@@ -105,14 +105,19 @@ def loss_inputs(p: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return p["target"], behavior, p["mask"], torch.tensor([0, 9, 9, 21])
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=config_id)
+KL = PearConfig(base_loss="kl", kl_weight=0.6, kl_tail="bucket", report_entropy=True)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, KL], ids=config_id)
 def test_pear_linear_loss_is_pear_loss_of_the_logits(config):
     p = make_problem()
+    logprobs, ids = torch.randn(TOKENS, WORDS).log_softmax(-1).topk(5)
     inputs, reward, token_weights = loss_inputs(p), torch.tensor([1.0, 1.0, -0.5]), torch.randn(TOKENS)
     answers = []
     for chunk_tokens in (None, 4):
         hidden, weight = (p[name].clone().requires_grad_() for name in ("hidden", "weight"))
         common = {"reward": reward, "token_weights": token_weights, "vocab_size": WORDS}
+        common["behavior_topk"] = (ids.int(), logprobs)
         if chunk_tokens is None:
             loss, num_tokens, report = pear_loss(hidden @ weight.t(), *inputs, config, **common)
         else:

@@ -18,6 +18,10 @@ def op_arguments() -> dict[str, list[tuple]]:
     logits, target, mask = torch.randn(T, V), torch.randint(64, (T,)), torch.rand(T) < 0.7
     lse, grad, x = torch.randn(T), torch.randn(T), torch.randn(T)
     stats = ops.logprob_forward(logits, target, None, 0, 64)[None].repeat(2, 1, 1)
+    plain = ops.statistics_forward(logits, target, None, None, 0, 64, False)
+    ids = torch.tensor([[3, 9, -1]] * T, dtype=torch.int32)
+    whole, logq = ops.statistics_forward(logits, target, None, ids, 0, 64, True), -1 - torch.rand(T, 3)
+    *_, log_pi, terms = ops.statistics_combine(whole[None], None, ids, logq, 64, True, True)
     bf16, cu = logits.bfloat16(), torch.tensor(BOUNDS, dtype=torch.int32)
     weights = (x, -torch.rand(T), mask, cu, 2, 0.99, 3, -0.08, 0.3, -10.0, 5.0)
     return {
@@ -30,6 +34,22 @@ def op_arguments() -> dict[str, list[tuple]]:
         "logprob_backward_": [
             (logits.clone(), target, None, lse, grad, 0, 64),
             (bf16.clone(), target, mask, lse, grad, 0, 64),
+        ],
+        "statistics_forward": [
+            (logits, target, None, None, 0, 64, True),
+            (bf16, target, mask, ids, 0, 64, True),
+        ],
+        "statistics_combine": [
+            (plain[None].repeat(2, 1, 1), None, None, None, 64, False, False),
+            (whole[None].repeat(2, 1, 1), mask, ids, logq, 64, True, True),
+        ],
+        "topk_kl_backward": [
+            (logits, target, None, lse, grad, ids, logq, log_pi, terms, x, 0, 64),
+            (bf16, target, mask, lse, grad, ids, logq, log_pi, terms, x, 0, 64),
+        ],
+        "topk_kl_backward_": [
+            (logits.clone(), target, None, lse, grad, ids, logq, log_pi, terms, x, 0, 64),
+            (bf16.clone(), target, mask, lse, grad, ids, logq, log_pi, terms, x, 0, 64),
         ],
         "segmented_suffix_sum": [(x, cu, None, True), (x, cu, torch.randn(3), False)],
         "segment_sum": [(x, cu), (x[:0], cu[:1])],
@@ -63,10 +83,15 @@ def test_the_number_of_threads_changes_no_bit():
     lp, lb, mask = torch.randn(tokens), -torch.rand(tokens), torch.rand(tokens) < 0.7
     logits, target = torch.randn(300, 5000), torch.randint(5000, (300,))
     grad, carry = torch.randn(300), torch.randn(40)
+    ids = torch.stack([torch.randperm(5000)[:7] for _ in range(300)]).int()
+    logq, kl_grad = -2 - torch.rand(300, 7), torch.randn(300)
 
     def everything() -> list[torch.Tensor]:
         stats = ops.logprob_forward(logits, target, None, 0, 5000)
         logprob, lse = ops.logprob_combine(stats[None], None)
+        more = ops.statistics_forward(logits, target, None, ids, 0, 5000, True)
+        found = ops.statistics_combine(more[None], None, ids, logq, 5000, True, True)
+        topk = (ids, logq, *found[4:], kl_grad)
         weights = [
             ops.pear_weights(
                 lp, lb, mask, cu, variant, 0.99, 3, -0.5, 0.3, -10.0, 5.0, True, variant != 3, 2.0, factor
@@ -77,6 +102,8 @@ def test_the_number_of_threads_changes_no_bit():
         return [
             logprob,
             ops.logprob_backward(logits, target, None, lse, grad, 0, 5000),
+            *found,
+            ops.topk_kl_backward(logits, target, None, lse, grad, *topk, 0, 5000),
             ops.segmented_suffix_sum(lp, cu, carry, True),
             ops.segment_sum(lp, cu),
             *(tensor for pair in weights for tensor in pair),

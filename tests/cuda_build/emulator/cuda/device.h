@@ -192,6 +192,11 @@ inline void __syncthreads() {
   emulator::Block* block = emulator::current->block;
   emulator::meet(block->meeting, block->size.x, [] {});
 }
+inline void __syncwarp() {
+  emulator::Fiber* self = emulator::current;
+  emulator::meet(self->block->warps[self->thread.x / emulator::kLanes].meeting, emulator::kLanes,
+                 [] {});
+}
 inline void sync_grid() {
   emulator::Block* block = emulator::current->block;
   emulator::meet(block->meeting, block->size.x, [&] { block->all_blocks->arrive_and_wait(); });
