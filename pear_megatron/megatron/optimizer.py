@@ -34,9 +34,11 @@ def optimizer_config(recipe: Recipe) -> Any:
 
     settings = recipe.optimizer
     bf16 = recipe.train.precision == "bf16"
-    same = ("optimizer", "lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
-    same += ("muon_momentum", "muon_extra_scale_factor")
-    same += ("use_precision_aware_optimizer", "optimizer_cpu_offload", "optimizer_offload_fraction")
+    same = (
+        *("optimizer", "lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
+        *("muon_momentum", "muon_extra_scale_factor"),
+        *("use_precision_aware_optimizer", "optimizer_cpu_offload", "optimizer_offload_fraction"),
+    )
     dtypes = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
     if settings.optimizer == "muon":
         _require_muon()

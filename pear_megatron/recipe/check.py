@@ -156,7 +156,7 @@ def _check_seq_length(seq_length: int, parallel: ParallelConfig) -> None:
 def _check_fp8(
     model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, seq_length: int | None
 ) -> None:
-    """Sides of the layers' GEMMs, on one rank: Transformer Engine multiplies FP8 in multiples of 16, of 32 for MXFP8."""
+    """Sides of the layers' GEMMs on one rank: Transformer Engine takes multiples of 16, for MXFP8 of 32."""
     unit = 32 if train.fp8_recipe == "mxfp8" else 16
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     heads, kv = model.num_attention_heads * head_size(model), 2 * query_groups(model) * head_size(model)
@@ -170,8 +170,8 @@ def _check_fp8(
     for key, side in {"hidden_size": model.hidden_size, **attention, **mlp}.items():
         if side % unit:
             raise RecipeError(
-                f"train.fp8_recipe {train.fp8_recipe} multiplies matrices whose sides are multiples of {unit}, and on a "
-                f"rank model.{key} makes one of {side}; change tensor parallelism, or leave train.fp8 out"
+                f"train.fp8_recipe {train.fp8_recipe} multiplies matrices whose sides are multiples of {unit}, and on "
+                f"a rank model.{key} makes one of {side}; change tensor parallelism, or leave train.fp8 out"
             )
     ranks = cp * (tp if parallel.sequence_parallel else 1)
     if seq_length is not None and train.micro_batch_size * seq_length // ranks % unit:

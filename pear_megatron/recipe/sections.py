@@ -281,8 +281,8 @@ class TrainConfig(StrictModel):
             )
         if self.fp8 is not None and (self.precision != "bf16" or self.attention in ("varlen", "mask")):
             raise ValueError(
-                f"fp8 {self.fp8} is of Transformer Engine's layers over bf16 weights, and precision is {self.precision}, "
-                f"attention {self.attention}; set precision=bf16 and attention=auto, or leave fp8 out"
+                f"fp8 {self.fp8} is of Transformer Engine's layers over bf16 weights, and precision is "
+                f"{self.precision}, attention {self.attention}; set precision=bf16 and attention=auto, or leave fp8 out"
             )
         needed = self.recompute_granularity == "full"
         for key in ("recompute_method", "recompute_num_layers"):
@@ -311,8 +311,8 @@ class OptimizerConfig(StrictModel):
             the run. A run that is to be extended later keeps its schedule if this is its final length.
         muon_momentum, muon_extra_scale_factor: of Muon; its updates have a root mean square of the latter.
         use_precision_aware_optimizer: Transformer Engine's FusedAdam keeps its state in the types below.
-        main_grads_dtype, main_params_dtype: of the gradients that are summed and reduced (fp32 or bf16), and of the main
-            weights (fp32, of which 16 bits are the weight itself, or fp16).
+        main_grads_dtype, main_params_dtype: of the gradients that are summed and reduced, and of the main weights
+            (fp32, of which 16 bits are the weight itself, or fp16).
         exp_avg_dtype, exp_avg_sq_dtype: of Adam's two moments.
         optimizer_cpu_offload: the state of ``optimizer_offload_fraction`` of the parameters lies in the host's memory,
             and its CPUs update it. Needs use_precision_aware_optimizer, whose path it takes, with a state in fp32.
@@ -355,17 +355,19 @@ class OptimizerConfig(StrictModel):
         self._only(
             aware, ("main_grads_dtype", *state, "optimizer_cpu_offload"), "use_precision_aware_optimizer=true"
         )
+        self._only(self.optimizer_cpu_offload, ("optimizer_offload_fraction",), "optimizer_cpu_offload=true")
         self._only(
-            self.optimizer_cpu_offload, ("optimizer_offload_fraction",), "optimizer_cpu_offload=true"
+            not self.optimizer_cpu_offload, state, "optimizer_cpu_offload=false (its state is float32)"
         )
-        self._only(not self.optimizer_cpu_offload, state, "optimizer_cpu_offload=false (its state is float32)")
         return self
 
     def _only(self, holds: bool, keys: tuple[str, ...], condition: str) -> None:
         """Refuses keys that are not at their default where the condition does not hold."""
         for key in keys:
             if not holds and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} {getattr(self, key)} needs {condition}; set that, or leave {key} out")
+                raise ValueError(
+                    f"{key} {getattr(self, key)} needs {condition}; set that, or leave {key} out"
+                )
 
 
 class CheckpointConfig(StrictModel):
@@ -491,10 +493,11 @@ class Recipe(StrictModel):
 
     def _check_memory_and_speed(self) -> None:
         distributed, bf16 = self.parallel.use_distributed_optimizer, self.train.precision == "bf16"
-        if self.optimizer.optimizer == "muon" and distributed:
+        if self.optimizer.optimizer == "muon" and (distributed or self.lora is not None):
             raise ValueError(
-                "optimizer.optimizer muon works on whole matrices, which parallel.use_distributed_optimizer cuts; set "
-                "that to false"
+                "optimizer.optimizer muon works on a model's whole matrices: not with "
+                "parallel.use_distributed_optimizer, which cuts them, nor with lora; set that to "
+                "false, or optimizer.optimizer=adam"
             )
         if self.optimizer.use_precision_aware_optimizer and not (distributed and bf16):
             raise ValueError(
