@@ -25,6 +25,9 @@ _CONTEXT = 3 * GIB  # CUDA's and NCCL's own memory, workspaces of cuBLAS and Tra
 _FRAGMENTATION = 0.08  # of what comes and goes in every step
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 _HOST_BYTES = 16  # of an offloaded parameter, all in float32: weight, gradient and two moments
+_USERBUFFERS = (
+    12  # GEMMs of a layer that Transformer Engine gives a buffer of hidden states, with tp_comm_overlap
+)
 _FP8_BYTES = 2  # of a layer's matrix: itself and its transpose, cast once a step
 
 
@@ -38,7 +41,8 @@ class StageMemory:
             the optimizer's state.
         activations: kept for backward, of every micro-batch in flight.
         logits, loss: of one micro-batch; 0 before the last stage.
-        working: what is alive besides at the worst moment: recomputed layers, gradients of activations.
+        working: what is alive besides at the worst moment: recomputed layers, gradients of activations, Transformer
+            Engine's userbuffers.
         reserve: CUDA context, NCCL, workspaces, fragmentation; assumed.
         host: in the host's memory: the offloaded part of the optimizer's state.
     """
@@ -121,7 +125,7 @@ def _stage(recipe: Recipe, dp_size: int, stage: int) -> StageMemory:
         activations=kept,
         logits=logits,
         loss=loss,
-        working=working,
+        working=working + (_USERBUFFERS * sizes.hidden * tp if parallel.tp_comm_overlap else 0),
         reserve=_CONTEXT + int(_FRAGMENTATION * (kept + logits + loss + working)),
         host=offloaded * _HOST_BYTES,
     )

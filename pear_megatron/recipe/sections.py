@@ -294,7 +294,7 @@ class TrainConfig(StrictModel):
         return self
 
 
-Dtype = Literal["fp32", "fp16", "bf16", "fp8"]
+StateDtype = Literal["fp32", "fp16", "bf16", "fp8"]
 
 
 class OptimizerConfig(StrictModel):
@@ -334,8 +334,8 @@ class OptimizerConfig(StrictModel):
     use_precision_aware_optimizer: bool = False
     main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
     main_params_dtype: Literal["fp32", "fp16"] = "fp32"
-    exp_avg_dtype: Dtype = "fp32"
-    exp_avg_sq_dtype: Dtype = "fp32"
+    exp_avg_dtype: StateDtype = "fp32"
+    exp_avg_sq_dtype: StateDtype = "fp32"
     optimizer_cpu_offload: bool = False
     optimizer_offload_fraction: float = Field(default=1.0, gt=0, le=1)
 

@@ -102,3 +102,12 @@ def test_types_of_the_state_and_the_gradients_count() -> None:
     assert (aware.optimizer, aware.gradients) == (count // 4 * (2 + 2 + 1), count * 2)
     q_k_v_o, mlp = 64 * 64 + 2 * 64 * 32 + 64 * 64, 3 * 64 * 192
     assert fp8.weights - plain[0].weights == 2 * 2 * (q_k_v_o + mlp)
+
+
+def test_userbuffers_hold_a_micro_batch_for_every_gemm() -> None:
+    split = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    plain, overlap = (
+        stage_memory(small.recipe(parallel=keys), dp_size=1)[0]
+        for keys in (split, {**split, "tp_comm_overlap": True})
+    )
+    assert overlap.working - plain.working == 12 * 128 * 64 * 2
