@@ -133,6 +133,8 @@ def _memory_table(found: Plan) -> Table:
     table.add_row("needed", *(_gib(stage.total) for stage in stages))
     if found.memory is not None:
         table.add_row("a GPU has", *(_gib(found.memory) for _ in stages))
+    if any(stage.host for stage in stages):
+        table.add_row("optimizer state on the host", *(_gib(stage.host) for stage in stages))
     return table
 
 

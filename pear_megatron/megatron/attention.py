@@ -8,7 +8,7 @@ import torch
 
 from pear_megatron.recipe import ParallelConfig, RecipeError, TrainConfig
 
-_INSTALL = "pip install 'pear-megatron[te]'"
+INSTALL = "pip install 'pear-megatron[te]'"
 
 
 def transformer_engine_available() -> bool:
@@ -41,7 +41,7 @@ def attention_path(train: TrainConfig) -> str:
             )
         if not transformer_engine_available():
             raise RecipeError(
-                f"train.attention=transformer_engine needs a GPU and Transformer Engine ({_INSTALL}); leave "
+                f"train.attention=transformer_engine needs a GPU and Transformer Engine ({INSTALL}); leave "
                 "train.attention at auto, or set varlen"
             )
     return train.attention
@@ -53,7 +53,7 @@ def packed_attention(train: TrainConfig) -> str:
 
 
 def check_attention(parallel: ParallelConfig, train: TrainConfig) -> None:
-    """Refuses layouts that only Transformer Engine's layers know.
+    """Refuses what only Transformer Engine's layers know.
 
     Raises:
         RecipeError: names the key and the ways out.
@@ -61,14 +61,18 @@ def check_attention(parallel: ParallelConfig, train: TrainConfig) -> None:
     path = attention_path(train)
     if path == "transformer_engine":
         return
-    for key, used, way_out in (
-        ("context_parallel_size", parallel.context_parallel_size > 1, "set it to 1"),
+    on_gpu = torch.cuda.is_available()
+    cp = parallel.context_parallel_size
+    for key, value, used, way_out in (
+        ("parallel.context_parallel_size", cp, cp > 1, "set it to 1"),
+        ("parallel.tp_comm_overlap", True, parallel.tp_comm_overlap, "leave it out"),
+        ("train.fp8", train.fp8, train.fp8 is not None, "leave it and train.fp8_recipe out"),
         # cpu.py lends it to torch's norms; on a GPU nothing does.
-        ("sequence_parallel", parallel.sequence_parallel and torch.cuda.is_available(), "leave it out"),
+        ("parallel.sequence_parallel", True, parallel.sequence_parallel and on_gpu, "leave it out"),
     ):
         if used:
             raise RecipeError(
-                f"parallel.{key} {getattr(parallel, key)} needs a GPU, Transformer Engine ({_INSTALL}), "
+                f"{key} {value} needs a GPU, Transformer Engine ({INSTALL}), "
                 f"train.precision=bf16 and train.attention=auto; attention here is {path}: {way_out}, or train there"
             )
 

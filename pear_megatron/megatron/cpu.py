@@ -40,6 +40,7 @@ def enable() -> bool:
             _disable_cuda_rng()
             _let_norms_be_sequence_parallel()
             _exchange_tokens_over_gloo()
+            _offload_within_the_host()
         _enabled = True
     return True
 
@@ -96,6 +97,8 @@ def _redirect_devices() -> None:
         def on_cpu(*args: Any, **kwargs: Any) -> Any:
             if "device" in kwargs:
                 kwargs["device"] = _on_cpu(kwargs["device"])
+            if "pin_memory" in kwargs:
+                kwargs["pin_memory"] = False
             return factory(*args, **kwargs)
 
         return on_cpu
@@ -241,3 +244,26 @@ def _exchange_tokens_over_gloo() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = move
     mappings._gather_along_first_dim = gather_uneven
     mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven
+
+
+class _Offloaded(torch.Tensor):
+    """A parameter's copy in what would be the host's memory."""
+
+
+def _offload_within_the_host() -> None:
+    """The optimizer that keeps a part of its state on the host asks its parameters whether they are on a GPU."""
+    from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+
+    share_out = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+    def share_out_as_from_gpu(self: Any, offload_fraction: float) -> Any:
+        Tensor: Any = torch.Tensor
+        original = Tensor.is_cuda, Tensor.pin_memory
+        Tensor.is_cuda = property(lambda x: not isinstance(x, _Offloaded))
+        Tensor.pin_memory = lambda x: x.as_subclass(_Offloaded)
+        try:
+            return share_out(self, offload_fraction)
+        finally:
+            Tensor.is_cuda, Tensor.pin_memory = original
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = share_out_as_from_gpu

@@ -43,6 +43,7 @@ class Layout:
     cp_size: int = 1
     cp_group: torch.distributed.ProcessGroup | None = None
     sequence_parallel: bool = False
+    tp_comm_overlap: bool = False
     ep_size: int = 1
     ep_rank: int = 0
     expert_tp_size: int = 1
@@ -118,6 +119,7 @@ def initialize(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig)
         cp_size=parallel.context_parallel_size,
         cp_group=parallel_state.get_context_parallel_group(),
         sequence_parallel=parallel.sequence_parallel,
+        tp_comm_overlap=parallel.tp_comm_overlap,
         ep_size=parallel.expert_model_parallel_size,
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_tp_size=expert_tensor_size(parallel),

@@ -44,6 +44,9 @@ def transformer_config(model: ModelConfig, layout: Layout, train: TrainConfig) -
         virtual_pipeline_model_parallel_size=layout.vpp_size if layout.vpp_size > 1 else None,
         context_parallel_size=layout.cp_size,
         sequence_parallel=layout.sequence_parallel,
+        tp_comm_overlap=layout.tp_comm_overlap,
+        fp8=train.fp8,
+        fp8_recipe=train.fp8_recipe or "delayed",  # mcore's default, of no effect without fp8
         recompute_granularity=train.recompute_granularity,
         recompute_method=train.recompute_method,
         recompute_num_layers=train.recompute_num_layers,
@@ -146,12 +149,13 @@ def build_model(
     return Float16Module(config, gpt) if train.precision == "bf16" else gpt
 
 
-def wrap_ddp(model: Any, parallel: ParallelConfig) -> Any:
-    """mcore's DistributedDataParallel with float32 gradients, summed (not averaged) over the batch.
+def wrap_ddp(model: Any, parallel: ParallelConfig, *, grads_in_fp32: bool = True) -> Any:
+    """mcore's DistributedDataParallel, whose gradients are summed (not averaged) over the batch.
 
     Args:
         model: a model, or the list of a stage's chunks.
         parallel: whether the optimizer's state is split and collectives are overlapped.
+        grads_in_fp32: gradients are summed in float32; else in the weights' type.
 
     Returns:
         What was given, wrapped.
@@ -164,7 +168,7 @@ def wrap_ddp(model: Any, parallel: ParallelConfig) -> Any:
 
     chunks = as_chunks(model)
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=grads_in_fp32,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,

@@ -7,33 +7,73 @@ from typing import Any
 
 import torch
 
+from pear_megatron.megatron.attention import INSTALL
 from pear_megatron.megatron.model import as_chunks
 from pear_megatron.recipe import Recipe, RecipeError
 
 log = logging.getLogger("pear_megatron")
 
 
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.uint8}
+
+
 def build_optimizer(recipe: Recipe, model: Any) -> Any:
-    """AdamW on float32 main parameters, gradient clipping over the whole model (one, or a list of chunks)."""
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    """The recipe's optimizer on main parameters, with gradient clipping over the whole model (or a list of chunks)."""
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    return get_megatron_optimizer(optimizer_config(recipe), as_chunks(model))
+
+
+def optimizer_config(recipe: Recipe) -> Any:
+    """megatron.core's OptimizerConfig.
+
+    Raises:
+        RecipeError: this machine has not the packages that the optimizer needs.
+    """
+    from megatron.core.optimizer import OptimizerConfig
 
     settings = recipe.optimizer
     bf16 = recipe.train.precision == "bf16"
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=settings.lr,
-        min_lr=settings.min_lr,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        adam_eps=settings.adam_eps,
-        clip_grad=settings.clip_grad,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
-        overlap_param_gather=recipe.parallel.overlap_param_gather,
+    same = (
+        *("optimizer", "lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad"),
+        *("muon_momentum", "muon_extra_scale_factor"),
+        *("use_precision_aware_optimizer", "optimizer_cpu_offload", "optimizer_offload_fraction"),
     )
-    return get_megatron_optimizer(config, as_chunks(model))
+    dtypes = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+    if settings.optimizer == "muon":
+        _require_muon()
+    try:
+        return OptimizerConfig(
+            **{key: getattr(settings, key) for key in same},
+            **{key: _DTYPES[getattr(settings, key)] for key in dtypes},
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=recipe.parallel.use_distributed_optimizer,
+            overlap_param_gather=recipe.parallel.overlap_param_gather,
+            muon_tp_mode="duplicated",  # the update of the whole matrix, whatever the layout
+        )
+    except (RuntimeError, TypeError, AssertionError) as error:  # 0.16 compares the version of no package
+        if not settings.use_precision_aware_optimizer:
+            raise
+        raise RecipeError(
+            f"optimizer.use_precision_aware_optimizer needs Transformer Engine ({INSTALL}): {error}; install it, or "
+            "leave it and optimizer.optimizer_cpu_offload out"
+        ) from error
+
+
+def _require_muon() -> None:
+    try:
+        from megatron.core.optimizer.emerging_optimizers import HAVE_EMERGING_OPTIMIZERS as installed
+    except ImportError as error:
+        raise RecipeError(
+            "optimizer.optimizer muon needs a newer megatron-core (0.19 has it as it is used here); update it, or set "
+            "optimizer.optimizer=adam"
+        ) from error
+    if not installed:
+        raise RecipeError(
+            "optimizer.optimizer muon needs NVIDIA's emerging-optimizers (pip install 'pear-megatron[muon]', Python "
+            "3.12); install it, or set optimizer.optimizer=adam"
+        )
 
 
 def build_scheduler(recipe: Recipe, optimizer: Any, total_steps: int) -> Any:
@@ -120,8 +160,21 @@ def _parts(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
+def _on_the_host(optimizer: Any) -> list[Any]:
+    """mcore's optimizers whose state is shared out between GPU and host."""
+    from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+
+    hybrids = [part.optimizer for part in _parts(optimizer)]
+    return [hybrid for hybrid in hybrids if isinstance(hybrid, HybridDeviceOptimizer)]
+
+
 def prepare_to_load(optimizer: Any) -> None:
-    """Allocates the state that mcore's distributed optimizer takes for given when it is to load one."""
+    """Allocates the state that mcore's distributed optimizer takes for given when it is to load one.
+
+    With a state on the host that is a step along random numbers, so that weights are to be loaded afterwards.
+    """
+    for hybrid in _on_the_host(optimizer):
+        hybrid.dummy_step()
     for part in _on_torch_adam(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
@@ -141,6 +194,9 @@ def load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
     """
     if not _on_torch_adam(optimizer):
         optimizer.load_state_dict(state)
+        for hybrid in _on_the_host(optimizer):
+            for own in hybrid.state.values():
+                own |= {key: step.clone() for key, step in own.items() if key == "step"}
         return
     parts = _parts(optimizer)
     states = [state] if len(parts) == 1 else [state[i] for i in range(len(parts))]

@@ -2,14 +2,21 @@
 
 A checkpoint holds, per parameter, the weight in the training precision and the optimizer's state in float32: AdamW's
 two moments, and a float32 weight of its own where training is in bf16 or the optimizer is the distributed one. The
-vocabulary is padded in a checkpoint and not in an export. A LoRA run's checkpoints hold the adapters alone.
+vocabulary is padded in a checkpoint and not in an export. A LoRA run's checkpoints hold the adapters alone. Muon has
+one moment. What the precision-aware optimizer keeps in fewer bits is float32 in a checkpoint too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pear_megatron.plan.parameters import adapter_parameters, model_parameters, padded_vocab_size
+from pear_megatron.plan.parameters import (
+    adapter_parameters,
+    expert_parameters,
+    layer_matrices,
+    model_parameters,
+    padded_vocab_size,
+)
 from pear_megatron.recipe import Recipe
 
 _MOMENTS = 8
@@ -55,6 +62,9 @@ def run_disk(recipe: Recipe, steps: int | None) -> RunDisk:
     if recipe.lora is not None:
         stored = adapter_parameters(model, recipe.lora, 1, 1)
     weight = 2 if bf16 else 4
+    matrices = 0
+    if recipe.optimizer.optimizer == "muon":
+        matrices = model.num_layers * (layer_matrices(model, 1) + expert_parameters(model))
     master = bf16 or recipe.parallel.use_distributed_optimizer
     kept, most = count_checkpoints(recipe.checkpoint.save_interval, recipe.checkpoint.keep_last, steps)
     if recipe.checkpoint.keep_best is not None:  # evaluations save as well, nobody knows how many
@@ -62,7 +72,7 @@ def run_disk(recipe: Recipe, steps: int | None) -> RunDisk:
         kept, most = (None, None) if last is None else (last + 1, last + 2)
     return RunDisk(
         weights=stored * weight,
-        optimizer=stored * (_MOMENTS + (_MASTER_WEIGHT if master else 0)),
+        optimizer=stored * (_MOMENTS + (_MASTER_WEIGHT if master else 0)) - matrices * _MOMENTS // 2,
         kept=kept,
         most=most,
         export=model_parameters(model) * weight,

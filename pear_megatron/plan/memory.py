@@ -6,6 +6,7 @@ activations.py; the reserve for what is in no formula is an assumption, not a me
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pear_megatron.plan.activations import Activations, activations
@@ -13,6 +14,7 @@ from pear_megatron.plan.gpus import GIB
 from pear_megatron.plan.parameters import (
     adapter_parameters,
     expert_parameters,
+    layer_matrices,
     rank_parameters,
     word_embedding_parameters,
 )
@@ -21,6 +23,12 @@ from pear_megatron.recipe.sections import expert_tensor_size
 
 _CONTEXT = 3 * GIB  # CUDA's and NCCL's own memory, workspaces of cuBLAS and Transformer Engine
 _FRAGMENTATION = 0.08  # of what comes and goes in every step
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+_HOST_BYTES = 16  # of an offloaded parameter, all in float32: weight, gradient and two moments
+_USERBUFFERS = (
+    12  # GEMMs of a layer that Transformer Engine gives a buffer of hidden states, with tp_comm_overlap
+)
+_FP8_BYTES = 2  # of a layer's matrix: itself and its transpose, cast once a step
 
 
 @dataclass(frozen=True)
@@ -29,12 +37,14 @@ class StageMemory:
 
     Attributes:
         weights, gradients, optimizer: of the parameters the rank holds, the last two of those that it trains (under
-            LoRA, the adapters'); gradients and all optimizer state (float32 weights included, for bf16 training)
-            are float32.
+            LoRA, the adapters'). The weights' FP8 copies are with them, and float32 weights, for bf16 training, with
+            the optimizer's state.
         activations: kept for backward, of every micro-batch in flight.
         logits, loss: of one micro-batch; 0 before the last stage.
-        working: what is alive besides at the worst moment: recomputed layers, gradients of activations.
+        working: what is alive besides at the worst moment: recomputed layers, gradients of activations, Transformer
+            Engine's userbuffers.
         reserve: CUDA context, NCCL, workspaces, fragmentation; assumed.
+        host: in the host's memory: the offloaded part of the optimizer's state.
     """
 
     stage: int
@@ -47,10 +57,11 @@ class StageMemory:
     loss: int
     working: int
     reserve: int
+    host: int = 0
 
     @property
     def items(self) -> dict[str, int]:
-        """Name -> bytes, in the order in which people read them."""
+        """Name -> bytes on the GPU, in the order in which people read them."""
         names = (
             "weights", "gradients", "optimizer", "activations", "logits", "loss", "working", "reserve"
         )  # fmt: skip
@@ -58,7 +69,7 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """Bytes on the GPU."""
         return sum(self.items.values())
 
 
@@ -73,12 +84,14 @@ def stage_memory(recipe: Recipe, dp_size: int) -> list[StageMemory]:
 
 
 def _stage(recipe: Recipe, dp_size: int, stage: int) -> StageMemory:
-    model, parallel, bf16 = recipe.model, recipe.parallel, recipe.train.precision == "bf16"
+    model, parallel, settings = recipe.model, recipe.parallel, recipe.optimizer
+    bf16 = recipe.train.precision == "bf16"
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     last = stage == pp - 1
     ep, expert_tp = parallel.expert_model_parallel_size, expert_tensor_size(parallel)
     dense = rank_parameters(model, tp, pp, stage)
     experts = model.num_layers // pp * expert_parameters(model, ep, expert_tp)
+    matrices = model.num_layers // pp * layer_matrices(model, tp) + experts
     count = dense + experts
     if recipe.lora is not None:  # not of mixtures
         dense = adapter_parameters(model, recipe.lora, tp, pp)
@@ -86,7 +99,9 @@ def _stage(recipe: Recipe, dp_size: int, stage: int) -> StageMemory:
     # An expert's copies are on fewer ranks than a dense parameter's: its optimizer state is in fewer shards.
     shards = dp_size * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
     expert_shards = shards * tp // (ep * expert_tp) if parallel.use_distributed_optimizer else 1
-    state = 12 if bf16 else 8
+    held = -(-dense // shards) - (-experts // expert_shards)
+    offloaded = math.ceil(held * settings.optimizer_offload_fraction) if settings.optimizer_cpu_offload else 0
+    saved = 4 * matrices if settings.optimizer == "muon" else 0  # it has one moment
     sizes = activations(recipe)
     num_microbatches = recipe.train.global_batch_size // (recipe.train.micro_batch_size * dp_size)
     kept, recomputed = _kept(recipe, sizes, stage, num_microbatches)
@@ -104,15 +119,25 @@ def _stage(recipe: Recipe, dp_size: int, stage: int) -> StageMemory:
     return StageMemory(
         stage=stage,
         parameters=count,
-        weights=count * (2 if bf16 else 4),
-        gradients=(dense + experts) * 4,
-        optimizer=-(-dense * state // shards) - (-experts * state // expert_shards),
+        weights=count * (2 if bf16 else 4) + (_FP8_BYTES * matrices if recipe.train.fp8 else 0),
+        gradients=(dense + experts) * _BYTES[settings.main_grads_dtype],
+        optimizer=(held - offloaded) * _state_bytes(recipe) - saved,
         activations=kept,
         logits=logits,
         loss=loss,
-        working=working,
+        working=working + (_USERBUFFERS * sizes.hidden * tp if parallel.tp_comm_overlap else 0),
         reserve=_CONTEXT + int(_FRAGMENTATION * (kept + logits + loss + working)),
+        host=offloaded * _HOST_BYTES,
     )
+
+
+def _state_bytes(recipe: Recipe) -> int:
+    """Bytes of AdamW's state for a parameter."""
+    settings = recipe.optimizer
+    if settings.use_precision_aware_optimizer and not settings.optimizer_cpu_offload:
+        main = 2  # float16, or what a float32 weight has more than the bf16 one
+        return main + _BYTES[settings.exp_avg_dtype] + _BYTES[settings.exp_avg_sq_dtype]
+    return 12 if recipe.train.precision == "bf16" else 8
 
 
 def _kept(recipe: Recipe, sizes: Activations, stage: int, num_microbatches: int) -> tuple[int, int]:

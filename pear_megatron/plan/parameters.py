@@ -23,26 +23,29 @@ def expert_parameters(model: ModelConfig, ep_size: int = 1, expert_tp_size: int 
     return (model.num_moe_experts or 0) // ep_size * _mlp(model, expert_size(model)) // expert_tp_size
 
 
+def layer_matrices(model: ModelConfig, tp_size: int) -> int:
+    """Weights of one transformer layer's matrices on one tensor-parallel rank, without routed experts."""
+    h, head = model.hidden_size, head_size(model)
+    q, kv = model.num_attention_heads * head, 2 * query_groups(model) * head
+    width, router = model.ffn_hidden_size, 0
+    if model.num_moe_experts is not None:
+        width = model.moe_shared_expert_intermediate_size or 0
+        router = h * (model.num_moe_experts + model.moe_shared_expert_gate)  # whole, and so is the gate
+    return (h * (q + kv) + q * h + _mlp(model, width)) // tp_size + router
+
+
 def layer_parameters(model: ModelConfig, tp_size: int) -> int:
     """Parameters of one transformer layer on one tensor-parallel rank, without routed experts."""
     h, head = model.hidden_size, head_size(model)
-    q, kv = model.num_attention_heads * head, 2 * query_groups(model) * head
-    fc1 = model.ffn_hidden_size * (2 if model.activation == "swiglu" else 1)
-    split = h * (q + kv) + q * h
-    whole = 2 * _norm(model, h)
-    if model.num_moe_experts is None:
-        split += _mlp(model, model.ffn_hidden_size)
-    else:
-        split += _mlp(model, model.moe_shared_expert_intermediate_size or 0)
-        whole += h * (model.num_moe_experts + model.moe_shared_expert_gate)  # the router, and the gate
+    split, whole = 0, 2 * _norm(model, h)
     if model.add_qkv_bias or model.add_bias_linear:
-        split += q + kv
+        split += (model.num_attention_heads + 2 * query_groups(model)) * head
     if model.add_bias_linear:
-        split += fc1
+        split += model.ffn_hidden_size * (2 if model.activation == "swiglu" else 1)
         whole += 2 * h  # of the two row-parallel projections
     if model.qk_layernorm:
         whole += 2 * _norm(model, head)
-    return split // tp_size + whole
+    return layer_matrices(model, tp_size) + split // tp_size + whole
 
 
 def word_embedding_parameters(model: ModelConfig, tp_size: int) -> int:

@@ -9,6 +9,8 @@ from pear_megatron.recipe.sections import (
     TrainConfig,
     expert_size,
     expert_tensor_size,
+    head_size,
+    query_groups,
 )
 
 
@@ -64,6 +66,8 @@ def check_layout(
         )
     if seq_length is not None:
         _check_seq_length(seq_length, parallel)
+    if train.fp8 is not None:
+        _check_fp8(model, parallel, train, seq_length)
     return dp
 
 
@@ -146,4 +150,33 @@ def _check_seq_length(seq_length: int, parallel: ParallelConfig) -> None:
         raise RecipeError(
             f"data.seq_length {seq_length} is not divisible by {' x '.join(why)} = {unit}; "
             f"use {-(-seq_length // unit) * unit}"
+        )
+
+
+def _check_fp8(
+    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, seq_length: int | None
+) -> None:
+    """Sides of the layers' GEMMs on one rank: Transformer Engine takes multiples of 16, for MXFP8 of 32."""
+    unit = 32 if train.fp8_recipe == "mxfp8" else 16
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    heads, kv = model.num_attention_heads * head_size(model), 2 * query_groups(model) * head_size(model)
+    mlp = {"ffn_hidden_size": model.ffn_hidden_size // tp}
+    if model.num_moe_experts is not None:
+        mlp = {
+            "moe_ffn_hidden_size": expert_size(model) // expert_tensor_size(parallel),
+            "moe_shared_expert_intermediate_size": (model.moe_shared_expert_intermediate_size or 0) // tp,
+        }
+    attention = {"num_attention_heads": heads // tp, "num_query_groups": (heads + kv) // tp}
+    for key, side in {"hidden_size": model.hidden_size, **attention, **mlp}.items():
+        if side % unit:
+            raise RecipeError(
+                f"train.fp8_recipe {train.fp8_recipe} multiplies matrices whose sides are multiples of {unit}, and on "
+                f"a rank model.{key} makes one of {side}; change tensor parallelism, or leave train.fp8 out"
+            )
+    ranks = cp * (tp if parallel.sequence_parallel else 1)
+    if seq_length is not None and train.micro_batch_size * seq_length // ranks % unit:
+        raise RecipeError(
+            f"train.fp8_recipe {train.fp8_recipe} multiplies multiples of {unit} tokens, and a rank gets "
+            f"{train.micro_batch_size * seq_length // ranks} of a micro-batch; use data.seq_length "
+            f"{-(-seq_length // (unit * ranks)) * unit * ranks}"
         )

@@ -167,6 +167,7 @@ class ParallelConfig(StrictModel):
         expert_tensor_parallel_size: ranks that share each expert; None = tensor_model_parallel_size.
         use_distributed_optimizer: the optimizer's state is split over the data-parallel ranks.
         overlap_grad_reduce, overlap_param_gather: data-parallel collectives beside the computation.
+        tp_comm_overlap: tensor-parallel collectives beside the GEMMs; needs sequence_parallel and Transformer Engine.
     """
 
     tensor_model_parallel_size: int = Field(default=1, ge=1)
@@ -179,9 +180,12 @@ class ParallelConfig(StrictModel):
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    tp_comm_overlap: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.tp_comm_overlap and not self.sequence_parallel:
+            raise ValueError("tp_comm_overlap needs sequence_parallel; set it, or leave tp_comm_overlap out")
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise ValueError(
                 "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce; set both"
@@ -226,6 +230,10 @@ class TrainConfig(StrictModel):
             names it; ``full`` needs a method and a number of layers, ``selective`` neither.
         recompute_modules: what ``selective`` recomputes in every layer, by Megatron's names: attention's core, the MLP
             of a dense model; None = the first.
+        fp8: the layers' GEMMs in FP8, in Transformer Engine: ``e4m3``, or ``hybrid``, with e5m2 for gradients. Weights
+            stay in bf16, and so do attention, the output layer and what is saved. None = none.
+        fp8_recipe: what shares a scale: a ``tensorwise`` whole tensor, ``blockwise`` 128 values or 128 x 128 weights,
+            ``mxfp8`` 32 values; goes with fp8 (docs/memory-and-speed.md).
         attention: how the trajectories of a row stay apart. ``transformer_engine``: in its layers; ``varlen``: torch's
             flash attention, over each trajectory, in Megatron's own; ``mask``: a mask of S x S positions, the
             reference; ``auto``: the first that this machine and the precision have (docs/long-sequences.md).
@@ -246,6 +254,8 @@ class TrainConfig(StrictModel):
     loss_normalization: Literal["token", "trajectory"] = "token"
     eval_interval: int | None = Field(default=None, ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] | None = None
     attention: Literal["auto", "transformer_engine", "varlen", "mask"] = "auto"
     log_interval: int = Field(default=1, ge=1)
     recompute_granularity: Literal["selective", "full"] | None = None
@@ -265,6 +275,15 @@ class TrainConfig(StrictModel):
                 f"recompute_modules names what recompute_granularity=selective recomputes, and that is "
                 f"{self.recompute_granularity}; set it, or leave recompute_modules out"
             )
+        if (self.fp8 is None) != (self.fp8_recipe is None):
+            raise ValueError(
+                f"fp8 and fp8_recipe go together (they are {self.fp8} and {self.fp8_recipe}); give both or none"
+            )
+        if self.fp8 is not None and (self.precision != "bf16" or self.attention in ("varlen", "mask")):
+            raise ValueError(
+                f"fp8 {self.fp8} is of Transformer Engine's layers over bf16 weights, and precision is "
+                f"{self.precision}, attention {self.attention}; set precision=bf16 and attention=auto, or leave fp8 out"
+            )
         needed = self.recompute_granularity == "full"
         for key in ("recompute_method", "recompute_num_layers"):
             if needed != (getattr(self, key) is not None):
@@ -275,18 +294,31 @@ class TrainConfig(StrictModel):
         return self
 
 
+StateDtype = Literal["fp32", "fp16", "bf16", "fp8"]
+
+
 class OptimizerConfig(StrictModel):
-    """AdamW and its learning-rate schedule, in Megatron's words; steps are optimizer steps.
+    """The optimizer and its learning-rate schedule, in Megatron's words; steps are optimizer steps.
 
     Attributes:
+        optimizer: ``adam`` is AdamW. ``muon`` (arXiv 2502.16982) takes the layers' matrices and leaves embeddings,
+            output layer, norms and biases to AdamW; both have the same lr.
         lr: the highest; the first step's, without a warm-up.
         min_lr: where the decay ends.
         lr_warmup_steps: lr rises in equal parts, from 0 at the first step, which changes nothing then, to ``lr``
             at the step after these.
         lr_decay_steps: step at which lr reaches ``min_lr``, the warm-up included; None = that after the last of
             the run. A run that is to be extended later keeps its schedule if this is its final length.
+        muon_momentum, muon_extra_scale_factor: of Muon; its updates have a root mean square of the latter.
+        use_precision_aware_optimizer: Transformer Engine's FusedAdam keeps its state in the types below.
+        main_grads_dtype, main_params_dtype: of the gradients that are summed and reduced, and of the main weights
+            (fp32, of which 16 bits are the weight itself, or fp16).
+        exp_avg_dtype, exp_avg_sq_dtype: of Adam's two moments.
+        optimizer_cpu_offload: the state of ``optimizer_offload_fraction`` of the parameters lies in the host's memory,
+            and its CPUs update it. Needs use_precision_aware_optimizer, whose path it takes, with a state in fp32.
     """
 
+    optimizer: Literal["adam", "muon"] = "adam"
     lr: float = Field(default=1e-5, gt=0)
     min_lr: float = Field(default=0.0, ge=0)
     lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
@@ -296,7 +328,16 @@ class OptimizerConfig(StrictModel):
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     adam_eps: float = Field(default=1e-8, gt=0)
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    muon_extra_scale_factor: float = Field(default=1.0, gt=0)
     clip_grad: float = Field(default=1.0, ge=0)
+    use_precision_aware_optimizer: bool = False
+    main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    exp_avg_dtype: StateDtype = "fp32"
+    exp_avg_sq_dtype: StateDtype = "fp32"
+    optimizer_cpu_offload: bool = False
+    optimizer_offload_fraction: float = Field(default=1.0, gt=0, le=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -307,7 +348,26 @@ class OptimizerConfig(StrictModel):
                 f"lr_decay_steps {self.lr_decay_steps} counts the warm-up and must exceed lr_warmup_steps "
                 f"{self.lr_warmup_steps}"
             )
+        state = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+        adam, aware = self.optimizer == "adam", self.use_precision_aware_optimizer
+        self._only(not adam, ("muon_momentum", "muon_extra_scale_factor"), "optimizer=muon")
+        self._only(adam, ("use_precision_aware_optimizer",), "optimizer=adam")
+        self._only(
+            aware, ("main_grads_dtype", *state, "optimizer_cpu_offload"), "use_precision_aware_optimizer=true"
+        )
+        self._only(self.optimizer_cpu_offload, ("optimizer_offload_fraction",), "optimizer_cpu_offload=true")
+        self._only(
+            not self.optimizer_cpu_offload, state, "optimizer_cpu_offload=false (its state is float32)"
+        )
         return self
+
+    def _only(self, holds: bool, keys: tuple[str, ...], condition: str) -> None:
+        """Refuses keys that are not at their default where the condition does not hold."""
+        for key in keys:
+            if not holds and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} {getattr(self, key)} needs {condition}; set that, or leave {key} out"
+                )
 
 
 class CheckpointConfig(StrictModel):
@@ -365,6 +425,14 @@ class ClusterConfig(StrictModel):
     gpu: Literal["A100-80GB", "H100-80GB", "H200-141GB", "B200-180GB", "cpu"] = "H100-80GB"
 
 
+# GPUs of ClusterConfig that Transformer Engine refuses a recipe on.
+_WITHOUT_FP8 = {
+    "tensorwise": ("A100-80GB",),
+    "blockwise": ("A100-80GB",),
+    "mxfp8": ("A100-80GB", "H100-80GB", "H200-141GB"),
+}
+
+
 class Recipe(StrictModel):
     """One training run.
 
@@ -410,6 +478,7 @@ class Recipe(StrictModel):
                 "model.hf and checkpoint.pretrained both name weights to start from; give one of them"
             )
         self._check_experts()
+        self._check_memory_and_speed()
         if self.lora is not None and not (self.model.hf or self.checkpoint.pretrained):
             raise ValueError(
                 "lora trains adapters of a model that is there; give model.hf or checkpoint.pretrained, or leave "
@@ -421,6 +490,26 @@ class Recipe(StrictModel):
                 "leave lora out"
             )
         return self
+
+    def _check_memory_and_speed(self) -> None:
+        distributed, bf16 = self.parallel.use_distributed_optimizer, self.train.precision == "bf16"
+        if self.optimizer.optimizer == "muon" and (distributed or self.lora is not None):
+            raise ValueError(
+                "optimizer.optimizer muon works on a model's whole matrices: not with "
+                "parallel.use_distributed_optimizer, which cuts them, nor with lora; set that to "
+                "false, or optimizer.optimizer=adam"
+            )
+        if self.optimizer.use_precision_aware_optimizer and not (distributed and bf16):
+            raise ValueError(
+                "optimizer.use_precision_aware_optimizer needs parallel.use_distributed_optimizer and "
+                "train.precision=bf16; set both, or leave it out"
+            )
+        fp8_recipe, gpu = self.train.fp8_recipe, self.cluster.gpu
+        if gpu in _WITHOUT_FP8.get(fp8_recipe or "", ()):
+            raise ValueError(
+                f"train.fp8_recipe {fp8_recipe} does not run on cluster.gpu {gpu}; correct cluster.gpu, take another "
+                "recipe, or leave train.fp8 and train.fp8_recipe out"
+            )
 
     def _check_experts(self) -> None:
         if self.lora is not None and self.model.num_moe_experts is not None:

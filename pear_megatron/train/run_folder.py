@@ -37,6 +37,9 @@ _MAY_CHANGE = (
     "train.eval_interval",
     "train.profile",
     "optimizer.lr_decay_steps",
+    "optimizer.use_precision_aware_optimizer",
+    "optimizer.optimizer_cpu_offload",
+    "optimizer.optimizer_offload_fraction",
     "data.cache_dir",
     "data.validation",
 )

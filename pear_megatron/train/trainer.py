@@ -21,8 +21,9 @@ from pear_megatron.megatron.forward_step import PearForwardStep
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.lora import add_adapters
 from pear_megatron.megatron.model import build_chunks, sync_parameters, wrap_ddp
-from pear_megatron.megatron.optimizer import build_optimizer, build_scheduler
+from pear_megatron.megatron.optimizer import build_optimizer, build_scheduler, optimizer_config
 from pear_megatron.megatron.output_chunks import require_output_processor
+from pear_megatron.megatron.userbuffers import start_userbuffers
 from pear_megatron.recipe import Recipe
 from pear_megatron.report import watch_weights
 from pear_megatron.storage import digest
@@ -58,6 +59,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, layout: Layout, stop: StopRequest | None = None) -> None:
         self.recipe, self.layout, self.stop = recipe, layout, stop or StopRequest()
+        optimizer_config(recipe)  # refuses what this machine has not, before data are read
         root = Path(recipe.output_dir) / "checkpoints"
         saved = resume.find(recipe, root)
         self.dataset = open_dataset(recipe)
@@ -85,6 +87,8 @@ class Trainer:
         self.routes = recipe.model.num_moe_experts is not None
         self.profile = StepProfile(recipe, layout, self.total_steps)
 
+        if layout.tp_comm_overlap:
+            start_userbuffers(recipe)
         chunks = build_chunks(recipe.model, layout, recipe.train)
         if recipe.train.output_chunk_tokens is not None:
             require_output_processor(chunks[0])
@@ -92,7 +96,9 @@ class Trainer:
             start_model(recipe, layout, chunks)
         if recipe.lora:
             add_adapters(chunks, recipe.model, recipe.lora, layout, seed=recipe.seed)
-        self.model: list[Any] = wrap_ddp(chunks, recipe.parallel)
+        self.model: list[Any] = wrap_ddp(
+            chunks, recipe.parallel, grads_in_fp32=recipe.optimizer.main_grads_dtype == "fp32"
+        )
         self.optimizer = build_optimizer(recipe, self.model)
         self.scheduler = build_scheduler(recipe, self.optimizer, self.total_steps)
         self.step = 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pear_megatron.megatron.attention import transformer_engine_available
 from tests.gpu.device import DEVICE, needs_device
 from tests.megatron.ranks import train_runs
 from tests.megatron.runs import REPOSITORY, TINY, metrics, write_trajectories
@@ -87,6 +88,30 @@ def test_two_tensor_parallel_ranks_on_one_card_share_chunks_of_the_output_layer(
     runs = {tmp_path / "whole": [TIED, TP], tmp_path / "chunks": [TIED, TP, CHUNKS]}
     whole, chunks = train_runs(2, data, runs).values()
     assert_same(chunks, whole, relative=1e-4)
+
+
+AWARE = ["parallel.use_distributed_optimizer=true", "optimizer.use_precision_aware_optimizer=true"]
+OFFLOAD = [*AWARE, "optimizer.optimizer_cpu_offload=true", "optimizer.optimizer_offload_fraction=0.5"]
+
+
+@pytest.mark.skipif(not transformer_engine_available(), reason="needs Transformer Engine")
+@pytest.mark.parametrize(
+    ("levers", "relative"),
+    [
+        ([*AWARE, "optimizer.exp_avg_dtype=bf16", "optimizer.exp_avg_sq_dtype=bf16"], 5e-2),
+        (OFFLOAD, 5e-2),
+        (["train.fp8=hybrid", "train.fp8_recipe=tensorwise"], 2e-1),
+    ],
+    ids=["state in bf16", "state on the host", "fp8"],
+)
+def test_what_saves_memory_or_time_follows_bf16(
+    tmp_path: Path, data: Path, levers: list[str], relative: float
+) -> None:
+    """Saved after three steps, continued in another process."""
+    expected = train(tmp_path / "bf16", data, "train.precision=bf16")
+    options = ["train.precision=bf16", *levers, "optimizer.lr_decay_steps=6"]
+    train(tmp_path / "run", data, *options, steps=3)
+    assert_same(train(tmp_path / "run", data, *options), expected, relative)
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, data: Path) -> None:
