@@ -244,7 +244,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", type=Path, nargs="*", help="default: every file of results/")
-    parser.add_argument("--write", action="store_true", help="the pages and plots, from every file of results/")
+    parser.add_argument(
+        "--write", action="store_true", help="the pages and plots, from every file of results/"
+    )
     args = parser.parse_args()
     if args.write:
         write()

@@ -48,13 +48,16 @@ _TYPES = {
     type(None): "null",
     Any: "anything",
 }
-HEADINGS = re.findall(r"^#+ (.+)$", (PAGE.parent / "method.md").read_text(), re.MULTILINE)
+METHOD = "method.md"
+HEADINGS = re.findall(r"^#+ (.+)$", (PAGE.parent / METHOD).read_text(), re.MULTILINE)
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
     """The class of a key that is a section of its own, optional or not."""
-    found = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+    found = [
+        a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)
+    ]
     return found[0] if found and get_origin(annotation) in (None, Union, types.UnionType) else None
 
 
@@ -80,7 +83,7 @@ def type_name(annotation: Any) -> str:
 def bounds(field: FieldInfo) -> str:
     """Limits of a number: ", > 0"."""
     return "".join(
-        f", {sign} {getattr(limit, name):g}"
+        f", {sign}\u00a0{getattr(limit, name):g}"
         for limit in field.metadata
         for name, sign in _BOUNDS.items()
         if hasattr(limit, name)
@@ -113,7 +116,7 @@ def as_markdown(text: str) -> str:
     text = re.sub(r"``(.+?)``", r"`\1`", text)
     for heading in HEADINGS:
         anchor = heading.lower().replace(" ", "-")
-        text = text.replace(f"docs/method.md, {heading}", f"[method, {heading}](method.md#{anchor})")
+        text = text.replace(f"docs/{METHOD}, {heading}", f"[method, {heading}]({METHOD}#{anchor})")
     text = re.sub(r"docs/([\w-]+)\.md", _link, text)
     for word in ("None", "True", "False"):
         in_yaml = "null" if word == "None" else word.lower()

@@ -93,7 +93,9 @@ def starts_figure(results: dict[str, Any]) -> Figure:
         shares = np.array(results["styles"][arm]["careful share before RL"])
         later = np.array(results["arms"][arm]["take_off"]) - base  # paired: the same seed
         for axes, values in ((left, shares), (right, later)):
-            axes.plot(values, np.full(len(values), i), "o", color=line_style(i)["color"], markersize=5, alpha=0.4)
+            axes.plot(
+                values, np.full(len(values), i), "o", color=line_style(i)["color"], markersize=5, alpha=0.4
+            )
             axes.plot(values.mean(), i, "|", color=line_style(i)["color"], markersize=18, markeredgewidth=2.5)
     left.set_title("careful stretches before RL", fontsize=10)
     right.set_title("steps until RL takes off, against SFT", fontsize=10)

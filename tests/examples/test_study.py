@@ -45,7 +45,9 @@ def test_a_table_is_put_where_its_marks_are_and_nowhere_else() -> None:
 
 def test_the_picture_of_readme_shows_each_seed_against_sft_on_the_same_seed() -> None:
     results = json.loads((NUMBERS / "stretches.json").read_text())
-    drawn = [line.get_xdata().tolist() for line in starts_figure(results).axes[1].lines if line.get_marker() == "o"]
+    drawn = [
+        line.get_xdata().tolist() for line in starts_figure(results).axes[1].lines if line.get_marker() == "o"
+    ]
     assert drawn[0] == [0] * 8
     took_off = [results["arms"][arm]["take_off"] for arm in ("SFT", "sequence")]
     assert drawn[-1] == [ours - sft for sft, ours in zip(*took_off, strict=True)]
