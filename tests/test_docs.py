@@ -146,6 +146,18 @@ def test_the_messages_of_the_troubleshooting_page_are_those_of_the_source() -> N
 
 @pytest.mark.parametrize("variant", ["token", "none"])
 def test_the_recipe_of_the_guide_is_valid(variant: str) -> None:
-    sizes = "num_layers=1 hidden_size=8 ffn_hidden_size=8 num_attention_heads=1 vocab_size=64 max_position_embeddings=128"
-    without = ["model.hf=null", *(f"+model.{size}" for size in sizes.split()), f"pear.variant={variant}"]
-    assert load_recipe(ROOT / "examples" / "chats" / "recipe.yaml", without).pear.variant == variant
+    sizes = {
+        "num_layers": 1,
+        "hidden_size": 8,
+        "ffn_hidden_size": 8,
+        "num_attention_heads": 1,
+        "vocab_size": 64,
+    }
+    sizes["max_position_embeddings"] = 128
+    without = ["model.hf=null", *(f"+model.{key}={size}" for key, size in sizes.items())]
+    assert (
+        load_recipe(
+            ROOT / "examples" / "chats" / "recipe.yaml", [*without, f"pear.variant={variant}"]
+        ).pear.variant
+        == variant
+    )
