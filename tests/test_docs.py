@@ -154,10 +154,6 @@ def test_the_recipe_of_the_guide_is_valid(variant: str) -> None:
         "vocab_size": 64,
     }
     sizes["max_position_embeddings"] = 128
-    without = ["model.hf=null", *(f"+model.{key}={size}" for key, size in sizes.items())]
-    assert (
-        load_recipe(
-            ROOT / "examples" / "chats" / "recipe.yaml", [*without, f"pear.variant={variant}"]
-        ).pear.variant
-        == variant
-    )
+    overrides = ["model.hf=null", *(f"+model.{key}={size}" for key, size in sizes.items())]
+    recipe = load_recipe(ROOT / "examples" / "chats" / "recipe.yaml", [*overrides, f"pear.variant={variant}"])
+    assert recipe.pear.variant == variant
