@@ -5,14 +5,14 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-EXTRAS ?= dev,hf,eval,rl
+EXTRAS ?= dev,docs,hf,eval,rl
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-puzzles test test-slurm lint format clean
+.PHONY: help setup demo demo-puzzles test test-slurm docs lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
@@ -45,6 +45,10 @@ test: setup  ## every test that needs no GPU (TESTS=tests/data for some)
 
 test-slurm:  ## the sbatch scripts on a real Slurm of two nodes (apt-get install slurm-wlm munge)
 	@$(MAKE) --no-print-directory test TESTS=tests/slurm
+
+docs: setup  ## this documentation as a site, results/site; a warning or a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "results/site/index.html; with search: $(BIN)/python -m http.server --directory results/site"
 
 lint: setup  ## ruff, mypy, clang-format
 	@$(BIN)/ruff check .

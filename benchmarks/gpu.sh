@@ -17,7 +17,7 @@
 #   profile     ncu, where it is installed: bytes that the kernels really move (only when named)
 # "benchmarks" stands for loss, layer, attention, steps, longest and model.
 #
-# Afterwards: python benchmarks/table.py --write puts the new JSON into README and docs/images.
+# Afterwards: python benchmarks/table.py --write puts the new JSON into docs/benchmarks.md and docs/images.
 #
 # Works offline where torch (a CUDA build), nvcc, ninja and pybind11 are installed. Environment:
 #   PYTHON=python3.12   the interpreter

@@ -1,4 +1,4 @@
-"""README's plots of the results: one picture a file, horizontal bars, the same colours for the same names."""
+"""Plots of the results: one picture a file, horizontal bars, the same colours for the same names."""
 
 from __future__ import annotations
 

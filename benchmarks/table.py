@@ -1,8 +1,8 @@
-"""Makes the figures of README and docs from the committed results: Markdown tables, and with --write the plots too.
+"""Makes the figures of docs from the committed results: Markdown tables, and with --write the plots too.
 
 python benchmarks/table.py                                    # prints every file of results/
 python benchmarks/table.py benchmarks/results/logprob-cpu.json
-python benchmarks/table.py --write                            # README and docs between their markers, docs/images/
+python benchmarks/table.py --write                            # pages of docs between their markers, and docs/images/
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def cli_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# By the beginning of the file's name; the order is README's.
+# By the beginning of the file's name; the order is the page's.
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "logprob": logprob_tables,
     "output_layer": output_layer_tables,
@@ -172,7 +172,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-# What a file of each kind is about, for README.
+# What a file of each kind is about.
 CAPTIONS = {
     "logprob": "The loss alone on given logits, forward and backward, with a weight per token; all in the same run.",
     "output_layer": "The whole output layer: its three GEMMs (four in chunks), loss, both gradients.",
@@ -182,7 +182,8 @@ CAPTIONS = {
     "cli": "How long the commands take to answer: --help, and a recipe with a misspelt key.",
 }
 
-# Kinds whose table stands in a page of docs/ instead of README, without a picture.
+PAGE = ROOT / "docs" / "benchmarks.md"
+# Kinds whose table stands in another page, without a picture.
 PAGES = {"attention": ROOT / "docs" / "long-sequences.md"}
 
 
@@ -191,7 +192,7 @@ def kind(path: Path) -> str:
 
 
 def committed() -> list[Path]:
-    """The result files, in README's order."""
+    """The result files, in the page's order."""
     return sorted(RESULTS.glob("*.json"), key=lambda path: (list(TABLES).index(kind(path)), path.stem))
 
 
@@ -199,14 +200,14 @@ def print_record(path: Path) -> None:
     print(TABLES[kind(path)](json.loads(path.read_text())))
 
 
-def readme_section() -> str:
-    """What stands between README's markers."""
+def benchmarks_section() -> str:
+    """What stands between the markers of docs/benchmarks.md."""
     parts = []
     for path in committed():
         if kind(path) in PAGES:
             continue
         record = json.loads(path.read_text())
-        image = f"docs/images/{path.stem}.png"
+        image = f"images/{path.stem}.png"
         about = CAPTIONS[kind(path)]
         parts.append(f"{about}\n\n![{about}]({image})\n\n{TABLES[kind(path)](record)}")
     return "\n\n".join(parts)
@@ -219,14 +220,14 @@ def page_section(name: str) -> str:
 
 
 def with_section(text: str, section: str | None = None) -> str:
-    """README, or another page with its section, made anew between the markers."""
+    """docs/benchmarks.md, or another page with its section, made anew between the markers."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{readme_section() if section is None else section}\n{END}{after}"
+    return f"{before}{BEGIN}\n{benchmarks_section() if section is None else section}\n{END}{after}"
 
 
 def write() -> None:
-    """README, its plots, and the pages."""
+    """The pages and the plots."""
     from plots import plot_record
 
     for name, page in PAGES.items():
@@ -235,8 +236,7 @@ def write() -> None:
         if kind(path) in PAGES:
             continue
         plot_record(json.loads(path.read_text()), kind(path), ROOT / "docs" / "images" / f"{path.stem}.png")
-    readme = ROOT / "README.md"
-    readme.write_text(with_section(readme.read_text()))
+    PAGE.write_text(with_section(PAGE.read_text()))
 
 
 def main() -> None:
@@ -244,7 +244,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", type=Path, nargs="*", help="default: every file of results/")
-    parser.add_argument("--write", action="store_true", help="README and plots, from every file of results/")
+    parser.add_argument(
+        "--write", action="store_true", help="the pages and plots, from every file of results/"
+    )
     args = parser.parse_args()
     if args.write:
         write()

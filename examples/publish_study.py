@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from examples.launch import REPOSITORY
 from examples.stretches import weigh
 from pear_megatron.compare.markdown import markdown_table
 from pear_megatron.compare.recipe import folder_name
 from pear_megatron.evaluate.statistics import over_runs
+from pear_megatron.pages.figures import INK, line_style, new_figure, tidy, write_png
 from pear_megatron.storage import write_atomically
 
 STUDY = REPOSITORY / "docs" / "study.md"
@@ -78,6 +81,35 @@ def styles_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_ARMS = ("SFT", "shuffled", "token", "sequence")  # of README's picture
+
+
+def starts_figure(results: dict[str, Any]) -> Figure:
+    """README's picture: what the arms write before RL, and when RL takes off; a dot a seed, a bar the mean."""
+    figure = new_figure(8.4, 2.3)
+    left, right = figure.subplots(1, 2, sharey=True)
+    base = np.array(results["arms"]["SFT"]["take_off"])
+    for i, arm in enumerate(_ARMS):
+        shares = np.array(results["styles"][arm]["careful share before RL"])
+        later = np.array(results["arms"][arm]["take_off"]) - base  # paired: the same seed
+        for axes, values in ((left, shares), (right, later)):
+            axes.plot(
+                values, np.full(len(values), i), "o", color=line_style(i)["color"], markersize=5, alpha=0.4
+            )
+            axes.plot(values.mean(), i, "|", color=line_style(i)["color"], markersize=18, markeredgewidth=2.5)
+    left.set_title("careful stretches before RL", fontsize=10)
+    right.set_title("steps until RL takes off, against SFT", fontsize=10)
+    left.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    right.set_xlabel("earlier        later", fontsize=9)
+    right.xaxis.set_label_coords(-right.get_xlim()[0] / np.ptp(right.get_xlim()), -0.16)
+    right.axvline(0, color=INK, linewidth=0.6)
+    left.set_yticks(range(len(_ARMS)), ["SFT", "weights shuffled", "PEAR token", "PEAR sequence"])
+    left.set_ylim(len(_ARMS) - 0.5, -0.5)
+    for axes in (left, right):
+        tidy(axes, grid="x")
+    return figure
+
+
 def fill(text: str, name: str, results: dict[str, Any]) -> str:
     """The document with the tables of one comparison put in the place of what was there."""
     tables = {"table": markdown_table(results)}
@@ -110,6 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
         write_atomically(NUMBERS / f"{name}.json", json.dumps(results, separators=(",", ":")) + "\n")
         for picture in ("curves", "seeds"):
             shutil.copyfile(folder / f"{picture}.png", IMAGES / f"study_{name}_{picture}.png")
+        if set(_ARMS) <= set(results.get("styles", {})):
+            write_png(starts_figure(results), IMAGES / f"study_{name}_starts.png")
         write_atomically(STUDY, fill(STUDY.read_text(), name, results))
 
 

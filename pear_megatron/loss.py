@@ -221,8 +221,7 @@ def pear_linear_loss(
         hidden: [T, H] floating, the output layer's input, alike on the ranks of tp_group.
         weight: [V_local, H] of the same dtype, this rank's rows of the output layer.
         target, behavior_logprobs, mask: [T], as in pear_loss.
-        cu_seqlens, config, reward, token_weights, reference_logprobs, behavior_topk, normalization, source,
-            num_sources, tp_group, cp_group, vocab_size: as in pear_loss.
+        cu_seqlens, config, ...: as in pear_loss, and so are all others that it has.
         chunk_tokens: rows of logits that exist at a time.
         reduce_hidden_gradient: see linear_logprob.
 

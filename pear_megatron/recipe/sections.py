@@ -28,10 +28,23 @@ class ModelConfig(StrictModel):
     Attributes:
         hf: folder of a Hugging Face checkpoint that training starts from. Keys below that a recipe does not
             give come from its config.json; keys that it gives must agree with it.
+        num_layers, hidden_size, num_attention_heads: the transformer's sizes.
+        ffn_hidden_size: inner width of a layer's MLP.
+        num_query_groups: key and value heads; None = num_attention_heads.
+        kv_channels: width of an attention head; None = hidden_size / num_attention_heads.
+        vocab_size: tokens, before Megatron pads them.
+        max_position_embeddings: longest context that the model is made for.
+        normalization, norm_epsilon: of the layers' norms.
+        activation: of the MLP; ``swiglu`` has a gate.
+        position_embedding_type, rotary_base: ``rope`` rotates by frequencies of this base.
         rope_scaling_factor: Llama-3's scaling of the rotary frequencies, with its low and high frequency
             factors 1 and 4 and its original length 8192 (all that Megatron-Core has); None = none.
         yarn_rotary_scaling_factor, yarn_original_max_position_embeddings: YaRN (arXiv 2309.00071), which stretches
             the second, the length the model was trained at, by the first; its betas are 32 and 1. None = none.
+        add_bias_linear: biases in all linear layers.
+        add_qkv_bias: biases in the query, key and value projections (Qwen2).
+        qk_layernorm: norms of queries and keys (Qwen3).
+        share_embeddings_and_output_weights: the output layer is the embedding (tied).
         num_moe_experts: experts of every layer; None = a dense model.
         moe_router_topk: experts that a token goes to.
         moe_ffn_hidden_size: width of an expert; None = ffn_hidden_size, which a mixture has no other use for.
@@ -39,6 +52,7 @@ class ModelConfig(StrictModel):
             false); false = over those that it goes to, so that they add up to 1.
         moe_shared_expert_intermediate_size: width of the expert that every token goes to; None = there is none.
         moe_shared_expert_gate: a sigmoid gate scales that expert's output (Qwen2-MoE).
+        init_method_std, embedding_init_method_std: standard deviation of fresh weights; the latter None = the former.
     """
 
     hf: str | None = None
@@ -159,6 +173,8 @@ class ParallelConfig(StrictModel):
     """How the model is split over ranks, in Megatron's words; what is left of the world is data parallel.
 
     Attributes:
+        tensor_model_parallel_size: ranks that share each layer.
+        pipeline_model_parallel_size: stages, each with its part of the layers.
         virtual_pipeline_model_parallel_size: model chunks a pipeline stage holds (the interleaved schedule).
         context_parallel_size: ranks that share each sequence, in zigzag chunks; needs Transformer Engine.
         sequence_parallel: norms and dropout split over the tensor-parallel ranks.
@@ -222,6 +238,10 @@ class TrainConfig(StrictModel):
         num_epochs: each trains every trajectory once; the last, shorter batch of an epoch is a full step, normalised
             by its own number of decisions (docs/checkpoints.md). With weights of sources an epoch is as much as they
             hold together (docs/data.md).
+        global_batch_size: rows of an optimizer step, over all ranks.
+        micro_batch_size: rows of one forward pass.
+        precision: of weights and computation; with ``bf16`` the optimizer keeps float32 weights.
+        log_interval: steps between lines of the log; metrics.jsonl has every step.
         loss_normalization: ``token``: the loss is the mean over the global batch's decisions. ``trajectory``: the
             mean over its trajectories of the mean over their decisions (docs/method.md, Loss).
         eval_interval: steps between evaluations on ``data.validation``; None = before the first step and after the
@@ -305,6 +325,9 @@ class OptimizerConfig(StrictModel):
             output layer, norms and biases to AdamW; both have the same lr.
         lr: the highest; the first step's, without a warm-up.
         min_lr: where the decay ends.
+        lr_decay_style: its shape, from ``lr`` after the warm-up to ``min_lr``.
+        weight_decay, adam_beta1, adam_beta2, adam_eps: AdamW's.
+        clip_grad: the gradient's largest norm; 0 = it is not clipped.
         lr_warmup_steps: lr rises in equal parts, from 0 at the first step, which changes nothing then, to ``lr``
             at the step after these.
         lr_decay_steps: step at which lr reaches ``min_lr``, the warm-up included; None = that after the last of
@@ -316,6 +339,7 @@ class OptimizerConfig(StrictModel):
         exp_avg_dtype, exp_avg_sq_dtype: of Adam's two moments.
         optimizer_cpu_offload: the state of ``optimizer_offload_fraction`` of the parameters lies in the host's memory,
             and its CPUs update it. Needs use_precision_aware_optimizer, whose path it takes, with a state in fp32.
+        optimizer_offload_fraction: see optimizer_cpu_offload.
     """
 
     optimizer: Literal["adam", "muon"] = "adam"
@@ -406,7 +430,12 @@ class CheckpointConfig(StrictModel):
 
 
 class LoggingConfig(StrictModel):
-    """Where metrics go beside metrics.jsonl and TensorBoard: Weights & Biases, where a project is named."""
+    """Where metrics go beside metrics.jsonl and TensorBoard: Weights & Biases, where a project is named.
+
+    Attributes:
+        wandb_project: None = W&B is not used.
+        wandb_name: the run's name there; None = that of output_dir.
+    """
 
     wandb_project: str | None = None
     wandb_name: str | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.publish_study import NUMBERS, STUDY, fill
+from examples.publish_study import IMAGES, NUMBERS, STUDY, fill, starts_figure
 
 PUBLISHED = sorted(NUMBERS.glob("*.json"))
 
@@ -41,3 +41,14 @@ def test_a_table_is_put_where_its_marks_are_and_nowhere_else() -> None:
     assert "| SFT | 0.250 [0.100, 0.400] |" in filled
     assert "| token | 0.250 [0.100, 0.400]<br>**+0.250 [+0.100, +0.400]** |" in filled
     assert fill(filled, "x", results | {"tuning": {}}) == filled
+
+
+def test_the_picture_of_readme_shows_each_seed_against_sft_on_the_same_seed() -> None:
+    results = json.loads((NUMBERS / "stretches.json").read_text())
+    drawn = [
+        line.get_xdata().tolist() for line in starts_figure(results).axes[1].lines if line.get_marker() == "o"
+    ]
+    assert drawn[0] == [0] * 8
+    took_off = [results["arms"][arm]["take_off"] for arm in ("SFT", "sequence")]
+    assert drawn[-1] == [ours - sft for sft, ours in zip(*took_off, strict=True)]
+    assert (IMAGES / "study_stretches_starts.png").stat().st_size > 5000

@@ -46,6 +46,7 @@ class GenerationConfig(StrictModel):
     """How rollouts are drawn.
 
     Attributes:
+        temperature, top_p: of sampling.
         max_new_tokens: None = what the longest prompt leaves of policy.max_total_sequence_length.
     """
 
@@ -55,7 +56,11 @@ class GenerationConfig(StrictModel):
 
 
 class OptimizerKwargs(StrictModel):
-    """Of torch.optim.AdamW; the learning rate is constant."""
+    """Of torch.optim.AdamW; the learning rate is constant.
+
+    Attributes:
+        lr, weight_decay, betas, eps: by torch's names.
+    """
 
     lr: float = Field(default=1e-6, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -78,6 +83,7 @@ class PolicyConfig(StrictModel):
         train_micro_batch_size: rollouts of a forward pass; bounds the memory.
         max_total_sequence_length: tokens of a prompt and its response.
         precision: bfloat16 keeps float32 weights and computes in bfloat16.
+        max_grad_norm: the gradient's largest norm.
         activation_checkpointing: saves memory, costs time.
     """
 
