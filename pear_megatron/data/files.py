@@ -132,7 +132,7 @@ def _read_parquet(path: Path, problems: Problems, strict: bool, skip: Collection
             size = path.stat().st_size / max(file.metadata.num_rows, 1)
             wanted = [name for name in schema.names if name not in skip]
             rows = _TOPK_BATCH if any(name in wanted for name in _TOPK) else _PARQUET_BATCH
-            for batch in file.iter_batches(batch_size=rows, columns=wanted):
+            for batch in file.iter_batches(batch_size=rows, columns=wanted if skip else None):
                 columns = dict(zip(wanted, batch.columns, strict=True))
                 for i in range(batch.num_rows):
                     number += 1

@@ -134,13 +134,12 @@ class _Entries:
                 f"{self._name(TOPK_IDS, wrong[0])} = {self.ids[wrong[0]]} is outside the vocabulary of {size} (0 to "
                 f"{size - 1}); leave padding out, or {_WAY_OUT}"
             )
-        order = np.lexsort((self.ids, self._decision))
-        ids, decision = self.ids[order], self._decision[order]
-        twice = np.flatnonzero((ids[1:] == ids[:-1]) & (decision[1:] == decision[:-1]))
+        keys = np.sort((self._decision << 32) | self.ids)
+        twice = np.flatnonzero(keys[1:] == keys[:-1])
         if len(twice):
-            i = self._positions[decision[twice[0]]]
+            d, token_id = divmod(int(keys[twice[0]]), 1 << 32)
             raise RowProblem(
-                f"{TOPK_IDS}[{i}] has the id {ids[twice[0]]} twice, so its mass would count twice; {_WAY_OUT}"
+                f"{TOPK_IDS}[{self._positions[d]}] has the id {token_id} twice: its mass would count twice; {_WAY_OUT}"
             )
 
     def check_logprobs(self) -> None:

@@ -104,7 +104,6 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def _with_a_thousand_tokens(path: Path) -> None:
-
     tokenizer = json.loads(path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary |= {f"t{i}": i for i in range(len(vocabulary), 1000)}
