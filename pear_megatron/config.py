@@ -133,7 +133,8 @@ class PearConfig(StrictModel):
     @property
     def has_factors(self) -> bool:
         """Whether a weight may be multiplied by something beyond its importance (docs/method.md, Factors)."""
-        return self.dft_power > 0 or self.entropy_power > 0 or self.negative_floor is not None
+        of_dft = self.dft_power > 0 and self.base_loss == "nll"  # with a KL it belongs to the NLL
+        return of_dft or self.entropy_power > 0 or self.negative_floor is not None
 
     @property
     def needs_entropy(self) -> bool:

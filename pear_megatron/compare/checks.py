@@ -13,6 +13,7 @@ from pear_megatron.compare.cell import Cell, cells_of, tuning_cells
 from pear_megatron.compare.outcome import CellResult, read_metrics
 from pear_megatron.compare.recipe import CompareRecipe
 from pear_megatron.config import PearConfig
+from pear_megatron.data.columns import REFERENCE, TOPK_IDS, TOPK_LOGPROBS, Columns, needs_behavior_logprobs
 from pear_megatron.data.errors import Problems
 from pear_megatron.data.files import expand_files, read_rows
 from pear_megatron.errors import PearError, RecipeError
@@ -113,13 +114,13 @@ def check_data(cells: Iterable[Cell]) -> None:
 
 def _columns(pear: PearConfig) -> dict[str, str]:
     """The columns that a loss cannot do without, and where each comes from."""
-    columns = {}
-    if pear.variant != "none" and pear.ratio == "behavior":
+    columns, read = {}, Columns.of(pear)
+    if needs_behavior_logprobs(pear):
         columns["behavior_logprobs"] = "write them with `pear-megatron score` and the data's own policy"
-    if pear.needs_reference:
-        columns["reference_logprobs"] = "write them with `pear-megatron score --as reference`"
-    if pear.base_loss == "kl":
-        for name in ("behavior_topk_ids", "behavior_topk_logprobs"):
+    if read.reference_logprobs == "required":
+        columns[REFERENCE] = "write them with `pear-megatron score --as reference`"
+    if read.behavior_topk == "required":
+        for name in (TOPK_IDS, TOPK_LOGPROBS):
             columns[name] = "write them with `pear-megatron score --top-k 64`"
     return columns
 

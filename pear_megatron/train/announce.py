@@ -51,7 +51,9 @@ def announce(trainer: Trainer) -> None:
 def _method(pear: PearConfig) -> str:
     if pear.variant != "none":
         return f"PEAR {pear.variant}"
-    return "plain SFT" if not pear.has_factors and pear.base_loss == "nll" else "SFT with factors"
+    if pear.base_loss == "kl":
+        return "distillation"
+    return "SFT with factors" if pear.has_factors else "plain SFT"
 
 
 def announce_idle_settings(pear: PearConfig, rewards: np.ndarray) -> None:
