@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron.config import PearConfig
+from pear_megatron.errors import RecipeError
 from pear_megatron.ops.arguments import require_behavior, require_config, require_mask, require_tensors
 from pear_megatron.ops.output_layer import linear_statistics
 from pear_megatron.ops.statistics import TopK, vocab_parallel_statistics
@@ -62,6 +63,33 @@ def _check_arguments(
     require_tensors(device, **tensors)
     require_mask(mask, device)
     require_behavior(behavior_logprobs, device, config)
+
+
+def require_supported(config: PearConfig, where: str, *, entropies: bool = False) -> None:
+    """Refuses what a loss of somebody else's loop cannot have, for want of logits or of the data's columns.
+
+    Args:
+        config: how the loss is reweighted.
+        where: the loop, as its users call it.
+        entropies: whether the loss sees logits there.
+
+    Raises:
+        RecipeError: a KL, log-probs of the initial model, or, without logits, entropies.
+    """
+    no_column = "the data's column does not come through to the loss"
+    no_logits = "the loss gets log-probs there, and no logits"
+    wanted = {
+        "base_loss: kl": (config.base_loss == "kl", no_column),
+        "ratio: reference": (config.ratio == "reference", no_column),
+        "report_entropy: true": (config.report_entropy and not entropies, no_logits),
+        f"entropy_power: {config.entropy_power:g}": (config.entropy_power > 0 and not entropies, no_logits),
+    }
+    refused = [f"{setting} ({why})" for setting, (is_wanted, why) in wanted.items() if is_wanted]
+    if refused:
+        raise RecipeError(
+            f"PEAR in {where} has no {' and no '.join(refused)}; leave that setting out, or train with "
+            "`python -m pear_megatron.train`, which has it"
+        )
 
 
 def topk_of(config: PearConfig, behavior_topk: TopK | None) -> TopK | None:

@@ -22,6 +22,7 @@ from pear_megatron.adapters.offline_data import OfflineBatches, open_trajectorie
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig
 from pear_megatron.errors import RecipeError
+from pear_megatron.loss import require_supported
 from pear_megatron.megatron.forward_step import PearForwardStep
 
 log = logging.getLogger("pear_megatron")
@@ -54,8 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             options["choices"] = get_args(field.annotation)
         elif get_origin(field.annotation) is tuple:
             options |= {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+        elif field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = field.annotation
+            options["type"] = next((t for t in get_args(field.annotation) if t is not type(None)), field.annotation)
         option = f"--{_PREFIX}{name}".replace("_", "-")
         group.add_argument(option, help=f"PearConfig.{name}; default: {field.default}", **options)
     return parser
@@ -83,8 +86,10 @@ def forward_step(args: argparse.Namespace) -> PearForwardStep:
             f"--micro-batch-size {args.micro_batch_size}: Transformer Engine takes a packed micro-batch as a single "
             "row; give 1 and a longer --seq-length"
         )
+    config = pear_config(args)
+    require_supported(config, "Megatron-LM's loop", entropies=True)
     return PearForwardStep(
-        pear_config(args),
+        config,
         vocab_size=_vocab_size(args),
         packed_attention="thd" if flat else "mask",
         watch=True,

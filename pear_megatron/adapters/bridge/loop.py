@@ -14,6 +14,7 @@ from pear_megatron.adapters.offline_data import OfflineBatches, open_trajectorie
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig
 from pear_megatron.errors import RecipeError
+from pear_megatron.loss import require_supported
 from pear_megatron.megatron.forward_step import PearForwardStep
 from pear_megatron.report import WeightWatch
 
@@ -75,6 +76,7 @@ def plug_in(
         )
     validation = [validation_data] if isinstance(validation_data, str) else validation_data
     check(config, data, validation)
+    require_supported(pear, "Megatron-Bridge's loop", entropies=True)
     # The size of the vocabulary is known when Bridge has built the tokenizer: Watcher sets it.
     step = PearForwardStep(pear, vocab_size=0, packed_attention=packed_attention(config))
     plan = _Plan(data, pear, validation)

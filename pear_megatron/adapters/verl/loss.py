@@ -17,7 +17,7 @@ from torch import Tensor
 from pear_megatron.config import PearConfig
 from pear_megatron.data.errors import DataError
 from pear_megatron.errors import RecipeError
-from pear_megatron.loss import REPORT_KEYS, loss_of_logprobs
+from pear_megatron.loss import REPORT_KEYS, loss_of_logprobs, require_supported
 
 REPORT = "pear/report"
 
@@ -42,10 +42,11 @@ class PearSFTLoss:
 
     Raises:
         DataError: a column is missing, or does not fit the tokens.
-        RecipeError: log_probs are not float32.
+        RecipeError: log_probs are not float32, or the config asks for what verl does not give (see require_supported).
     """
 
     def __init__(self, config: PearConfig) -> None:
+        require_supported(config, "verl")
         self.config = config
 
     def __call__(
