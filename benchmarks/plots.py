@@ -70,6 +70,13 @@ def _logprob(record: dict[str, Any]) -> list[tuple[str, str, Bars]]:
     ]
 
 
+def _token_losses(record: dict[str, Any]) -> list[tuple[str, str, Bars]]:
+    return [
+        (f"{t} x {v} {d}", "times the NLL alone", [(r["name"], r["times_nll"]) for r in rows])
+        for (t, v, d), rows in _shapes(record, ("tokens", "columns", "dtype")).items()
+    ]
+
+
 def _output_layer(record: dict[str, Any]) -> list[tuple[str, str, Bars]]:
     panels = []
     for (tokens, columns), rows in _shapes(record, ("tokens", "columns")).items():
@@ -102,6 +109,7 @@ def _cli(record: dict[str, Any]) -> list[tuple[str, str, Bars]]:
 
 _PANELS: dict[str, Callable[[dict[str, Any]], list[tuple[str, str, Bars]]]] = {
     "logprob": _logprob,
+    "token_losses": _token_losses,
     "output_layer": _output_layer,
     "step": _step,
     "real_model": _real_model,

@@ -75,6 +75,16 @@ def logprob_tables(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def token_losses_table(record: dict[str, Any]) -> str:
+    """What the loss takes of a token, and what more it costs than the NLL."""
+    lines = [heading(record), "", row("", "logits", "forward and backward ms", "time / NLL")]
+    lines.append(row("---", "---", "---:", "---:"))
+    for e in record["rows"]:
+        shape = f"{e['tokens']} x {e['columns']} {e['dtype']}"
+        lines.append(row(e["name"], shape, f"{e['ms']:.3g}", f"{e['times_nll']:.2f}"))
+    return "\n".join(lines)
+
+
 def step_table(record: dict[str, Any]) -> str:
     """Whole training steps, and the longest sequence that each loss can train."""
     lines = [heading(record), "", f"**{record['model']}**", ""]
@@ -164,6 +174,7 @@ def cli_table(record: dict[str, Any]) -> str:
 # By the beginning of the file's name; the order is the page's.
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "logprob": logprob_tables,
+    "token_losses": token_losses_table,
     "output_layer": output_layer_tables,
     "step": step_table,
     "attention": attention_table,
@@ -175,6 +186,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 # What a file of each kind is about.
 CAPTIONS = {
     "logprob": "The loss alone on given logits, forward and backward, with a weight per token; all in the same run.",
+    "token_losses": "A KL from a stored top-k, and the entropy, beside the NLL alone; they take turns, medians of rounds.",
     "output_layer": "The whole output layer: its three GEMMs (four in chunks), loss, both gradients.",
     "step": "Whole training steps: forward, loss, backward, clipping, AdamW.",
     "attention": "The core attention of one layer over a packed row.",

@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         elif get_origin(field.annotation) is tuple:
             options |= {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
         elif field.annotation is bool:
-            options["action"] = "store_true"
-        else:  # float, int, or float | None
+            options["action"] = argparse.BooleanOptionalAction
+        else:
             options["type"] = next(
                 (t for t in get_args(field.annotation) if t is not type(None)), field.annotation
             )

@@ -48,19 +48,34 @@ NO_COLUMNS = Columns()
 ALL_COLUMNS = Columns(behavior_topk="if_there", reference_logprobs="if_there")
 
 
-def refuse_columns(pear: PearConfig, loop: str, *, carries: tuple[str, ...] = ()) -> None:
-    """RecipeError where a loss requires a column that a loop does not carry from the data to the loss."""
+def require_supported(pear: PearConfig, loop: str, *, carries: tuple[str, ...] = ()) -> None:
+    """Refuses what a loss cannot have in a loop that gives it log-probs, for want of the data's columns or of logits.
+
+    Args:
+        pear: how the loss is reweighted.
+        loop: as its users call it.
+        carries: columns that come through from the data to the loss.
+
+    Raises:
+        RecipeError: names the setting, what it lacks and the way out.
+    """
     columns = Columns.of(pear)
     reference = "ratio reference" if pear.ratio == "reference" else "dft_policy reference"
-    for key, column, need in (
-        ("base_loss kl", TOPK_IDS, columns.behavior_topk),
-        (reference, REFERENCE, columns.reference_logprobs),
-    ):
-        if need == "required" and column not in carries:
-            raise RecipeError(
-                f"pear: {key} needs {column}, which {loop} does not carry from the data to the loss; train with "
-                "python -m pear_megatron.train, or choose another setting"
-            )
+    lacks = [
+        f"{key} needs {column}, which {loop} does not carry from the data to the loss"
+        for key, column, need in (
+            ("base_loss kl", TOPK_IDS, columns.behavior_topk),
+            (reference, REFERENCE, columns.reference_logprobs),
+        )
+        if need == "required" and column not in carries
+    ]
+    if pear.needs_entropy:
+        key = "entropy_power" if pear.entropy_power else "report_entropy"
+        lacks.append(f"{key} needs logits, and {loop} gives the loss log-probs")
+    if lacks:
+        raise RecipeError(
+            f"pear: {'; '.join(lacks)}; leave it out, or train with python -m pear_megatron.train"
+        )
 
 
 def needs_behavior_logprobs(pear: PearConfig) -> bool:

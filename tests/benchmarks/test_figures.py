@@ -51,6 +51,10 @@ RECORDS: dict[str, dict[str, Any]] = {
             {"name": "mask", "tokens": 16384, "error": "out of memory"},
         ],
     },
+    "token_losses-cuda": {
+        **ABOUT,
+        "rows": [{"name": "KL", "tokens": 4, "columns": 9, "dtype": "bf16", "ms": 1.5, "times_nll": 1.2}],
+    },
     "cli-cpu": {**ABOUT, "rows": [{"name": "plan --help", "ms": 301.2, "processor_ms": 250.6}]},
 }
 

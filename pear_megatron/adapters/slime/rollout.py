@@ -17,7 +17,7 @@ from pear_megatron.adapters.slime.settings import (
     settings,
 )
 from pear_megatron.data import DataConfig, TrajectoryDataset
-from pear_megatron.data.columns import REFERENCE, Columns, needs_behavior_logprobs, refuse_columns
+from pear_megatron.data.columns import REFERENCE, Columns, needs_behavior_logprobs
 from pear_megatron.data.options import in_options
 from pear_megatron.errors import RecipeError
 
@@ -111,7 +111,6 @@ def _dataset(config: SlimeSettings, tokens: int, option: str, vocab_size: int) -
         tokenizer=config.tokenizer,
         cache_dir=config.data_cache,
     )
-    refuse_columns(config, "slime")
     needs_logprobs, columns = needs_behavior_logprobs(config), Columns.of(config)
     key = (data.model_dump_json(), needs_logprobs, columns, vocab_size)
     if key not in _opened:

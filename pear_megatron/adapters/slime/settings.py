@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 from pear_megatron.config import PearConfig
+from pear_megatron.data.columns import require_supported
 from pear_megatron.errors import RecipeError
 
 PREFIX = "pear_"
@@ -61,7 +62,8 @@ def settings(args: argparse.Namespace) -> SlimeSettings:
     """What the ``pear_*`` keys of --custom-config-path say.
 
     Raises:
-        RecipeError: there are none, or an unknown one, or a bad value; names the file and the key.
+        RecipeError: there are none, or an unknown one, or a bad value; names the file and the key. Or what slime does
+            not give (see require_supported).
     """
     file = getattr(args, "custom_config_path", None)
     given = {
@@ -73,10 +75,12 @@ def settings(args: argparse.Namespace) -> SlimeSettings:
             "YAML file (on the command line slime ignores options that it does not know)"
         )
     try:
-        return SlimeSettings(**given)
+        found = SlimeSettings(**given)
     except ValidationError as error:
         said = "; ".join(_problem(problem) for problem in error.errors())
         raise RecipeError(f"--custom-config-path {file}: {said}") from error
+    require_supported(found, "slime")
+    return found
 
 
 def _problem(problem: Any) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron.config import PearConfig
-from pear_megatron.data.columns import REFERENCE
+from pear_megatron.data.columns import REFERENCE, require_supported
 from pear_megatron.data.errors import DataError
 from pear_megatron.errors import RecipeError
 from pear_megatron.loss import REPORT_KEYS, loss_of_logprobs, report_keys
@@ -44,10 +44,11 @@ class PearSFTLoss:
 
     Raises:
         DataError: a column is missing, or does not fit the tokens.
-        RecipeError: log_probs are not float32.
+        RecipeError: log_probs are not float32, or the config asks for what verl does not give (see require_supported).
     """
 
     def __init__(self, config: PearConfig) -> None:
+        require_supported(config, "verl", carries=(REFERENCE,))
         self.config = config
 
     def __call__(

@@ -16,7 +16,7 @@ from pear_megatron.adapters.verl.settings import (
     count_whole_tokens,
 )
 from pear_megatron.config import PearConfig
-from pear_megatron.data.columns import REFERENCE, Columns, needs_behavior_logprobs, refuse_columns
+from pear_megatron.data.columns import REFERENCE, Columns, needs_behavior_logprobs, require_supported
 from pear_megatron.loss import report_keys
 from pear_megatron.report import WeightWatch
 
@@ -35,7 +35,7 @@ class PearSFTTrainer(SFTTrainer):
     def __init__(self, config: DictConfig) -> None:
         settings: Any = OmegaConf.to_container(config.get("pear") or OmegaConf.create(), resolve=True)
         self.pear = PearConfig(**settings)
-        refuse_columns(self.pear, "verl", carries=(REFERENCE,))
+        require_supported(self.pear, "verl", carries=(REFERENCE,))
         self._watch, self._trained = WeightWatch(self.pear), 0
         with open_dict(config):
             if config.data.custom_cls.path is None:

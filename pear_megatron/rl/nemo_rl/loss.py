@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron.config import PearConfig
+from pear_megatron.data.columns import REFERENCE, require_supported
 from pear_megatron.weights import importance_weights, statistic_names
 
 _PER_SEQUENCE = "effective_sample_size"
@@ -27,11 +28,13 @@ class PearLoss:
 
     Raises:
         ImportError: NeMo-RL is not importable.
+        RecipeError: the config asks for what NeMo-RL does not give (see require_supported).
     """
 
     def __init__(self, config: PearConfig, *, use_fused_linear_logprobs: bool = False) -> None:
         from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType, MetricNormalizer
 
+        require_supported(config, "NeMo-RL's loop", carries=(REFERENCE,))
         self.config = config
         self.use_fused_linear_logprobs = use_fused_linear_logprobs
         self.loss_type = LossType.TOKEN_LEVEL

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig, TrajectoryDataset, prepare, require_files
-from pear_megatron.data.columns import REFERENCE, Columns, needs_behavior_logprobs, refuse_columns
+from pear_megatron.data.columns import REFERENCE, Columns, needs_behavior_logprobs, require_supported
 from pear_megatron.errors import PearError, RecipeError
 from pear_megatron.report import WeightWatch
 from pear_megatron.rl.nemo_rl.loss import PearLoss
@@ -170,7 +170,7 @@ def run(recipe: str, overrides: list[str]) -> None:
 
     config, pear, data = load(recipe, overrides)
     tokenizer = get_tokenizer(config.policy["tokenizer"])
-    refuse_columns(pear, "NeMo-RL's loop", carries=(REFERENCE,))
+    require_supported(pear, "NeMo-RL's loop", carries=(REFERENCE,))
     cache = prepare(
         data,
         require_behavior_logprobs=needs_behavior_logprobs(pear),
