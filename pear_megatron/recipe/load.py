@@ -67,7 +67,10 @@ def _no_recipe(path: Path, seen: tuple[Path, ...]) -> str:
     found = sorted(Path.cwd().glob(f"recipes/*/{path.name}"))
     found += [beside[name] for name in difflib.get_close_matches(path.name, sorted(beside), n=1)]
     near = [os.path.relpath(file, here) for file in found]
-    near += [f"{PREFIX}{name}" for name in shipped_recipes() if name.endswith(f"/{path.name}") and not found]
+    if not found:
+        shipped = [name for name in shipped_recipes() if name.endswith(f"/{path.name}")]
+        same_folder = [name for name in shipped if name == f"{path.parent.name}/{path.name}"]
+        near += [f"{PREFIX}{name}" for name in same_folder or shipped]
     hint = f"; did you mean {' or '.join(near[:3])}?" if near else ""
     if not seen:
         return f"no recipe at {path}{hint}"

@@ -57,9 +57,9 @@ def find_shipped(name: str, folder: str | None = None) -> Path:
         return known[found[0]]
     if found:
         raise RecipeError(f"recipe {name!r} is {_either(found)}; write which")
-    files = difflib.get_close_matches(wanted, {other.partition("/")[2] for other in known}, n=2)
+    stems = difflib.get_close_matches(Path(wanted).stem, {path.stem for path in known.values()}, n=2)
     near = difflib.get_close_matches(wanted, known, n=2) if "/" in wanted else []
-    near = near or [other for other in known if other.partition("/")[2] in files]
+    near = near or [other for stem in stems for other, path in known.items() if path.stem == stem]
     hint = f"did you mean {_either(near[:3])}?" if near else "`pear-megatron recipes list` shows them"
     raise RecipeError(f"no recipe {name!r} comes with the package; {hint}")
 

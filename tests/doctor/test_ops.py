@@ -38,7 +38,9 @@ def faults(found: list[Finding]) -> str:
         ((), (9, 0), False),
     ],
 )
-def test_what_code_runs_on_which_gpu(architectures: tuple[str, ...], capability: tuple[int, int], runs: bool) -> None:
+def test_what_code_runs_on_which_gpu(
+    architectures: tuple[str, ...], capability: tuple[int, int], runs: bool
+) -> None:
     assert runs_on(architectures, capability) == runs
 
 
@@ -54,7 +56,12 @@ def test_no_gpu_and_no_cuda_ops_is_no_fault() -> None:
 @pytest.mark.parametrize(
     ("build", "gpus", "driver", "said"),
     [
-        (replace(CUDA, architectures=("sm_80",)), [A100, H100], 2, "TORCH_CUDA_ARCH_LIST=9.0 PEAR_MEGATRON_CUDA=1"),
+        (
+            replace(CUDA, architectures=("sm_80",)),
+            [A100, H100],
+            2,
+            "TORCH_CUDA_ARCH_LIST=9.0 PEAR_MEGATRON_CUDA=1",
+        ),
         (replace(CUDA, architectures=(), built_for_cuda=""), [H100], 1, "built without CUDA"),
         (CPU, [], 8, "there are 8 NVIDIA GPUs here, and torch 2.13.0+cpu is a build without CUDA"),
         (replace(CUDA, torch="2.12.0"), [], 0, "built against torch 2.11.0, and this is torch 2.12.0"),
@@ -74,4 +81,6 @@ def test_another_patch_release_or_local_version_is_no_fault() -> None:
 
 def test_gpus_that_torch_cannot_use_are_a_fault_and_like_ones_are_counted() -> None:
     assert "CUDA_VISIBLE_DEVICES" in str(examine_gpus([], 4, "13.0").fault)
-    assert examine_gpus([H100, H100, A100], 3, "13.0") == Finding("system", "GPUs", "2 x H100 (9.0), 1 x A100 (8.0)")
+    assert examine_gpus([H100, H100, A100], 3, "13.0") == Finding(
+        "system", "GPUs", "2 x H100 (9.0), 1 x A100 (8.0)"
+    )

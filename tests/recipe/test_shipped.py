@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,11 @@ def test_a_bare_name_is_looked_for_in_the_folder_of_its_kind() -> None:
     ("name", "said"),
     [
         ("base", "grpo/base.yaml or grpo_trl/base.yaml or sft/base.yaml; write which"),
-        ("tiney", "did you mean sft/tiny.yaml?"),
-        ("sft/tiney.yaml", "did you mean sft/tiny.yaml?"),
+        ("tiney", "did you mean sft/tiny.yaml"),
+        ("sft/tiney.yaml", "did you mean sft/tiny.yaml"),
         ("xyzzy", "`pear-megatron recipes list` shows them"),
         ("../slurm/cluster.env", "no recipe '../slurm/cluster.env'"),
-        ("sft/../sft/tiny", "did you mean sft/tiny.yaml?"),
+        ("sft/../sft/tiny", "did you mean sft/tiny.yaml"),
     ],
 )
 def test_a_name_that_is_none_gets_the_closest(name: str, said: str) -> None:
@@ -90,7 +91,9 @@ def test_a_copy_is_the_same_recipe_somewhere_else(name: str, tmp_path: Path) -> 
         assert load_compare_recipe(written[0]) == load_compare_recipe(f"pear:{name}")
     elif kind == "grpo":  # whole, since NeMo-RL reads it: to its own files, no step leads into the package
         parents = {line for path in written for line in path.read_text().splitlines() if "defaults:" in line}
-        assert all("NEMO_RL_DIR" in parent or (tmp_path / "mine" / parent.split()[1]).exists() for parent in parents)
+        assert all(
+            "NEMO_RL_DIR" in parent or (tmp_path / "mine" / parent.split()[1]).exists() for parent in parents
+        )
 
 
 def test_a_copy_never_overwrites(tmp_path: Path) -> None:
@@ -104,23 +107,25 @@ def test_a_copy_never_overwrites(tmp_path: Path) -> None:
         copy_slurm(tmp_path)
 
 
-def test_what_nemo_rl_reads_itself_is_copied_and_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loader = tmp_path / "nemo_rl" / "utils" / "config.py"
+def test_what_nemo_rl_reads_itself_is_copied_and_not_named(tmp_path: Path) -> None:
+    loader = tmp_path / "RL" / "nemo_rl" / "utils" / "config.py"
     loader.parent.mkdir(parents=True)
     loader.write_text("def register_omegaconf_resolvers(): pass\n")
     mine = tmp_path / "recipes" / "mine.yaml"
     mine.parent.mkdir()
     mine.write_text("defaults: pear:qwen3-8b.yaml\n")
     with pytest.raises(RecipeError, match=rf"recipes copy grpo/qwen3-8b.yaml {mine.parent}`"):
-        compose(tmp_path, mine, [])
+        compose(tmp_path / "RL", mine, [])
 
 
 def test_copied_scripts_name_this_python_and_can_be_run(tmp_path: Path) -> None:
     copied = copy_slurm(tmp_path / "slurm")
     assert {path.name for path in copied} == set(slurm_scripts())
     command = f". {tmp_path}/slurm/cluster.env && $PEAR_PYTHON -c 'import sys; print(sys.prefix)'"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
-    assert done.stdout.strip() == __import__("sys").prefix
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env={"PATH": os.environ["PATH"]}
+    )
+    assert done.stdout.strip() == sys.prefix
     assert os.access(tmp_path / "slurm" / "node.sh", os.X_OK)
 
 
