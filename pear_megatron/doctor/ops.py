@@ -58,21 +58,13 @@ def runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
 
 
 def examine_build(build: Build, gpus: Sequence[Gpu], driver_gpus: int) -> list[Finding]:
-    """The build against torch and against each GPU.
+    """The build against torch's CUDA and against each GPU; another release of torch would not have loaded it.
 
     Args:
         gpus: that torch sees.
         driver_gpus: that NVIDIA's driver has, whether torch sees them or not.
     """
-    from pear_megatron.ops.library import other_release
-
-    fault = None
-    if other_release(build.built_for_torch, build.torch):
-        fault = (
-            f"the ops were built against torch {build.built_for_torch}, and this is torch {build.torch}; build them "
-            "again: pip install --no-build-isolation --force-reinstall --no-deps ."
-        )
-    found = [Finding("ops", "built against torch", build.built_for_torch, fault)]
+    found = [Finding("ops", "built against torch", build.built_for_torch)]
     if not build.architectures:
         fault = f"the ops were built without CUDA; build them again: {_WITH_CUDA}" if gpus else None
         if not gpus and driver_gpus and build.torch_cuda is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NoReturn
 
 import torch
@@ -28,16 +27,10 @@ built_for_cuda: str = _C.cuda_version  # empty without CUDA ops, as the next
 cuda_architectures: tuple[str, ...] = tuple(_C.cuda_architectures.split(",")) if with_cuda else ()
 
 
-def other_release(built: str, installed: str) -> bool:
-    """Whether two versions of torch are of different releases (2.11, 2.13), whose C++ interfaces differ."""
-    return built.split(".")[:2] != installed.split(".")[:2]
-
-
-if other_release(built_for_torch, torch.__version__):
-    warnings.warn(
-        f"pear_megatron's ops were built against torch {built_for_torch}, and this is torch {torch.__version__}; they "
-        f"may crash or be wrong. Rebuild them: {REBUILD}",
-        stacklevel=2,
+if built_for_torch.split(".")[:2] != torch.__version__.split(".")[:2]:  # it may load, and be wrong
+    raise ImportError(
+        f"pear_megatron's compiled ops were built against torch {built_for_torch}, and this is torch "
+        f"{torch.__version__}, whose C++ interface is another. Build them again: {REBUILD}"
     )
 
 

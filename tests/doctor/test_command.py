@@ -35,11 +35,19 @@ def test_the_report_is_plain_text_and_its_exit_code_says_whether_there_are_fault
     assert done.returncode == (0 if done.stdout.endswith("\nno faults\n") else 1)
 
 
-def test_a_broken_extension_is_a_fault() -> None:
-    done = python(
-        "sys.modules['pear_megatron._C'] = None\nfrom pear_megatron.doctor.report import _ops\nprint(_ops())"
-    )
-    assert "'cannot be loaded', fault=" in done.stdout
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("sys.modules['pear_megatron._C'] = None", "cannot be loaded: "),
+        (
+            "import torch, pear_megatron._C as c; c.torch_version = '1.2.3'",
+            "were built against torch 1.2.3, and this is",
+        ),
+    ],
+)
+def test_an_extension_that_does_not_load_or_fit_is_a_fault(damage: str, said: str) -> None:
+    done = python(f"{damage}\nfrom pear_megatron.doctor.report import _ops\nprint(_ops()[0].fault)")
+    assert said in done.stdout
     assert "pip install --no-build-isolation" in done.stdout
 
 
