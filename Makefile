@@ -54,11 +54,12 @@ docs: setup  ## this documentation as a site, results/site; a warning or a broke
 wheels:  ## a source distribution and a wheel for each Python found, checked and tried, in dist/
 	@.ci/wheels
 
-lint: setup  ## ruff, mypy, clang-format
+lint: setup  ## ruff, mypy, clang-format, hadolint
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	@$(BIN)/hadolint Dockerfile Dockerfile.cpu
 
 format: setup  ## apply ruff and clang-format
 	@$(BIN)/ruff check --fix .

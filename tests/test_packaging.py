@@ -97,7 +97,7 @@ def test_the_source_distribution_has_all_that_a_build_reads(sdist: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_wheel_is_for_its_torch_and_has_no_file_too_many(wheel: Path) -> None:
+def test_the_wheel_is_for_its_torch_and_has_every_file_and_none_too_many(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = (name for name in names if name.endswith("/METADATA"))
@@ -107,6 +107,12 @@ def test_the_wheel_is_for_its_torch_and_has_no_file_too_many(wheel: Path) -> Non
     assert needs.specifier.contains(torch.__version__, prereleases=True)
     assert not needs.specifier.contains("1.2.3")
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"pear_megatron"}
+    ours = {
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "pear_megatron").rglob("*.*")
+        if p.suffix not in (".so", ".pyc")
+    }
+    assert ours <= set(names)
     assert executable
     assert "none-any" not in wheel.name
 
