@@ -110,7 +110,8 @@ def architectures() -> list[str]:
     """What nvcc compiles for, by torch's reading of TORCH_CUDA_ARCH_LIST: sm_80, sm_90, compute_90 (PTX)."""
     # sm_80 and sm_90 machine code, and PTX that newer cards compile for themselves.
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-    return re.findall(r"code=(\w+)", " ".join(cpp_extension._get_cuda_arch_flags()))
+    found = re.findall(r",code=(\w+)", " ".join(cpp_extension._get_cuda_arch_flags()))
+    return sorted(found, key=lambda name: name.startswith("compute"))
 
 
 def extension() -> Extension:
