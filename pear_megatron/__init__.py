@@ -23,7 +23,7 @@ else:  # `pear-megatron --help`, and a mistake in a recipe, wait for no torch
     }
     __getattr__, __dir__ = lazily(__name__, _NAMES)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "PearConfig",

@@ -10,12 +10,14 @@ from pear_megatron import __version__, interrupt
 from pear_megatron.commands import (
     compare,
     convert,
+    doctor,
     eval,
     eval_compare,
     export,
     grpo,
     inspect,
     plan,
+    recipes,
     score,
     validate,
 )
@@ -80,6 +82,9 @@ app.command("grpo", epilog=grpo.EPILOG)(say_errors(grpo.grpo))
 app.command("eval", epilog=eval.EPILOG)(say_errors(eval.evaluate))
 app.command("eval-compare", epilog=eval_compare.EPILOG)(say_errors(eval_compare.eval_compare))
 app.command("compare", epilog=compare.EPILOG)(say_errors(compare.compare))
+app.command("doctor", epilog=doctor.EPILOG)(say_errors(doctor.doctor))
+app.add_typer(recipes.recipes, name="recipes")
+app.add_typer(recipes.slurm, name="slurm")
 
 if __name__ == "__main__":
     app()

@@ -21,3 +21,14 @@ class ScoreError(PearError, RuntimeError):
 
 class EvalError(PearError, RuntimeError):
     """A model, setting or interrupted evaluation that cannot be used; the message says the way out."""
+
+
+class BuildError(PearError, RuntimeError):
+    """Compiled ops that cannot do what they are asked to; the message says how to build them."""
+
+
+def one_sentence(error: BaseException) -> str:
+    """The message of an error; of a torch that is not installed, the way out."""
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        return "torch is not installed, and everything here needs it: pip install torch, then pear-megatron again"
+    return str(error)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from pear_megatron.errors import one_sentence
+
 
 def lazily(
     package: str, modules: Mapping[str, Sequence[str]]
@@ -22,7 +24,12 @@ def lazily(
     def get(name: str) -> Any:
         if name not in origin:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{package}.{origin[name]}"), name)
+        try:
+            value = getattr(import_module(f"{package}.{origin[name]}"), name)
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ImportError(one_sentence(error), name=error.name) from error
         setattr(sys.modules[package], name, value)
         return value
 

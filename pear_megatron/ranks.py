@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pear_megatron.errors import CheckpointError, PearError
+from pear_megatron.errors import CheckpointError, PearError, one_sentence
 
 _SECONDS_FOR_RANK_0 = 3.0
 _T = TypeVar("_T")
@@ -97,7 +97,7 @@ def report_error(error: BaseException) -> None:
     The other ranks give it time: torchrun ends all of them as soon as one has left.
     """
     if is_main():
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {one_sentence(error)}", file=sys.stderr, flush=True)
     else:
         time.sleep(_SECONDS_FOR_RANK_0)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):

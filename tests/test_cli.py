@@ -52,7 +52,7 @@ def modules_after(code: str) -> set[str]:
 
 
 COMMANDS = (
-    "validate", "score", "inspect", "plan", "convert", "export", "grpo", "eval", "eval-compare", "compare"
+    "validate", "score", "inspect", "plan", "convert", "export", "grpo", "eval", "eval-compare", "compare", "doctor"
 )  # fmt: skip
 
 
@@ -60,9 +60,10 @@ def test_every_command_is_listed() -> None:
     from pear_megatron.cli import app
 
     assert {command.name for command in app.registered_commands} == set(COMMANDS)
+    assert {group.name for group in app.registered_groups} == {"recipes", "slurm"}
 
 
-@pytest.mark.parametrize("command", [None, *COMMANDS])
+@pytest.mark.parametrize("command", [None, *COMMANDS, "recipes", "slurm"])
 def test_help_imports_neither_torch_nor_megatron(command: str | None) -> None:
     arguments = ["pear-megatron", *([command] if command else []), "--help"]
     modules = modules_after(f"sys.argv = {arguments}\nfrom pear_megatron.cli import app\napp()")

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pear_megatron.recipe.load import read_values, validate_as
+from pear_megatron.recipe.shipped import recipe_file
 from pear_megatron.schema import StrictModel
 
 
@@ -150,14 +151,15 @@ def load_compare_recipe(path: str | Path, overrides: list[str] | None = None) ->
     """Reads a comparison, its parents and ``key=value`` overrides.
 
     A path in offline.recipe or rl.recipe is relative to the file that names it; in an override, to ``path``.
+    ``pear:NAME`` is a recipe that comes with the package.
 
     Raises:
         RecipeError: a missing file, bad YAML, an unknown key (with the nearest known one) or a bad value.
     """
     file = Path(path)
-    values: Any = read_values(file, overrides, paths=("offline.recipe", "rl.recipe"))
+    values: Any = read_values(file, overrides, paths=("offline.recipe", "rl.recipe"), folder="compare")
     for part in ("offline", "rl"):
         section = values.get(part) if isinstance(values, dict) else None
         if isinstance(section, dict) and isinstance(section.get("recipe"), str):
-            section["recipe"] = str((file.resolve().parent / section["recipe"]).resolve())
+            section["recipe"] = str(recipe_file(section["recipe"], base=file.resolve().parent))
     return validate_as(CompareRecipe, file, values)

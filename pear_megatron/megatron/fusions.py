@@ -19,12 +19,12 @@ def fusions(model: ModelConfig, device: torch.device) -> dict[str, bool]:
     return {
         "bias_activation_fusion": on_gpu,
         "bias_dropout_fusion": on_gpu,
-        "apply_rope_fusion": on_gpu and rotary and _has_fused_rotary(),
-        "gradient_accumulation_fusion": on_gpu and _has_fused_weight_gradient(),
+        "apply_rope_fusion": on_gpu and rotary and has_fused_rotary(),
+        "gradient_accumulation_fusion": on_gpu and has_fused_weight_gradient(),
     }
 
 
-def _has_fused_rotary() -> bool:
+def has_fused_rotary() -> bool:
     """Whether Transformer Engine's rotary kernels imported, that for packed sequences too."""
     from megatron.core.models.common.embeddings import rope_utils
 
@@ -32,7 +32,7 @@ def _has_fused_rotary() -> bool:
     return all(kernel is not None for kernel in kernels)
 
 
-def _has_fused_weight_gradient() -> bool:
+def has_fused_weight_gradient() -> bool:
     """Whether Apex's kernel that adds a weight's gradient to the main gradient imported."""
     from megatron.core.tensor_parallel import layers
 

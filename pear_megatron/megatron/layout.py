@@ -10,6 +10,7 @@ import torch
 
 from pear_megatron.megatron import cpu
 from pear_megatron.megatron.attention import check_attention
+from pear_megatron.ops.library import require_cuda_ops
 from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig, check_layout
 from pear_megatron.recipe.sections import expert_tensor_size
 
@@ -71,6 +72,7 @@ def initialize(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig)
     Raises:
         RecipeError: the recipe's sizes do not fit the number of processes, or its layout needs a GPU or
             Transformer Engine and there is none.
+        BuildError: on a GPU, with ops that were built without CUDA.
     """
     on_cpu = cpu.enable()
     from megatron.core import parallel_state
@@ -87,6 +89,7 @@ def initialize(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig)
     if on_cpu:
         device, backend = torch.device("cpu"), "gloo"
     else:
+        require_cuda_ops()
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
     if not started:

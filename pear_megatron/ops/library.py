@@ -2,21 +2,64 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
+
+from pear_megatron.errors import BuildError
+
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps . (in a checkout of pear-megatron)"
 
 try:
     from pear_megatron import _C  # type: ignore[attr-defined]
 except ImportError as error:
     raise ImportError(
         "pear_megatron's compiled ops (pear_megatron._C) cannot be loaded: "
-        f"{error}. Build them against the installed torch {torch.__version__} with: "
-        "pip install --no-build-isolation ."
+        f"{error}. Build them against the installed torch {torch.__version__} with: {REBUILD}"
     ) from error
 
 ops = torch.ops.pear_megatron
 with_cuda: bool = _C.with_cuda
 cpu_instruction_set: str = _C.cpu_instruction_set()
+built_for_torch: str = _C.torch_version
+built_for_cuda: str = _C.cuda_version  # empty without CUDA ops, as the next
+cuda_architectures: tuple[str, ...] = tuple(_C.cuda_architectures.split(",")) if with_cuda else ()
+
+
+if built_for_torch.split(".")[:2] != torch.__version__.split(".")[:2]:  # it may load, and be wrong
+    raise ImportError(
+        f"pear_megatron's compiled ops were built against torch {built_for_torch}, and this is torch "
+        f"{torch.__version__}, whose C++ interface is another. Build them again: {REBUILD}"
+    )
+
+
+def require_cuda_ops(where: str = "this run is on a GPU") -> None:
+    """Refuses a build without CUDA ops.
+
+    Raises:
+        BuildError: says so, and how to rebuild.
+    """
+    if not with_cuda:
+        found = torch.version.cuda or "none, so install a CUDA build of torch first"
+        raise BuildError(
+            f"{where}, and pear_megatron's ops were built without CUDA. Where nvcc is (torch's CUDA: {found}), run "
+            f"PEAR_MEGATRON_CUDA=1 {REBUILD}; `pear-megatron doctor` says what there is"
+        )
+
+
+def _refuse_cuda(*arguments: Any) -> NoReturn:
+    """What every op does with CUDA tensors in a build without CUDA ops."""
+    devices = sorted({str(value.device) for value in arguments if isinstance(value, Tensor)})
+    require_cuda_ops(f"tensors are on {' and '.join(devices)}")
+    raise AssertionError("registered in builds without CUDA ops alone")
+
+
+if not with_cuda:
+    _cuda = torch.library.Library("pear_megatron", "IMPL", "CUDA")
+    for _name in torch._C._dispatch_get_all_op_names():
+        if _name.startswith("pear_megatron::"):
+            _cuda.impl(_name.removeprefix("pear_megatron::"), _refuse_cuda)
 
 LOGPROB_STATISTICS = 3
 # Rows of the statistics of weights, in the order of WeightStatistic in csrc/ops.h.

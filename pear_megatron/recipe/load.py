@@ -14,14 +14,17 @@ from pydantic import BaseModel, ValidationError
 
 from pear_megatron.errors import RecipeError
 from pear_megatron.recipe.sections import Recipe
+from pear_megatron.recipe.shipped import PREFIX, recipe_file, shipped_recipes
 
 log = logging.getLogger("pear_megatron")
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
 
 
-def _load_with_defaults(path: Path, paths: tuple[str, ...] = (), seen: tuple[Path, ...] = ()) -> DictConfig:
-    """The YAML at ``path`` over what its ``defaults:`` names (a path or a list, relative to the file).
+def _load_with_defaults(
+    path: Path, paths: tuple[str, ...] = (), folder: str | None = None, seen: tuple[Path, ...] = ()
+) -> DictConfig:
+    """The YAML at ``path`` over what its ``defaults:`` names: paths relative to the file, or ``pear:NAME``.
 
     ``paths`` are dotted keys whose values are paths relative to the file that gives them.
     """
@@ -39,14 +42,22 @@ def _load_with_defaults(path: Path, paths: tuple[str, ...] = (), seen: tuple[Pat
         raise RecipeError(f"{path}: a recipe is a mapping of keys, found {type(config).__name__}")
     for key in paths:
         if isinstance(value := OmegaConf.select(config, key), str):
-            OmegaConf.update(config, key, str((path.parent / value).resolve()))
+            OmegaConf.update(config, key, str(_named(path, key, value)))
     parents = config.pop("defaults", None) or []
     parents = [parents] if isinstance(parents, str) else list(parents)
     merged: Any = OmegaConf.create({})
     for parent in parents:
-        file = (path.parent / parent).resolve()
-        merged = OmegaConf.merge(merged, _load_with_defaults(file, paths, (*seen, path)))
+        file = _named(path, "defaults", parent, folder)
+        merged = OmegaConf.merge(merged, _load_with_defaults(file, paths, folder, (*seen, path)))
     return OmegaConf.merge(merged, config)  # type: ignore[return-value]
+
+
+def _named(path: Path, key: str, value: str, folder: str | None = None) -> Path:
+    """The recipe that ``key`` of the file at ``path`` names."""
+    try:
+        return recipe_file(value, folder, base=path.parent)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {key}: {error}") from error
 
 
 def _no_recipe(path: Path, seen: tuple[Path, ...]) -> str:
@@ -55,9 +66,12 @@ def _no_recipe(path: Path, seen: tuple[Path, ...]) -> str:
     beside = {file.name: file for file in path.parent.glob("*.y*ml") if file not in seen}
     found = sorted(Path.cwd().glob(f"recipes/*/{path.name}"))
     found += [beside[name] for name in difflib.get_close_matches(path.name, sorted(beside), n=1)]
-    hint = (
-        f"; did you mean {' or '.join(os.path.relpath(file, here) for file in found[:3])}?" if found else ""
-    )
+    near = [os.path.relpath(file, here) for file in found]
+    if not found:
+        shipped = [name for name in shipped_recipes() if name.endswith(f"/{path.name}")]
+        same_folder = [name for name in shipped if name == f"{path.parent.name}/{path.name}"]
+        near += [f"{PREFIX}{name}" for name in same_folder or shipped]
+    hint = f"; did you mean {' or '.join(near[:3])}?" if near else ""
     if not seen:
         return f"no recipe at {path}{hint}"
     return (
@@ -87,7 +101,8 @@ def load_recipe(
     """Reads a recipe, its parents and the command line's overrides into one validated object.
 
     Args:
-        path: the YAML file; ``defaults:`` in it names files it inherits from.
+        path: the YAML file, or ``pear:NAME`` for one that comes with the package; ``defaults:`` in it names
+            files it inherits from in the same way.
         overrides: Hydra-style ``key=value`` strings; they win.
         missing: values of keys that neither the files nor the overrides give.
 
@@ -95,7 +110,7 @@ def load_recipe(
         RecipeError: a missing file, bad YAML, an unknown key (with the nearest known one) or a bad value.
     """
     path = Path(path)
-    values = read_values(path, overrides, missing=missing)
+    values = read_values(path, overrides, missing=missing, folder="sft")
     _complete_model(path, values)
     return validate_as(Recipe, path, values)
 
@@ -106,17 +121,21 @@ def read_values(
     *,
     missing: dict[str, Any] | None = None,
     paths: tuple[str, ...] = (),
+    folder: str | None = None,
 ) -> Any:
     """The resolved values of a YAML file, its parents and overrides, for any kind of file; not validated.
 
     Args:
         path, overrides, missing: see ``load_recipe``.
         paths: dotted keys of paths that are relative to the file that gives them, and absolute here.
+        folder: of recipes/, in which ``pear:NAME`` is looked for first.
 
     Raises:
         RecipeError: a missing file, bad YAML or a bad override.
     """
-    config = _apply_overrides(_load_with_defaults(path.resolve(), paths), list(overrides or []))
+    config = _apply_overrides(
+        _load_with_defaults(recipe_file(path, folder), paths, folder), list(overrides or [])
+    )
     try:
         return OmegaConf.to_container(
             OmegaConf.merge(missing or {}, config), resolve=True, throw_on_missing=True

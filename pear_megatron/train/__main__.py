@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         finished = _run(args, stop)
-    except PearError as error:
+    except (PearError, ImportError) as error:
         report_error(error)
         sys.exit(1)
     except Exception:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import pear_megatron.ops  # noqa: F401  (registers them)
-from pear_megatron.ops.library import ops
+from pear_megatron.errors import BuildError
+from pear_megatron.ops.library import ops, require_cuda_ops, with_cuda
 
 T, V, BOUNDS = 12, 70, [0, 5, 5, 12]
 
@@ -66,6 +67,19 @@ def registered_ops() -> set[str]:
 @pytest.mark.parametrize("name", sorted(registered_ops()))
 def test_opcheck(name, call):
     torch.library.opcheck(getattr(ops, name).default, op_arguments()[name][call])
+
+
+@pytest.mark.skipif(with_cuda, reason="this build has CUDA ops")
+@pytest.mark.parametrize("name", sorted(registered_ops()))
+def test_a_build_without_cuda_ops_says_so_of_cuda_tensors(name):
+    """Dispatched as CUDA tensors would be, which a CPU build of torch cannot make."""
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(
+        BuildError, match="tensors are on .*, and pear_megatron's ops were built without CUDA.*PEAR_MEG"
+    ):
+        getattr(ops, name).default.redispatch(cuda, *op_arguments()[name][1])
+    with pytest.raises(BuildError, match="this run is on a GPU"):
+        require_cuda_ops()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from pear_megatron.errors import RecipeError
+from pear_megatron.recipe.shipped import NEMO_RL, PREFIX, find_shipped
 
 HOW_TO_GET = (
     "git clone --recursive https://github.com/NVIDIA-NeMo/RL (these recipes were checked with its commit "
@@ -135,6 +136,12 @@ def _chain(root: Path, path: Path) -> tuple[list[Path], list[DictConfig]]:
     parents: list[Path] = []
     own: list[DictConfig] = []
     for parent in [defaults] if isinstance(defaults, str) else list(defaults):
+        if str(parent).startswith(PREFIX):
+            name = find_shipped(str(parent), NEMO_RL).name
+            raise RecipeError(
+                f"{path}: defaults: NeMo-RL reads this file itself and knows no {parent}; put that recipe beside it "
+                f"with `pear-megatron recipes copy {NEMO_RL}/{name} {path.parent}`, and write `defaults: {name}`"
+            )
         more_parents, more_own = _chain(root, (path.parent / str(parent)).resolve())
         parents += more_parents
         own += more_own

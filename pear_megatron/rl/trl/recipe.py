@@ -163,4 +163,4 @@ def load_trl_recipe(path: str | Path, overrides: list[str] | None = None) -> Trl
     Raises:
         RecipeError: a missing file, bad YAML, an unknown key (with the nearest known one) or a bad value.
     """
-    return validate_as(TrlRecipe, Path(path), read_values(Path(path), overrides))
+    return validate_as(TrlRecipe, Path(path), read_values(Path(path), overrides, folder="grpo_trl"))
