@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from pear_megatron import PearConfig
+from pear_megatron import PearConfig, pear_loss
 from pear_megatron.ops import reference
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -180,6 +180,25 @@ def test_the_settings_are_the_method(pack: Pack, method: str):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
     of_ours, of_theirs = (torch.autograd.grad(loss, pack.logits)[0] for loss in (ours, theirs))
     torch.testing.assert_close(of_ours, of_theirs, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", FORMULAS)
+def test_the_ops_compute_it(pack: Pack, method: str):
+    config = settings_of_methods()[method]
+    lb, lr = (
+        y.log_softmax(-1)[range(len(pack.target)), pack.target].float()
+        for y in (pack.behavior, pack.reference)
+    )
+    log_q, ids = pack.behavior.log_softmax(-1).topk(K)
+    logits = pack.logits.detach().float().requires_grad_()
+    loss, _, _ = pear_loss(
+        logits, pack.target, lb, pack.mask, pack.cu_seqlens, config, reward=pack.reward,
+        reference_logprobs=lr, behavior_topk=(ids.int(), log_q.float()),
+    )  # fmt: skip
+    exact = pack.loss(config)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+    of_ops, of_exact = torch.autograd.grad(loss, logits)[0], torch.autograd.grad(exact, pack.logits)[0]
+    torch.testing.assert_close(of_ops.double(), of_exact, rtol=1e-5, atol=1e-5)
 
 
 def test_the_pack_tells_every_method_from_every_other(pack: Pack):
