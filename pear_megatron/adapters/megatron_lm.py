@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         elif field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = next((t for t in get_args(field.annotation) if t is not type(None)), field.annotation)
+            options["type"] = next(
+                (t for t in get_args(field.annotation) if t is not type(None)), field.annotation
+            )
         option = f"--{_PREFIX}{name}".replace("_", "-")
         group.add_argument(option, help=f"PearConfig.{name}; default: {field.default}", **options)
     return parser

@@ -39,7 +39,9 @@ LOOPS: list[tuple[str, Callable[..., Any]]] = [
 def test_a_loss_without_logits_refuses_them(
     where: str, start: Callable[..., Any], options: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(RecipeError, match=f"PEAR in {where} has no {said} .*; leave that setting out, or train"):
+    with pytest.raises(
+        RecipeError, match=f"PEAR in {where} has no {said} .*; leave that setting out, or train"
+    ):
         start(**options)
     start(variant="block")
 

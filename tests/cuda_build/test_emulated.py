@@ -168,7 +168,9 @@ def test_kl_and_entropy_of_shards_of_the_vocabulary_one_of_them_only_padding(ops
     shards = torch.nn.functional.pad(problem.logits, (0, 30), value=NAN).split(30, dim=1)
     shards = [shard.contiguous() for shard in shards]
     of_token = (problem.target, problem.mask)
-    stats = [ops.statistics_forward(x, *of_token, problem.ids, 30 * r, 60, True) for r, x in enumerate(shards)]
+    stats = [
+        ops.statistics_forward(x, *of_token, problem.ids, 30 * r, 60, True) for r, x in enumerate(shards)
+    ]
     logprob, lse, ours, kl, log_pi, terms = ops.statistics_combine(
         torch.stack(stats), problem.mask, problem.ids, problem.logprobs, 60, True, True
     )
