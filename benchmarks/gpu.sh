@@ -8,7 +8,7 @@
 #   tests       tests/gpu: every claim of the CPU tests on CUDA tensors, two ranks on the card, graphs, large rows
 #   training    tests/gpu/test_training.py: the entry point in both precisions, in chunks, over two ranks, continued
 #   sanitizer   compute-sanitizer memcheck, racecheck and initcheck over every kernel
-#   loss        benchmarks/logprob.py: the loss on given logits, against its peers
+#   loss        benchmarks/logprob.py: the loss on given logits, against its peers; token_losses.py: KL and entropy
 #   layer       benchmarks/output_layer.py: GEMMs included; chunks of tokens; the four-byte scheme
 #   attention   benchmarks/attention.py: a packed row under a mask, over its segments, and in Transformer Engine
 #   steps       benchmarks/step.py: whole training steps at 0.5B and 1B, at 4 k, 8 k and 32 k tokens
@@ -92,10 +92,11 @@ if wanted sanitizer "$@"; then
   fi
 fi
 if wanted loss "$@"; then
-  TAIL=400 step logprob 130 "$PYTHON" benchmarks/logprob.py --device cuda --seconds 0.05 --tokens 8192
+  TAIL=400 step logprob 120 "$PYTHON" benchmarks/logprob.py --device cuda --seconds 0.05 --tokens 8192
+  TAIL=40 step token_losses 25 "$PYTHON" benchmarks/token_losses.py --device cuda --seconds 1
 fi
 if wanted layer "$@"; then
-  TAIL=100 step output_layer 130 "$PYTHON" benchmarks/output_layer.py --device cuda --seconds 0.2
+  TAIL=100 step output_layer 120 "$PYTHON" benchmarks/output_layer.py --device cuda --seconds 0.2
 fi
 if wanted attention "$@"; then
   TAIL=20 step attention 60 "$PYTHON" benchmarks/attention.py --device cuda --heads 16 --groups 4 --head-size 128 --seconds 0.2

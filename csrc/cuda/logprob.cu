@@ -28,6 +28,11 @@ constexpr int kBlock = kThreads * kRowsPerBlock<kThreads>;
 template <int kThreads>
 constexpr int kBlocksPerMultiprocessor = 1024 / kBlock<kThreads>;
 
+template <int kThreads>
+__device__ __forceinline__ int64_t row_index() {
+  return int64_t(blockIdx.x) * kRowsPerBlock<kThreads> + threadIdx.x / kThreads;
+}
+
 #define PEAR_ROW_KERNEL \
   __global__ void __launch_bounds__(kBlock<kThreads>, kBlocksPerMultiprocessor<kThreads>)
 
@@ -97,7 +102,7 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
                              StatisticsOut stats) {
   constexpr int kColumns = kPerVector<T>;
   const int i = threadIdx.x % kThreads;
-  const int64_t t = int64_t(blockIdx.x) * kRowsPerBlock<kThreads> + threadIdx.x / kThreads;
+  const int64_t t = row_index<kThreads>();
   if (t >= rows) return;
   float* out = stats.first + t * stats.token;
   float *row_max = out + kRowMax * stats.statistic, *row_sum = out + kRowSumExp * stats.statistic;
@@ -199,6 +204,10 @@ struct TopkGradient {
   int k;
   const int32_t* ids;
   const float *logprobs, *log_pi, *terms, *grad;
+
+  __device__ __forceinline__ float outside(int64_t t) const {
+    return grad[t] * terms[t * kKlTerms + kOutsideFactor];
+  }
 };
 
 template <int kThreads>
@@ -217,7 +226,7 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
                               const float* lse, const float* grad, TopkGradient topk) {
   constexpr int kColumns = kPerVector<T>;
   const int i = threadIdx.x % kThreads;
-  const int64_t t = int64_t(blockIdx.x) * kRowsPerBlock<kThreads> + threadIdx.x / kThreads;
+  const int64_t t = row_index<kThreads>();
   if (t >= rows) return;
   const T* in = x + t * x_stride;
   T* out = y + t * y_stride;
@@ -226,16 +235,14 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
   const int columns = static_cast<int>(shard.columns);
   const int64_t shifted = targets[t] - shard.start;
   const int target = 0 <= shifted && shifted < columns ? static_cast<int>(shifted) : -1;
-  const float row_lse = lse[t], of_logprob = -grad[t];
-  float of_kl = 0.0f, scale = of_logprob;
-  if constexpr (kTopk) {
-    of_kl = topk.grad[t] * topk.terms[t * kKlTerms + kOutsideFactor];
-    scale += of_kl;
-  }
+  const float row_lse = lse[t], scale = kTopk ? topk.outside(t) - grad[t] : -grad[t];
   const auto gradient = [&](float logit) { return scale * exp_difference(logit, row_lse); };
   const auto target_gradient = [&](float logit) {
-    const float g = of_logprob * expm1f(logit - row_lse);
-    return kTopk ? g + of_kl * exp_difference(logit, row_lse) : g;
+    if constexpr (!kTopk) return scale * expm1f(logit - row_lse);
+    // Read again, once in a row: registers for it all the way would spill.
+    const float of_kl = topk.outside(row_index<kThreads>());
+    return of_kl * exp_difference(logit, row_lse) -
+           grad[row_index<kThreads>()] * expm1f(logit - row_lse);
   };
 
   // Vectors need rows of the same alignment; others (a slice into a new tensor) go one by one.
@@ -277,13 +284,14 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
   zero_columns(out, columns, V, i, kThreads);
   if constexpr (kTopk) {
     sync_row<kThreads>();  // the entries' columns have been written, and are written over
-    const float log_mass = topk.terms[t * kKlTerms + kLogMass];
+    const int64_t row = row_index<kThreads>();
+    const float log_mass = topk.terms[row * kKlTerms + kLogMass];
     for (int j = i; j < topk.k; j += kThreads) {
-      const int64_t at = t * topk.k + j, id = topk.ids[at], column = id - shard.start;
-      if (id < 0 || column < 0 || column >= columns) continue;
-      out[column] =
-          static_cast<T>(entry_gradient(topk.log_pi[at], expf(topk.logprobs[at] - log_mass),
-                                        grad[t], topk.grad[t], column == target));
+      const int64_t at = row * topk.k + j, id = topk.ids[at], column = id - shard.start;
+      if (id < 0 || column < 0 || column >= shard.columns) continue;
+      const float q = expf(topk.logprobs[at] - log_mass);
+      y[row * y_stride + column] = static_cast<T>(
+          entry_gradient(topk.log_pi[at], q, grad[row], topk.grad[row], id == targets[row]));
     }
   }
 }

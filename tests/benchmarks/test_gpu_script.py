@@ -46,6 +46,7 @@ def test_every_part_runs_alone_and_all_but_the_profile_run_by_default():
     assert names("benchmarks") == [
         "build",
         "logprob",
+        "token_losses",
         "output_layer",
         "attention",
         *names("steps", "longest")[1:],
@@ -60,7 +61,7 @@ def test_parts_fit_into_ten_minutes_and_all_into_half_an_hour():
     step |= {"$tool": 3 * step["$tool"], "step-$model": 2 * step["step-$model"]}
     step |= {"step-longest-$model": 2 * step["step-longest-$model"]}
     limits = {name: limit for name, limit in step.items() if name not in ("wheels", "profile", "build")}
-    assert len(limits) == 9
+    assert len(limits) == 10
     assert all(step["build"] + limit <= 600 for limit in limits.values())
     assert step["build"] + sum(limits.values()) <= 1800
 
@@ -73,7 +74,9 @@ def test_an_unknown_part_is_refused_and_help_names_all():
     assert all(re.search(rf"^  {part} ", usage, re.MULTILINE) for part in PARTS)
 
 
-@pytest.mark.parametrize("script", ["logprob", "output_layer", "attention", "step", "real_model"])
+@pytest.mark.parametrize(
+    "script", ["logprob", "token_losses", "output_layer", "attention", "step", "real_model"]
+)
 def test_its_arguments_are_known_to_the_script(script: str, monkeypatch: pytest.MonkeyPatch):
     text = SCRIPT.read_text().replace("\\\n", " ").replace('"$model"', "1b")
     commands = re.findall(rf'"\$PYTHON" benchmarks/{script}\.py ([^\n]*)', text)
