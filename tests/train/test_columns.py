@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.megatron.ranks import failures
+from tests.megatron.ranks import failures, train_runs
 
 
 def with_columns(source: Path, target: Path, *, topk: bool = True, reference: bool = True) -> Path:
@@ -27,6 +27,12 @@ def with_columns(source: Path, target: Path, *, topk: bool = True, reference: bo
             row["reference_logprobs"] = [v - 0.1 if m else None for v, m in zip(logprobs, mask, strict=True)]
     target.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return target
+
+
+def assert_alike(rows: list[dict[str, Any]], expected: list[dict[str, Any]], *keys: str) -> None:
+    for row, other in zip(rows, expected, strict=True):
+        mine, theirs = ({key: found[key] for key in keys if key in found} for found in (row, other))
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -52,3 +58,31 @@ def test_held_out_data_must_have_the_reference_where_training_has_it(
     held_out = f"data.validation={data['held_out']}"
     (message,) = failures(1, train, tmp_path / "run", "pear.negative_floor=1", held_out)
     assert "data.validation: the rows have no reference_logprobs and those of data.train have it" in message
+
+
+def test_ratios_are_taken_against_the_reference_on_every_layout(
+    tmp_path: Path, data: dict[str, Path]
+) -> None:
+    train = with_columns(data["near"], tmp_path / "train.jsonl", topk=False)
+    reference = ["pear.ratio=reference", f"data.validation={train}"]
+    one = train_runs(1, train, {tmp_path / "behavior": [], tmp_path / "one": reference})
+    two = train_runs(
+        2,
+        train,
+        {tmp_path / "tp": [*reference, "parallel.tensor_model_parallel_size=2"], tmp_path / "dp": reference},
+    )
+    against_behavior, against_reference = one[tmp_path / "behavior"], one[tmp_path / "one"]
+    steps = [row for row in against_reference if "loss" in row]
+    # Step 1 is of the same model: the ratios differ by what the columns differ by.
+    moved = steps[0]["pear/log_ratio"] - against_behavior[0]["pear/log_ratio"]
+    assert moved == pytest.approx(0.1, abs=1e-4)
+    for rows in two.values():
+        assert_alike(
+            rows,
+            against_reference,
+            "loss",
+            "nll",
+            "pear/log_ratio",
+            "pear/weight",
+            "validation/pear/log_ratio",
+        )
