@@ -125,9 +125,9 @@ def test_every_command_of_the_docs_exists_with_its_options() -> None:
 
 
 def texts() -> str:
-    """Every string of the package as it is once Python has joined it, {} for what is filled in."""
+    """Every string of the package and its build as it is once Python has joined it, {} for what is filled in."""
     found = []
-    for file in (ROOT / "pear_megatron").rglob("*.py"):
+    for file in (ROOT / "setup.py", *(ROOT / "pear_megatron").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.JoinedStr):
                 parts = [v.value if isinstance(v, ast.Constant) else "{}" for v in node.values]
