@@ -2,7 +2,7 @@
 
     python benchmarks/factors.py --tokens 512 --columns 38016
 
-A round runs NLL and every other setting once, one after the other; printed is the median over rounds of each one's
+A round runs NLL and every other setting once, in an order that turns; printed is the median over rounds of each one's
 processor time over NLL's in the same round, which other work on the machine moves little.
 """
 
@@ -44,8 +44,10 @@ def main() -> None:
     leaf, reward = pristine.clone().requires_grad_(), torch.linspace(-1, 1, len(case.cu_seqlens) - 1)
     inputs = (case.target, case.behavior, case.mask, case.cu_seqlens)
     seconds: dict[str, list[float]] = {name: [] for name in CONFIGS}
-    for _ in range(args.rounds + 2):
-        for name, config in CONFIGS.items():
+    for number in range(args.rounds + 2):
+        order = list(CONFIGS)[number % len(CONFIGS) :] + list(CONFIGS)[: number % len(CONFIGS)]
+        for name in order:
+            config = CONFIGS[name]
             with torch.no_grad():
                 leaf.copy_(pristine)
             begin = time.process_time()

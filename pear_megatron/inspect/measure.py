@@ -134,7 +134,7 @@ def make_pack(
                 [replace(t, behavior_logprobs=lp) for t, lp in pairs], [range(len(part))], positions
             )
         parts.append((policy.behavior_logprobs, batch))
-    reference = [x.flatten() for _, b in parts if (x := getattr(b, "reference_logprobs", None)) is not None]
+    reference = [b.reference_logprobs.flatten() for _, b in parts if b.reference_logprobs is not None]
     lengths = torch.cat([batch.cu_seqlens.diff() for _, batch in parts])
     return Pack(
         logprobs=torch.cat([lp.flatten() for lp, _ in parts]),

@@ -163,6 +163,17 @@ def test_what_the_page_cannot_show_is_said(look: Inspect) -> None:
     assert "plain SFT" not in dft.titles()
 
 
+def test_rows_with_reference_logprobs_show_what_ratios_against_them_give(look: Inspect) -> None:
+    rows = scored(lambda lb, rng: lb + rng.gauss(0, 0.2), count=6)
+    for row in rows:
+        row["reference_logprobs"] = row["policy_logprobs"]
+    found = look(rows)
+    (reference,) = (s for s in found.numbers["alternatives"] if s["overrides"] == "pear.ratio=reference")
+    assert reference["statistics"]["log_ratio"] == 0
+    assert found.numbers["statistics"]["all"]["log_ratio"] != 0
+    assert look(rows, "pear.ratio=reference").numbers["quantiles"]["log_ratio"]["p50"] == 0
+
+
 # What brings out verdicts: the policy, the data, the options.
 CASES: dict[str, tuple[Callable[[float, random.Random], float], dict[str, Any], list[str]]] = {
     "good": (lambda lb, rng: lb + rng.gauss(-0.02, 0.15), {}, []),
