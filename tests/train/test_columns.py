@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.megatron.ranks import failures, train_runs
 
@@ -86,3 +88,24 @@ def test_ratios_are_taken_against_the_reference_on_every_layout(
             "pear/weight",
             "validation/pear/log_ratio",
         )
+
+
+def test_a_kl_is_the_same_on_every_layout_and_in_evaluations(tmp_path: Path, data: dict[str, Path]) -> None:
+    train = with_columns(data["near"], tmp_path / "train.jsonl", reference=False)
+    held_out = with_columns(data["held_out"], tmp_path / "held_out.jsonl", reference=False)
+    kl = ["pear.base_loss=kl", "pear.variant=none", f"data.validation={held_out}", "optimizer.lr=1e-2"]
+    one = train_runs(1, train, {tmp_path / "one": kl})[tmp_path / "one"]
+    layouts = {
+        "tp": ["parallel.tensor_model_parallel_size=2"],
+        "dp": [],
+        "pp": ["parallel.pipeline_model_parallel_size=2"],
+    }
+    runs = train_runs(2, train, {tmp_path / name: [*kl, *layout] for name, layout in layouts.items()})
+    # A fresh model is near uniform: ln 1000 less the entropy of the three entries of a decision.
+    q = torch.tensor([-0.7, -1.6, -7.0]).softmax(0)
+    assert one[0]["validation/kl"] == pytest.approx(math.log(1000) + float((q * q.log()).sum()), abs=0.02)
+    steps = [row for row in one if "kl" in row]
+    assert len(steps) == 4
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.2
+    for rows in runs.values():
+        assert_alike(rows, one, "loss", "kl", "nll", "validation/kl", "validation/loss")
