@@ -237,13 +237,12 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
   const int target = 0 <= shifted && shifted < columns ? static_cast<int>(shifted) : -1;
   const float row_lse = lse[t], scale = kTopk ? topk.outside(t) - grad[t] : -grad[t];
   const auto gradient = [&](float logit) { return scale * exp_difference(logit, row_lse); };
-  const auto target_gradient = [&](float logit) {
-    if constexpr (!kTopk) return scale * expm1f(logit - row_lse);
-    // Read again, once in a row: registers for it all the way would spill.
-    const float of_kl = topk.outside(row_index<kThreads>());
-    return of_kl * exp_difference(logit, row_lse) -
-           grad[row_index<kThreads>()] * expm1f(logit - row_lse);
-  };
+  const auto target_gradient = [&](float logit) { return scale * expm1f(logit - row_lse); };
+  float target_logit = 0.0f;  // with a top-k, the target is written after the rest, as the top-k is
+  if constexpr (kTopk) {
+    if (i == 0 && target >= 0) target_logit = in[target];
+    sync_row<kThreads>();  // before it is written over
+  }
 
   // Vectors need rows of the same alignment; others (a slice into a new tensor) go one by one.
   RowSplit split = split_row(out, columns);
@@ -265,7 +264,7 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) g[c] = gradient(logit[c]);
       const int offset = target - split.head - at * kColumns;
-      if (0 <= offset && offset < kColumns) {
+      if (!kTopk && 0 <= offset && offset < kColumns) {
         float target_logit = logit[0];  // by selection: an index would move the array to memory
 #pragma unroll
         for (int c = 1; c < kColumns; ++c) target_logit = c == offset ? logit[c] : target_logit;
@@ -279,12 +278,20 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
   for (int k = i; k < split.head + split.tail; k += kThreads) {
     const int column = single_column(split, columns, k);
     const float logit = in[column];
-    out[column] = static_cast<T>(column == target ? target_gradient(logit) : gradient(logit));
+    const bool is_target = !kTopk && column == target;
+    out[column] = static_cast<T>(is_target ? target_gradient(logit) : gradient(logit));
   }
   zero_columns(out, columns, V, i, kThreads);
   if constexpr (kTopk) {
-    sync_row<kThreads>();  // the entries' columns have been written, and are written over
-    const int64_t row = row_index<kThreads>();
+    sync_row<kThreads>();
+    const int64_t row = row_index<kThreads>();  // made and read again: kept, registers would spill
+    const int64_t at_target = targets[row] - shard.start;
+    if (i == 0 && 0 <= at_target && at_target < shard.columns) {
+      const float less = target_logit - lse[row];
+      y[row * y_stride + at_target] =
+          static_cast<T>(topk.outside(row) * expf(less) - grad[row] * expm1f(less));
+    }
+    sync_row<kThreads>();  // an entry may be the target
     const float log_mass = topk.terms[row * kKlTerms + kLogMass];
     for (int j = i; j < topk.k; j += kThreads) {
       const int64_t at = row * topk.k + j, id = topk.ids[at], column = id - shard.start;
