@@ -171,6 +171,14 @@ def cli_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def lora_table(record: dict[str, Any]) -> str:
+    """NLL of held-out puzzles after so many steps."""
+    steps = [str(e["step"]) for e in record["rows"][0]["evaluations"]]
+    lines = [heading(record), "", row("held-out NLL after step", *steps), row("---", *["---:"] * len(steps))]
+    lines += [row(e["name"], *(f"{x['nll']:.3f}" for x in e["evaluations"])) for e in record["rows"]]
+    return "\n".join(lines)
+
+
 # By the beginning of the file's name; the order is the page's.
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "logprob": logprob_tables,
@@ -180,6 +188,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "attention": attention_table,
     "real_model": real_model_table,
     "cli": cli_table,
+    "lora": lora_table,
 }
 
 
@@ -193,11 +202,15 @@ CAPTIONS = {
     "attention": "The core attention of one layer over a packed row.",
     "real_model": "A real model, from import to evaluation.",
     "cli": "How long the commands take to answer: --help, and a recipe with a misspelt key.",
+    "lora": "LoRA against full training.",
 }
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 # Kinds whose table stands in another page, without a picture.
-PAGES = {"attention": ROOT / "docs" / "long-sequences.md"}
+PAGES = {
+    "attention": ROOT / "docs" / "long-sequences.md",
+    "lora": ROOT / "docs" / "hugging-face.md",
+}
 
 
 def kind(path: Path) -> str:

@@ -56,6 +56,10 @@ RECORDS: dict[str, dict[str, Any]] = {
         "rows": [{"name": "KL", "tokens": 4, "columns": 9, "dtype": "bf16", "ms": 1.5, "times_nll": 1.2}],
     },
     "cli-cpu": {**ABOUT, "rows": [{"name": "plan --help", "ms": 301.2, "processor_ms": 250.6}]},
+    "lora-cpu": {
+        **ABOUT,
+        "rows": [{"name": "LoRA", "evaluations": [{"step": 0, "nll": 1.1}, {"step": 200, "nll": 0.08}]}],
+    },
 }
 
 
@@ -83,6 +87,7 @@ def test_every_picture_of_the_results_is_there():
         ("output_layer-cuda", ["| ours | 3 | 1.50 | 0 | 0.500 |", "Not run: peer (why)."]),
         ("attention-cuda", ["| 1024 | varlen | 5 | 3 |", "| 16384 | mask | out of memory | - |"]),
         ("cli-cpu", ["| plan --help | 301 | 251 |"]),
+        ("lora-cpu", ["| held-out NLL after step | 0 | 200 |", "| LoRA | 1.100 | 0.080 |"]),
         ("real_model-cuda", ["| PEAR token | 1e+04 | 0.5 | 20.0% | 10.0% to 30.0% |", "| TRL | no |"]),
     ],
 )
@@ -94,7 +99,7 @@ def test_tables_of_every_kind(stem: str, said: list[str]):
         assert words in text
 
 
-@pytest.mark.parametrize("stem", [stem for stem in RECORDS if not stem.startswith("attention")])
+@pytest.mark.parametrize("stem", [stem for stem in RECORDS if not stem.startswith(("attention", "lora"))])
 def test_plots_of_every_kind(tmp_path: Path, stem: str):
     from plots import plot_record
     from table import kind
