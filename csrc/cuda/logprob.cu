@@ -237,16 +237,14 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
   const int target = 0 <= shifted && shifted < columns ? static_cast<int>(shifted) : -1;
   const float row_lse = lse[t], scale = kTopk ? topk.outside(t) - grad[t] : -grad[t];
   const auto gradient = [&](float logit) { return scale * exp_difference(logit, row_lse); };
-  const auto target_gradient = [&](float logit) { return scale * expm1f(logit - row_lse); };
-  float target_logit = 0.0f;  // with a top-k, the target is written after the rest, as the top-k is
-  if constexpr (kTopk) {
-    if (i == 0 && target >= 0) target_logit = in[target];
-    sync_row<kThreads>();  // before it is written over
-  }
-
   // Vectors need rows of the same alignment; others (a slice into a new tensor) go one by one.
   RowSplit split = split_row(out, columns);
   if (misaligned_by(in) != misaligned_by(out)) split = {columns, 0, 0};
+  // The target's column is written twice, by one thread, the second time rightly: asking every
+  // vector whether it holds the target would double the loop's instructions.
+  const bool has_target = target >= 0 && i == column_thread<T>(split, columns, target, kThreads);
+  const float target_logit = has_target ? static_cast<float>(in[target]) : 0.0f;
+
   const uint4* body = reinterpret_cast<const uint4*>(in + split.head);
   uint4* out_body = reinterpret_cast<uint4*>(out + split.head);
   for (int v = i; v < split.vectors; v += kUnroll * kThreads) {
@@ -263,35 +261,23 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
       unpack(raw[u], logit, T(0.0f));
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) g[c] = gradient(logit[c]);
-      const int offset = target - split.head - at * kColumns;
-      if (!kTopk && 0 <= offset && offset < kColumns) {
-        float target_logit = logit[0];  // by selection: an index would move the array to memory
-#pragma unroll
-        for (int c = 1; c < kColumns; ++c) target_logit = c == offset ? logit[c] : target_logit;
-        const float at_target = target_gradient(target_logit);
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) g[c] = c == offset ? at_target : g[c];
-      }
       store_streaming(out_body + at, pack(g, T(0.0f)));
     }
   }
   for (int k = i; k < split.head + split.tail; k += kThreads) {
     const int column = single_column(split, columns, k);
-    const float logit = in[column];
-    const bool is_target = !kTopk && column == target;
-    out[column] = static_cast<T>(is_target ? target_gradient(logit) : gradient(logit));
+    out[column] = static_cast<T>(gradient(in[column]));
   }
   zero_columns(out, columns, V, i, kThreads);
+  const int64_t row = row_index<kThreads>();  // made and read again: kept, registers would spill
+  if (has_target) {
+    const float less = target_logit - lse[row];
+    const float of_kl = kTopk ? topk.outside(row) * expf(less) : 0.0f;
+    y[row * y_stride + targets[row] - shard.start] =
+        static_cast<T>(of_kl - grad[row] * expm1f(less));
+  }
   if constexpr (kTopk) {
-    sync_row<kThreads>();
-    const int64_t row = row_index<kThreads>();  // made and read again: kept, registers would spill
-    const int64_t at_target = targets[row] - shard.start;
-    if (i == 0 && 0 <= at_target && at_target < shard.columns) {
-      const float less = target_logit - lse[row];
-      y[row * y_stride + at_target] =
-          static_cast<T>(topk.outside(row) * expf(less) - grad[row] * expm1f(less));
-    }
-    sync_row<kThreads>();  // an entry may be the target
+    sync_row<kThreads>();  // their columns are written by other threads before
     const float log_mass = topk.terms[row * kKlTerms + kLogMass];
     for (int j = i; j < topk.k; j += kThreads) {
       const int64_t at = row * topk.k + j, id = topk.ids[at], column = id - shard.start;

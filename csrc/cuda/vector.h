@@ -59,6 +59,16 @@ __device__ __forceinline__ int single_column(const RowSplit& row, int columns, i
   return i < row.head ? i : columns - row.tail + (i - row.head);
 }
 
+// Which of `threads` threads has a column, if they take vectors and then single columns in turns.
+template <typename T>
+__device__ __forceinline__ int column_thread(const RowSplit& row, int columns, int column,
+                                             int threads) {
+  const int first_of_tail = columns - row.tail, in_body = column - row.head;
+  if (in_body < 0) return column % threads;
+  if (column < first_of_tail) return in_body / kPerVector<T> % threads;
+  return (row.head + column - first_of_tail) % threads;
+}
+
 // row[begin, end) = 0 by `threads` threads, of which this is the i-th.
 template <typename T>
 __device__ __forceinline__ void zero_columns(T* row, int begin, int end, int i, int threads) {
