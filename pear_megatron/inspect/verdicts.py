@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pear_megatron.alignment import Alignment
-from pear_megatron.config import PearConfig
+from pear_megatron.config import SUGGESTED_NEGATIVE_FLOOR, PearConfig
 from pear_megatron.inspect.alternatives import Alternative, weight_text
 from pear_megatron.inspect.measure import Pack, Weights
 from pear_megatron.inspect.sample import Sample
@@ -245,14 +245,16 @@ def about_negatives(pack: Pack, config: PearConfig) -> list[Verdict]:
         ]
     below = float((pack.fallen > (_FAR if floor is None else floor)).mean())
     begin = "the behaviour policy's" if pack.lr is None else "the initial model's"
-    if floor is None and below > 0.2:
+    if floor is None:
         return [
             Verdict(
                 "note",
-                "negatives that are unlikely already",
-                f"{below:.0%} of the decisions of negative examples are more than {_FAR:g} nats below {begin} "
-                "log-probs, and training pushes them on: their mass moves to tokens that no example speaks for.",
-                f"pear.negative_floor={_FAR:g} would give these weight 0 (docs/weights.md).",
+                "negatives that nothing stops",
+                "Training pushes the tokens of negative examples down for as long as it sees them, and their mass "
+                f"moves to tokens that no example speaks for. {below:.0%} of their decisions are more than {_FAR:g} "
+                f"nats below {begin} log-probs already.",
+                f"pear.negative_floor={SUGGESTED_NEGATIVE_FLOOR:g} did no harm in our study, where none did "
+                "(docs/weights.md).",
             )
         ]
     if floor is not None and below > 0.5:

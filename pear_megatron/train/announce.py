@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pear_megatron.config import PearConfig
+from pear_megatron.config import SUGGESTED_NEGATIVE_FLOOR, PearConfig
 from pear_megatron.data import AnyDataset, BatchPlan, TrajectoryBlend
 from pear_megatron.data.sources import blend_of
 from pear_megatron.megatron.checkpoint.folder import CheckpointFolder
@@ -36,7 +36,7 @@ def announce(trainer: Trainer) -> None:
         step,
         total_steps,
     )
-    announce_idle_settings(recipe.pear, trainer.dataset.rewards)
+    announce_negatives(recipe.pear, trainer.dataset.rewards)
     _announce_sources(recipe, trainer.dataset, trainer.plan, total_steps)
     if trainer.evaluation is not None:
         log.info("evaluations on %d held-out trajectories", len(trainer.evaluation.dataset))
@@ -56,9 +56,17 @@ def _method(pear: PearConfig) -> str:
     return "SFT with factors" if pear.has_factors else "plain SFT"
 
 
-def announce_idle_settings(pear: PearConfig, rewards: np.ndarray) -> None:
-    """Warns of settings that do nothing on data of these rewards, [N]."""
-    if (rewards < 0).any():
+def announce_negatives(pear: PearConfig, rewards: np.ndarray) -> None:
+    """Warns of negative examples that nothing stops, or of settings for them where rewards [N] have none."""
+    if count := int((rewards < 0).sum()):
+        if pear.negative_floor is None and pear.negative_scale:
+            log.warning(
+                "%d of %d trajectories have a reward below zero, and nothing stops their push, which did harm in our "
+                "study; pear.negative_floor=%g did none (docs/weights.md)",
+                count,
+                len(rewards),
+                SUGGESTED_NEGATIVE_FLOOR,
+            )
         return
     for name, idle in (("negative_floor", None), ("negative_scale", 1.0)):
         if (value := getattr(pear, name)) != idle:

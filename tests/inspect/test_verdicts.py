@@ -135,9 +135,9 @@ def test_negative_examples_are_judged_by_how_far_they_have_fallen(look: Inspect)
     for row in rows[:10]:
         row["reward"] = -1.0
     open_ended = look(rows)
-    assert (
-        "pear.negative_floor=2 would" in open_ended.verdict("negatives that are unlikely already")["change"]
-    )
+    verdict = open_ended.verdict("negatives that nothing stops")
+    assert "59% of their decisions are more than 2 nats below" in verdict["text"]
+    assert verdict["change"].startswith("pear.negative_floor=0.5")
     stopped = look(rows, "pear.negative_floor=1")
     assert "negatives that have stopped" in stopped.titles("warning")
     assert 0.5 < stopped.numbers["statistics"]["negative examples"]["negative_stopped"] < 0.7
