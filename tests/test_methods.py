@@ -157,7 +157,7 @@ FORMULAS: dict[str, Callable[[Trajectory], Tensor]] = {
     "KL and NLL": lambda x: 0.5 * kl(x) - 0.5 * x.lp,
     "PEAR, token, of a KL": lambda x: product_after(x) * kl(x),
     "negatives that stop": lambda x: (
-        -product_after(x) * x.lp * ((x.reward >= 0) | (x.lp.detach() >= x.lb - 1.0))
+        -product_after(x) * x.lp * ((x.reward >= 0) | (x.lp.detach() >= x.lb - 0.5))
     ),
 }  # fmt: skip
 # What a detached weight cannot give: the loss whose gradient it has.
