@@ -5,13 +5,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from pear_megatron.config import PearConfig
-from pear_megatron.ops.arguments import require_behavior, require_config, require_mask, require_tensors
+from pear_megatron.ops.arguments import (
+    require_alike,
+    require_behavior,
+    require_config,
+    require_mask,
+    require_tensors,
+)
 from pear_megatron.ops.output_layer import linear_statistics
 from pear_megatron.ops.statistics import TopK, vocab_parallel_statistics
 from pear_megatron.ops.suffix_sum import as_cu_seqlens
@@ -40,6 +46,7 @@ def _check_arguments(
     reference_logprobs: Tensor | None,
     reward: Tensor | None,
     mask: Tensor,
+    normalization: Normalization,
     **tensors: Tensor,
 ) -> None:
     """What is wrong with the call, said before the output layer's work is done. The first tensor has the device."""
@@ -55,6 +62,9 @@ def _check_arguments(
         reference_logprobs=reference_logprobs,
         has_reward=reward is not None,
     )
+    require_alike(mask, behavior_logprobs=behavior_logprobs, reference_logprobs=reference_logprobs)
+    if normalization not in get_args(Normalization):
+        raise ValueError(f"normalization must be 'token' or 'trajectory', got {normalization!r}")
 
 
 def topk_of(config: PearConfig, behavior_topk: TopK | None) -> TopK | None:
@@ -162,7 +172,14 @@ def pear_loss(
             a device-side assertion).
     """
     _check_arguments(
-        config, behavior_logprobs, reference_logprobs, reward, mask, logits=logits, target=target
+        config,
+        behavior_logprobs,
+        reference_logprobs,
+        reward,
+        mask,
+        normalization,
+        logits=logits,
+        target=target,
     )
     found = vocab_parallel_statistics(
         logits,
@@ -237,6 +254,7 @@ def pear_linear_loss(
         reference_logprobs,
         reward,
         mask,
+        normalization,
         hidden=hidden,
         weight=weight,
         target=target,
@@ -301,7 +319,9 @@ def loss_of_logprobs(
     Returns:
         loss_sum, num_tokens, report: as pear_loss.
     """
-    _check_arguments(config, behavior_logprobs, reference_logprobs, reward, mask, logprob=logprob)
+    _check_arguments(
+        config, behavior_logprobs, reference_logprobs, reward, mask, normalization, logprob=logprob
+    )
     logprob = logprob.reshape(-1)  # [T]
     behavior = None if behavior_logprobs is None else behavior_logprobs.reshape(-1)
     decisions = mask.reshape(-1)

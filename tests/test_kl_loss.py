@@ -151,6 +151,15 @@ def test_rows_and_flat_tokens_are_alike():
     assert torch.equal(logits.grad.flatten(0, 1), flat[1])
 
 
+def test_the_top_k_of_transposed_rows_is_refused():
+    kl_batch = KlBatch.random([10, 10])
+    batch = kl_batch.batch
+    logits, *rows = (x.unflatten(0, (2, 10)) for x in batch.inputs()[:4])
+    topk = tuple(x.unflatten(0, (2, 10)).transpose(0, 1) for x in (kl_batch.ids, kl_batch.logprobs))
+    with pytest.raises(ValueError, match=r"topk_ids has shape \(10, 2, 5\); .* target, which has shape \(2, 10\)"):
+        pear_loss(logits, *rows, batch.cu_seqlens, CONFIGS[1], behavior_topk=topk)
+
+
 def test_a_kl_without_what_it_needs_is_refused():
     kl_batch = KlBatch.random([12, 9])
     batch, config = kl_batch.batch, CONFIGS[0]

@@ -391,6 +391,16 @@ def test_a_batch_of_rows_is_a_pack_of_equal_lengths(transposed):
     assert all(torch.equal(report[name], flat[3][name]) for name in report)
 
 
+@pytest.mark.parametrize("name", ["behavior_logprobs", "reference_logprobs"])
+def test_logprobs_of_transposed_rows_are_refused(name):
+    batch = make_batch([10, 10, 10])
+    logits, *rows = (x.unflatten(0, (3, 10)) for x in batch.inputs()[:4])
+    inputs = dict(zip(("target", "behavior_logprobs", "mask"), rows, strict=True))
+    inputs[name] = inputs["behavior_logprobs"].T  # [s, b], as Megatron has its activations
+    with pytest.raises(ValueError, match=rf"{name} has shape \(10, 3\) and mask \(3, 10\)"):
+        pear_loss(logits, cu_seqlens=batch.cu_seqlens, config=PearConfig(), **inputs)
+
+
 def test_the_report_holds_sums_and_counts():
     batch = make_batch([12, 9])
     config = PearConfig()
@@ -439,6 +449,7 @@ def test_a_micro_batch_without_decisions_is_zero_and_not_nan(variant):
         ({"mask": torch.ones(20).bool()}, r"mask has shape \(20,\), but logits \(21, 60\)"),
         ({"behavior_logprobs": torch.zeros(20)}, r"behavior_logprobs has shape \(20,\)"),
         ({"behavior_logprobs": torch.zeros(21).half()}, "behavior_logprobs are float16"),
+        ({"normalization": "trajectories"}, "must be 'token' or 'trajectory', got 'trajectories'"),
         ({"cu_seqlens": torch.tensor([0, 20])}, "cu_seqlens must end at the number of tokens 21, got 20"),
     ],
 )

@@ -195,18 +195,19 @@ class PearForwardStep:
 
     def loss(self, logits: Tensor, batch: PackedBatch) -> LossOutput:
         """pear_loss of a micro-batch: [B, S, V/tp] logits (or one flat row) -> Megatron's loss tuple."""
+        topk = batch.behavior_topk
         return self._seen(
             pear_loss(
                 logits,
                 batch.labels.view(logits.shape[:-1]),
-                batch.behavior_logprobs,
+                _flat(batch.behavior_logprobs),
                 batch.loss_mask.view(logits.shape[:-1]),
                 batch.cu_seqlens,
                 self.config,
                 **self._of_trajectories(batch),
                 token_weights=_flat(batch.token_weights),
                 reference_logprobs=_flat(batch.reference_logprobs),
-                behavior_topk=batch.behavior_topk,
+                behavior_topk=None if topk is None else (topk[0].flatten(0, 1), topk[1].flatten(0, 1)),
                 tp_group=self.tp_group,
                 cp_group=self.cp_group,
                 vocab_size=self.vocab_size,

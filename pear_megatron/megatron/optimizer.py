@@ -55,9 +55,10 @@ def optimizer_config(recipe: Recipe) -> Any:
     except (RuntimeError, TypeError, AssertionError) as error:  # 0.16 compares the version of no package
         if not settings.use_precision_aware_optimizer:
             raise
+        said = "" if isinstance(error, TypeError) else f": {error}"
         raise RecipeError(
-            f"optimizer.use_precision_aware_optimizer needs Transformer Engine ({INSTALL}): {error}; install it, or "
-            "leave it and optimizer.optimizer_cpu_offload out"
+            f"optimizer.use_precision_aware_optimizer needs Transformer Engine ({INSTALL}){said}; install it, or leave "
+            "use_precision_aware_optimizer and optimizer_cpu_offload out"
         ) from error
 
 

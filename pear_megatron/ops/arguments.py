@@ -81,6 +81,20 @@ def require_behavior(
             _require_logprobs(name, x, device, whose)
 
 
+def require_alike(mask: Tensor, **values: Tensor | None) -> None:
+    """What has a number per token must be [T], or laid out as a mask in rows is; None is let through.
+
+    Raises:
+        ValueError: rows of another layout, [S, B] beside [B, S], which would be read as other tokens.
+    """
+    for name, x in values.items():
+        if x is not None and mask.dim() > 1 < x.dim() and x.shape != mask.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)} and mask {tuple(mask.shape)}; give one number per token, aligned "
+                "with target"
+            )
+
+
 def _require_logprobs(name: str, logprobs: Any, device: torch.device, whose: str) -> None:
     require_tensors(device, **{name: logprobs})
     if logprobs.dtype not in (torch.float32, torch.float64):

@@ -119,7 +119,7 @@ def linear_statistics(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be 1 or more, got {chunk_tokens}")
     if topk is not None:
-        topk = checked_topk(topk, target.numel(), hidden.device)
+        topk = checked_topk(topk, target.shape, hidden.device)
     wanted = TokenPass(
         target.contiguous(),
         None if mask is None else mask.contiguous(),

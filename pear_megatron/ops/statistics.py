@@ -134,8 +134,8 @@ class _VocabParallelStatistics(torch.autograd.Function):
         return grad_logits, None, None, None
 
 
-def checked_topk(topk: Any, tokens: int, device: torch.device) -> TopK:
-    """A top-k's ids and log-probs, [..., k] each, as contiguous [tokens, k].
+def checked_topk(topk: Any, shape: torch.Size, device: torch.device) -> TopK:
+    """A top-k's ids and log-probs, [*shape, k] or flat [tokens, k] each, as contiguous [tokens, k].
 
     Raises:
         TypeError, ValueError: no pair of tensors; shapes, dtypes or devices that do not fit.
@@ -146,14 +146,17 @@ def checked_topk(topk: Any, tokens: int, device: torch.device) -> TopK:
         )
     ids, logprobs = topk
     require_tensors(device, topk_ids=ids, topk_logprobs=logprobs)
+    tokens = shape.numel()
     for name, x, dtype, cast in (
         ("topk_ids", ids, torch.int32, "int"),
         ("topk_logprobs", logprobs, torch.float32, "float"),
     ):
-        if x.dim() == 0 or x.shape[-1] == 0 or x.shape[:-1].numel() != tokens or x.shape != ids.shape:
+        fits = x.dim() > 0 and x.shape[-1] > 0 and x.shape[:-1].numel() == tokens and x.shape == ids.shape
+        if not fits or (x.dim() > 2 and len(shape) > 1 and x.shape[:-1] != shape):
+            beside = "" if x is ids else f" and topk_ids {tuple(ids.shape)}"
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)} and topk_ids {tuple(ids.shape)}; give both as [..., k], k > 0, for "
-                f"the {tokens} tokens of target"
+                f"{name} has shape {tuple(x.shape)}{beside}; give both as [..., k], k > 0, for the {tokens} tokens of "
+                f"target, which has shape {tuple(shape)}"
             )
         if x.dtype != dtype:
             raise ValueError(f"{name} is {x.dtype}, not {dtype}; give {name}.{cast}()")
@@ -209,7 +212,7 @@ def vocab_parallel_statistics(
     layout, start, vocab_size = checked_logits(logits, target, mask, tp_group, vocab_size)
     if topk is not None:
         ids, logprobs = (
-            x.view(*target.shape, x.shape[1]) for x in checked_topk(topk, target.numel(), logits.device)
+            x.view(*target.shape, x.shape[1]) for x in checked_topk(topk, target.shape, logits.device)
         )
         topk = layout.flat(ids), layout.flat(logprobs)
     wanted = TokenPass(
