@@ -156,7 +156,9 @@ def test_the_top_k_of_transposed_rows_is_refused():
     batch = kl_batch.batch
     logits, *rows = (x.unflatten(0, (2, 10)) for x in batch.inputs()[:4])
     topk = tuple(x.unflatten(0, (2, 10)).transpose(0, 1) for x in (kl_batch.ids, kl_batch.logprobs))
-    with pytest.raises(ValueError, match=r"topk_ids has shape \(10, 2, 5\); .* target, which has shape \(2, 10\)"):
+    with pytest.raises(
+        ValueError, match=r"topk_ids has shape \(10, 2, 5\); .* target, which has shape \(2, 10\)"
+    ):
         pear_loss(logits, *rows, batch.cu_seqlens, CONFIGS[1], behavior_topk=topk)
 
 

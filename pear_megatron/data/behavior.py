@@ -14,8 +14,8 @@ from pear_megatron.data.fields import get_nullable_floats
 # Field -> (what it is for, the way out).
 _WAYS_OUT = {
     "behavior_logprobs": (
-        "PEAR's weights come from it",
-        "write it with `pear-megatron score`, or train plain SFT (pear.variant=none)",
+        "PEAR's weights come from it, and pear.negative_floor counts from it",
+        "write it with `pear-megatron score`, or train plain SFT (pear.variant=none, without pear.negative_floor)",
     ),
     REFERENCE: (
         "pear.ratio=reference and pear.dft_policy=reference take it",

@@ -155,7 +155,10 @@ def get_ragged(fields: Mapping[str, Any], name: str, kind: type[int] | type[floa
     value = fields[name]
     if not isinstance(value, Ragged):
         lists = _flat_list(value, name, {list, type(None)}, wanted)
-        values = _flat_list(list(chain.from_iterable(filter(None, lists))), name, {int, kind}, wanted)
+        values = list(chain.from_iterable(filter(None, lists)))
+        if not set(map(type, values)) <= {int, kind}:
+            for i, one in enumerate(lists):
+                _flat_list(one or [], f"{name}[{i}]", {int, kind}, wanted)
         lengths = np.array([len(one or ()) for one in lists], dtype=np.int64)
         try:
             value = Ragged(np.array(values, dtype=np.int64 if kind is int else np.float64), lengths)

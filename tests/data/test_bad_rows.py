@@ -54,7 +54,11 @@ BAD_ROWS = {
     ),
     "missing behavior_logprobs": (
         a_row(behavior_logprobs=None),
-        ["missing field 'behavior_logprobs'", "pear-megatron score", "pear.variant=none"],
+        [
+            "missing field 'behavior_logprobs'",
+            "pear-megatron score",
+            "pear.variant=none, without pear.negative_floor",
+        ],
     ),
     "log-probs as text": (
         with_entry(a_row(), "behavior_logprobs", 4, "-0.5"),

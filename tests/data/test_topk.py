@@ -187,7 +187,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         changed(LOGPROBS, 4, [-math.inf, -0.2]),
         r"behavior_topk_logprobs\[4\]\[0\] = -inf is not finite",
     ),
-    "text": (changed(IDS, 4, ["5", "6"]), r"behavior_topk_ids\[\d+\] = '5'; it must be a list with a list of integers"),
+    "text": (changed(IDS, 4, ["5", "6"]), r"behavior_topk_ids\[4\]\[0\] = '5'; it must be a list with a list of int"),
+    "null": (changed(LOGPROBS, 4, [-1.0, None]), r"behavior_topk_logprobs\[4\]\[1\] = None; it must be"),
     "flat": (changed(IDS, 4, 5), r"behavior_topk_ids\[4\] = 5; it must be a list with a list"),
     "no list": (a_topk_row(behavior_topk_ids=3), "behavior_topk_ids = 3 is a int"),
     "too many": (
