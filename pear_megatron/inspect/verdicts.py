@@ -11,6 +11,7 @@ from pear_megatron.inspect.alternatives import Alternative, weight_text
 from pear_megatron.inspect.measure import Pack, Weights
 from pear_megatron.inspect.sample import Sample
 
+_REFERENCE_APART = 0.1  # nats on average: more than rounding and another kernel make
 _FAR = 2.0  # nats: a token that is 7 times less likely
 
 Level = Literal["error", "warning", "note", "good"]
@@ -106,8 +107,10 @@ def about_policies(pack: Pack, alignment: Alignment, config: PearConfig) -> list
             )
         )
         return found
+    if config.needs_reference and pack.lr is not None:
+        found += _about_reference(float(abs(pack.lp - pack.lr).mean()))
     spread = float(abs(raw).mean())
-    if spread < 0.02:
+    if spread < 0.02 and config.ratio == "behavior":
         found.append(
             Verdict(
                 "note",
@@ -218,6 +221,21 @@ def about_weights(measured: Weights, alternatives: list[Alternative]) -> list[Ve
             )
         )
     return found
+
+
+def _about_reference(apart: float) -> list[Verdict]:
+    """Whether the reference is the model that training starts from; ``apart``: mean difference of their log-probs."""
+    if apart <= _REFERENCE_APART:
+        return []
+    return [
+        Verdict(
+            "warning",
+            "a reference that is another model",
+            f"reference_logprobs differ from this model's log-probs by {apart:.2f} on average. The reference is the "
+            "model before training, so that all log ratios start at 0.",
+            "Score the data again with the model that training starts from: `pear-megatron score --as reference`.",
+        )
+    ]
 
 
 def about_negatives(pack: Pack, config: PearConfig) -> list[Verdict]:

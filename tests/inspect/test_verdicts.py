@@ -199,3 +199,19 @@ def test_every_verdict_has_a_remedy(look: Inspect) -> None:
     seen |= {v["title"]: v["change"] for v in look(rows).numbers["verdicts"]}
     assert len(seen) >= 12, sorted(seen)
     assert [title for title, change in seen.items() if not change.strip()] == []
+
+
+def test_a_reference_that_is_not_the_model_before_training_is_warned_of(look: Inspect) -> None:
+    rows = scored()  # the policy wrote the data itself
+    for row in rows:
+        row["reference_logprobs"] = [None if lb is None else lb - 0.4 for lb in row["behavior_logprobs"]]
+    found = look(rows, "pear.ratio=reference")
+    assert (
+        "differ from this model's log-probs by 0.40"
+        in found.verdict("a reference that is another model")["text"]
+    )
+    assert "on-policy data" not in found.titles()
+    assert "on-policy data" in look(rows).titles()
+    for row in rows:
+        row["reference_logprobs"] = row["policy_logprobs"]
+    assert "a reference that is another model" not in look(rows, "pear.ratio=reference").titles()
