@@ -92,7 +92,11 @@ def test_log_probs_of_other_text_are_warned_of(caplog: pytest.LogCaptureFixture)
         caplog.clear()
         correlations = {shift: correlation if shift == 0 else 0.0 for shift in range(-8, 9)}
         with caplog.at_level("INFO", "pear_megatron"):
-            _say(Alignment(decisions, correlations, shift=0, spread_ratio=1.0), "path/to/model")
+            _say(
+                Alignment(decisions, correlations, shift=0, spread_ratio=1.0),
+                "path/to/model",
+                "behavior_logprobs",
+            )
         return f"{caplog.records[0].levelname} {caplog.text}"
 
     assert look(0.02, 5000).startswith("WARNING")
