@@ -28,9 +28,6 @@ def smollm2() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:  # a file's tests share their fixtures; those of Slurm share one cluster
-        folder = item.path.parent
-        item.add_marker(pytest.mark.xdist_group(str(folder if folder.name == "slurm" else item.path)))
     if torch.cuda.is_available():
         return
     for item in items:
