@@ -42,7 +42,7 @@ demo-puzzles: setup  ## every command on real input: SmolLM2-135M scored, traine
 
 test: setup  ## every test that needs no GPU (TESTS=tests/data for some)
 	@echo "==> tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(TESTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(TESTS)
 
 test-slurm:  ## the sbatch scripts on a real Slurm of two nodes (apt-get install slurm-wlm munge)
 	@$(MAKE) --no-print-directory test TESTS=tests/slurm
