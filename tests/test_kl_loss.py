@@ -13,7 +13,7 @@ from pear_megatron import PearConfig, pear_loss
 from pear_megatron.loss import BY_SOURCE, loss_of_logprobs, report_keys
 from pear_megatron.ops import reference
 from tests.distributed import run_ranks, zigzag
-from tests.test_loss import Batch, make_batch
+from tests.test_loss import Batch, assert_shards_equal_one, make_batch
 
 CONFIGS = [
     PearConfig(base_loss="kl"),
@@ -203,15 +203,5 @@ def test_tensor_and_context_parallel_ranks_together_equal_one(tp, cp):
     kl_batch = KlBatch.random([12, 8, 0, 24])
     by_rank = run_ranks(tp * cp, loss_of_a_shard, kl_batch, tp)
     for i, config in enumerate(CONFIGS):
-        loss, grad, num_tokens, report = kl_batch.ours(config)
-        one_per_cp_rank = [by_rank[cp_rank * tp][i] for cp_rank in range(cp)]
-        torch.testing.assert_close(sum(r[0] for r in one_per_cp_rank), loss, rtol=1e-5, atol=1e-5)
-        assert sum(r[2] for r in one_per_cp_rank) == num_tokens
-        for name, value in report.items():
-            total = sum(r[3][name] for r in one_per_cp_rank)
-            torch.testing.assert_close(total, value, rtol=1e-5, atol=1e-5)
-        for rank, results in enumerate(by_rank):
-            cp_rank, tp_rank = divmod(rank, tp)
-            expected = zigzag(grad, kl_batch.batch.cu_seqlens, cp_rank, cp).chunk(tp, -1)[tp_rank]
-            torch.testing.assert_close(results[i][1], expected, rtol=1e-5, atol=2e-6)
-            assert torch.equal(results[i][0], one_per_cp_rank[cp_rank][0])  # alike on all TP ranks
+        own = [results[i] for results in by_rank]
+        assert_shards_equal_one(own, kl_batch.ours(config), tp, kl_batch.batch.cu_seqlens, atol=2e-6)

@@ -537,6 +537,24 @@ def loss_of_a_shard(
     ]
 
 
+def assert_shards_equal_one(
+    by_rank: list[Any], one: Any, tp: int, cu_seqlens: torch.Tensor, *, atol: float
+) -> None:
+    """Ranks of TP x CP together give one rank's (loss, gradient, tokens, report); ``atol`` is the gradient's."""
+    loss, grad, num_tokens, report = one
+    one_per_cp_rank, cp = by_rank[::tp], len(by_rank) // tp
+    torch.testing.assert_close(sum(r[0] for r in one_per_cp_rank), loss, rtol=1e-5, atol=1e-5)
+    assert sum(r[2] for r in one_per_cp_rank) == num_tokens
+    for name, value in report.items():
+        total = sum(r[3][name] for r in one_per_cp_rank)
+        torch.testing.assert_close(total, value, rtol=1e-5, atol=1e-5)
+    for rank, results in enumerate(by_rank):
+        cp_rank, tp_rank = divmod(rank, tp)
+        expected = zigzag(grad, cu_seqlens, cp_rank, cp).chunk(tp, -1)[tp_rank]
+        torch.testing.assert_close(results[1], expected, rtol=1e-5, atol=atol)
+        assert torch.equal(results[0], one_per_cp_rank[cp_rank][0])  # alike on all TP ranks
+
+
 @pytest.mark.parametrize("normalization", ["token", "trajectory"])
 @pytest.mark.parametrize(("tp", "cp"), [(2, 1), (1, 2), (2, 2)])
 def test_tensor_and_context_parallel_ranks_together_equal_one(tp, cp, normalization):
@@ -549,7 +567,7 @@ def test_tensor_and_context_parallel_ranks_together_equal_one(tp, cp, normalizat
     }
     by_rank = run_ranks(tp * cp, loss_of_a_shard, batch, tp, options)
     for i, config in enumerate(EVERY_CONFIG):
-        loss, grad, num_tokens, report = loss_and_gradient(
+        one = loss_and_gradient(
             batch,
             config,
             reward=batch.reward,
@@ -557,14 +575,4 @@ def test_tensor_and_context_parallel_ranks_together_equal_one(tp, cp, normalizat
             reference_logprobs=batch.reference_logprobs,
             **options,
         )
-        one_per_cp_rank = [by_rank[cp_rank * tp][i] for cp_rank in range(cp)]
-        torch.testing.assert_close(sum(r[0] for r in one_per_cp_rank), loss, rtol=1e-5, atol=1e-5)
-        assert sum(r[2] for r in one_per_cp_rank) == num_tokens
-        for name, value in report.items():
-            total = sum(r[3][name] for r in one_per_cp_rank)
-            torch.testing.assert_close(total, value, rtol=1e-5, atol=1e-5)
-        for rank, results in enumerate(by_rank):
-            cp_rank, tp_rank = divmod(rank, tp)
-            expected = zigzag(grad, batch.cu_seqlens, cp_rank, cp).chunk(tp, -1)[tp_rank]
-            torch.testing.assert_close(results[i][1], expected, rtol=1e-5, atol=1e-6)
-            assert torch.equal(results[i][0], one_per_cp_rank[cp_rank][0])  # alike on all TP ranks
+        assert_shards_equal_one([results[i] for results in by_rank], one, tp, batch.cu_seqlens, atol=1e-6)
