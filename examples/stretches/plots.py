@@ -1,50 +1,48 @@
-"""Pictures of the stretches world: plain functions from numpy arrays to a PNG file."""
+"""Pictures of the stretches world: plain functions from numpy arrays to a figure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator
 
-from pear_megatron.pages.figures import line_style, new_figure, tidy, write_png
+from pear_megatron.pages.figures import BAND, BROAD, INK, NARROW, line_style, new_figure, tidy
 
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_CAREFUL = "#F3E2A9"
 
 
 def _plain(value: float, _position: int) -> str:
     return f"{value:g}"
 
 
-def plot_weights_over_positions(
-    path: str | Path,
+def weights_over_positions(
     weights: Mapping[str, np.ndarray],
     careful: np.ndarray,
     *,
     stretch_length: int,
     names: Sequence[str] | None = None,
-) -> None:
+    narrow: bool = False,
+) -> Figure:
     """Weights of a few trajectories, a panel each, careful stretches shaded.
 
     Args:
-        path: PNG to write.
         weights: per arm, [n, T]: the weight of each decision of the same n trajectories.
-        careful: bool [n, stretches].
+        careful: bool, [n, stretches].
         stretch_length: decisions in a stretch.
         names: one per trajectory, over its panel.
+        narrow: for a telephone.
     """
     count, length = next(iter(weights.values())).shape
-    figure = new_figure(8.0, 1.2 + 1.75 * count)
+    figure = new_figure(NARROW if narrow else BROAD, 1.2 + 1.75 * count)
     panels = figure.subplots(count, 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     positions = np.arange(1, length + 1)
     for i, axes in enumerate(panels):
         for s in np.flatnonzero(careful[i]):
-            axes.axvspan(
-                s * stretch_length + 0.5, (s + 1) * stretch_length + 0.5, color=_CAREFUL, linewidth=0
-            )
-        for k, (arm, values) in enumerate(weights.items()):
+            axes.axvspan(s * stretch_length + 0.5, (s + 1) * stretch_length + 0.5, color=BAND, linewidth=0)
+        for k, (arm, values) in enumerate(weights.items(), start=1):  # 0 is plain SFT's style
             line = line_style(k) | {"marker": _MARKERS[k % len(_MARKERS)]}
             axes.plot(positions, values[i], markersize=3, linewidth=1.4, label=arm, **line)
         for s in range(careful.shape[1] + 1):
@@ -59,39 +57,43 @@ def plot_weights_over_positions(
     panels[-1].set_xlim(0.5, length + 0.5)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(
-        [*handles, Patch(color=_CAREFUL)],
+        [*handles, Patch(color=BAND)],
         [*labels, "careful stretch"],
-        loc="outside upper center",
-        ncols=len(labels) + 1,
+        loc="outside upper left",
+        ncols=2 if narrow else len(labels) + 1,
         frameon=False,
+        fontsize=9,
     )
-    write_png(figure, Path(path))
+    return figure
 
 
-def plot_weight_distributions(
-    path: str | Path,
+def weight_distributions(
     weights: Mapping[str, np.ndarray],
     *,
     careful: np.ndarray | None = None,
     log_weight_clip: tuple[float, float] = (-10.0, 5.0),
-) -> None:
+    narrow: bool = False,
+) -> Figure:
     """Histogram of the weights of each arm, a panel each, on one logarithmic axis.
 
     An arm whose weights are all the same (plain SFT) has no panel.
 
     Args:
-        path: PNG to write.
         weights: per arm, all weights, of any shape.
         careful: bool, of the same shape: whether the decision is in a careful stretch. These get their own
             histogram, as a dark line: the question is whether they weigh more than the others.
         log_weight_clip: the arms' clip, marked where it falls inside the picture.
+        narrow: for a telephone.
+
+    Raises:
+        ValueError: no arm has weights that differ.
     """
-    drawn = {arm: (k, np.ravel(w)) for k, (arm, w) in enumerate(weights.items()) if np.ptp(w) > 0.0}
+    drawn = {arm: (k, np.ravel(w)) for k, (arm, w) in enumerate(weights.items(), start=1) if np.ptp(w) > 0.0}
     if not drawn:
         raise ValueError(
             f"every weight of {', '.join(weights)} is the same: there is no distribution to draw"
         )
-    figure = new_figure(8.0, 1.0 + 1.6 * len(drawn))
+    figure = new_figure(NARROW if narrow else BROAD, 0.6 + (2.3 if careful is not None else 1.9) * len(drawn))
     panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     everything = np.log10(np.concatenate([flat for _, flat in drawn.values()]))
     low, high = everything.min() - 0.05, everything.max() + 0.05
@@ -105,7 +107,7 @@ def plot_weight_distributions(
                 continue
             share = np.full(member.sum(), 1.0 / member.sum())
             line = (
-                {"histtype": "step", "color": "black", "linewidth": 1.3}
+                {"histtype": "step", "color": INK, "linewidth": 1.3}
                 if g
                 else {"color": line_style(k)["color"], "alpha": 0.8}
             )
@@ -113,13 +115,22 @@ def plot_weight_distributions(
             axes.hist(flat[member], bins=edges, weights=share, label=label, **line)
         for bound, name in zip(log_weight_clip, ("floor", "ceiling"), strict=True):
             if low < bound / np.log(10.0) < high:
-                axes.axvline(np.exp(bound), color="black", linestyle=":", label=name)
+                axes.axvline(np.exp(bound), color=INK, linestyle=":", label=name)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        axes.set_title(f"{arm}: mean weight {flat.mean():.3g}", fontsize=9, loc="left")
+            axes.legend(
+                frameon=False,
+                fontsize=9,
+                loc="lower left",
+                bbox_to_anchor=(0.0, 1.0),
+                ncols=1 if narrow else 3,
+            )
+        axes.set_title(f"{arm}: mean weight {flat.mean():.3g}", fontsize=9, loc="right")
         axes.set_ylabel("share")
         tidy(axes)
     panels[-1].set_xscale("log")
+    subs = (1.0, 2.0, 5.0) if high - low < 2 else (1.0,)
+    panels[-1].xaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+    panels[-1].xaxis.set_minor_locator(NullLocator())
     panels[-1].xaxis.set_major_formatter(_plain)
     panels[-1].set_xlabel("weight of a decision (log)")
-    write_png(figure, Path(path))
+    return figure

@@ -55,8 +55,11 @@ def evaluate(
     from rich.console import Console
 
     from pear_megatron.evaluate.figures import draw_pass_at_k, results_table
+    from pear_megatron.evaluate.page import page_of_one
     from pear_megatron.evaluate.run import evaluate as run
+    from pear_megatron.evaluate.samples import read_samples
     from pear_megatron.problems.load import load_problems, read_problems_config
+    from pear_megatron.storage import write_atomically
 
     settings: dict[str, Any] = {"dtype": dtype} if dtype else {}
     results = run(
@@ -74,9 +77,10 @@ def evaluate(
         engine=engine,
         **settings,
     )
+    write_atomically(output / "index.html", page_of_one(results, read_samples(output)))
     draw_pass_at_k(output / "pass_at_k.png", {Path(model).name: [results]})
     Console().print(results_table(results))
-    print(f"responses and results: {output}")
+    print(f"responses and results: {output}; open {output / 'index.html'} in a browser")
 
 
 def _integers(texts: list[str]) -> list[int]:

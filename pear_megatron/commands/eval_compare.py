@@ -18,18 +18,23 @@ def eval_compare(
     first: Annotated[str, typer.Argument(help=_WHAT, show_default=False)],
     second: Annotated[str, typer.Argument(help="the same, of the other model", show_default=False)],
     output: Annotated[
-        Path | None, typer.Option(help="folder for comparison.json and pass_at_k.png", show_default=False)
+        Path | None,
+        typer.Option(help="folder for index.html, comparison.json and pass_at_k.png", show_default=False),
     ] = None,
 ) -> None:
     """Compare two evaluations of the same problems: second - first, paired by problem and run."""
     from rich.console import Console
 
     from pear_megatron.evaluate.figures import comparison_table, draw_pass_at_k
+    from pear_megatron.evaluate.page import page_of_two
     from pear_megatron.evaluate.paired import compare, read_arm, write_comparison
+    from pear_megatron.storage import write_atomically
 
     names, arms = (first, second), (read_arm(first), read_arm(second))
     comparison = compare(*arms)
     Console().print(comparison_table(names, comparison, len(arms[0])))
     if output is not None:
         write_comparison(output / "comparison.json", names, comparison)
+        write_atomically(output / "index.html", page_of_two(names, arms, comparison))
         draw_pass_at_k(output / "pass_at_k.png", dict(zip(names, arms, strict=True)))
+        print(f"the same as a page: {output / 'index.html'}")

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 from pear_megatron.compare import figures
 from pear_megatron.compare.checks import other_data
-from pear_megatron.compare.outcome import Outcome
+from pear_megatron.compare.outcome import WINDOW, Outcome
 from pear_megatron.compare.table import make_table
-from pear_megatron.pages.figures import to_svg
+from pear_megatron.compare.verdicts import verdicts
+from pear_megatron.pages.figures import in_both_widths
 from pear_megatron.pages.render import render
+from pear_megatron.pages.section import Section
 
 
-def page(outcome: Outcome) -> str:
-    """The whole page."""
-    curves, seeds = figures.learning_curves(outcome), figures.every_seed(outcome)
+def page(outcome: Outcome, first: Sequence[Section] = (), last: Sequence[Section] = ()) -> str:
+    """The whole page.
+
+    Args:
+        outcome: of the comparison.
+        first: what its maker wants to say before the verdicts.
+        last: the same after the results.
+    """
     table, tune = make_table(outcome.as_json()), outcome.recipe.tune
+    thin = "; thin lines are seeds" if figures.shows_seeds(outcome) else ""
     return render(
         "compare.html",
         facts=_facts(outcome),
         baseline=outcome.recipe.baseline,
+        verdicts=verdicts(outcome, table),
         table=table,
         means=[(row.arm, row.means) for row in table.rows],
         differences=[(row.arm, row.differences) for row in table.rows if row.differences is not None],
-        figures={
-            name: (to_svg(figure, name), 72 * figure.get_figwidth())
-            for name, figure in (("Learning curves", curves), ("Every seed", seeds))
-        },
+        curves=in_both_widths(partial(figures.learning_curves, outcome), "Learning curves"),
+        curves_words=f" and of {len(outcome.seeds)} seeds{thin}" if len(outcome.seeds) > 1 else "",
+        seeds=in_both_widths(partial(figures.every_seed, outcome), "Every seed"),
+        window=WINDOW,
+        take_off=f"{outcome.recipe.take_off:g}",
+        first=first,
+        last=last,
         tune=tune,
         tuning=[_tuned(arm, tried) for arm, tried in outcome.tuning.items()] if tune is not None else [],
         arms=[(arm, *_arm(outcome, arm)) for arm in outcome.recipe.arms],
@@ -38,26 +53,34 @@ def _facts(outcome: Outcome) -> list[tuple[str, str]]:
     complete = len(outcome.seeds)
     return [
         (
-            "arms x seeds",
-            f"{len(recipe.arms)} x {complete}"
-            + ("" if complete == len(recipe.seeds) else f" complete of {len(recipe.seeds)}"),
+            "arms",
+            f"{len(recipe.arms)} on {_count(complete)}"
+            + (
+                ""
+                if complete == len(recipe.seeds)
+                else f", of {len(recipe.seeds)}: the others are not finished"
+            ),
         ),
         ("offline phase", recipe.offline.recipe.rpartition("/")[2]),
         (
             "RL",
-            f"{recipe.rl.recipe.rpartition('/')[2]}: {grpo.max_num_steps} steps of {grpo.num_prompts_per_step} x "
-            f"{grpo.num_generations_per_prompt}",
+            f"{recipe.rl.recipe.rpartition('/')[2]}: {grpo.max_num_steps} steps, each of {grpo.num_prompts_per_step} "
+            f"problems with {grpo.num_generations_per_prompt} responses",
         ),
         (
-            "evaluations",
-            f"{len(before.problems) if before else 0} held-out problems, {recipe.eval.num_samples} samples each",
+            "evaluation",
+            f"{len(before.problems) if before else 0} held-out problems, {recipe.eval.num_samples} responses to each",
         ),
         (
             "checked",
-            "in each seed all arms saw the same trajectories in the same order (but for those with data of their own), "
-            "the same RL problems in the same order, and were asked the same held-out problems",
+            "on each seed all arms saw the same trajectories in the same order (except those with data of their "
+            "own) and the same RL problems in the same order, and answered the same held-out problems",
         ),
     ]
+
+
+def _count(seeds: int) -> str:
+    return "1 seed" if seeds == 1 else f"{seeds} seeds"
 
 
 def _tuned(arm: str, tried: dict[float, float]) -> tuple[str, int, list[float]]:

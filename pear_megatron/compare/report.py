@@ -36,7 +36,7 @@ def _run_and_report(recipe: CompareRecipe, root: Path, jobs: int | None) -> Outc
         outcome = Outcome(recipe, chosen, results, _tuning(recipe))
         write_atomically(root / "results.json", json.dumps(outcome.as_json(), indent=1) + "\n")
         write_atomically(root / "index.html", page(outcome))
-        write_png(figures.learning_curves(outcome), root / "curves.png")
+        write_png(figures.learning_curves(outcome, width=8.4), root / "curves.png")
         write_png(figures.every_seed(outcome), root / "seeds.png")
         return outcome
 

@@ -1,18 +1,23 @@
-"""Tables of results on the terminal, and pass@k over k as a picture."""
+"""Tables of results on the terminal, and what the problems came to as pictures."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from pear_megatron.evaluate.paired import Comparison
 from pear_megatron.evaluate.results import SHARE, Results
 from pear_megatron.evaluate.statistics import Estimate, interval
-from pear_megatron.pages.figures import line_style, literal, new_figure, tidy, write_png
+from pear_megatron.pages.figures import BLUE, line_style, literal, new_figure, tidy, write_png
 
-_NAMES = {"score": "mean score", "response_tokens": "response tokens", "truncated": "share truncated"}
+NAMES = {"score": "mean score", "response_tokens": "response tokens", "truncated": "share truncated"}
+_TEXT = 8
 
 
 def results_table(results: Results) -> Table:
@@ -22,7 +27,7 @@ def results_table(results: Results) -> Table:
     table.add_column("mean", justify="right")
     table.add_column("95 % interval", justify="right")
     for name, e in results.estimates().items():
-        table.add_row(_NAMES.get(name, name), f"{e.mean:.4g}", f"[{e.low:.4g}, {e.high:.4g}]")
+        table.add_row(NAMES.get(name, name), f"{e.mean:.4g}", f"[{e.low:.4g}, {e.high:.4g}]")
     return table
 
 
@@ -32,7 +37,7 @@ def comparison_table(names: tuple[str, str], comparison: dict[str, Comparison], 
     for column in ("", *names, "difference"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     for name, c in comparison.items():
-        table.add_row(_NAMES.get(name, name), *map(_cell, (c.first, c.second, c.difference)))
+        table.add_row(NAMES.get(name, name), *map(_cell, (c.first, c.second, c.difference)))
     return table
 
 
@@ -40,9 +45,9 @@ def _cell(e: Estimate) -> str:
     return f"{e.mean:.4g} [{e.low:.4g}, {e.high:.4g}]"
 
 
-def draw_pass_at_k(path: Path, arms: dict[str, list[Results]]) -> None:
-    """Draws pass@k over k, one line per arm with its 95 % band."""
-    figure = new_figure(5.5, 3.6)
+def pass_at_k(arms: dict[str, list[Results]]) -> Figure:
+    """pass@k over k, one line per arm with its 95 % band."""
+    figure = new_figure(4.3, 3.0)
     axes = figure.subplots()
     for i, (name, runs) in enumerate(arms.items()):
         most = min(results.num_samples for results in runs)
@@ -50,13 +55,50 @@ def draw_pass_at_k(path: Path, arms: dict[str, list[Results]]) -> None:
         estimates = [
             interval(np.stack([results.values(f"pass@{k}") for results in runs]), bounds=SHARE) for k in ks
         ]
-        style = line_style(i)
+        style = _style(i, arms)
         axes.plot(ks, [e.mean for e in estimates], marker="o", markersize=3, label=literal(name), **style)
         lows, highs = [e.low for e in estimates], [e.high for e in estimates]
         axes.fill_between(ks, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ks, [str(k) for k in ks])
-    axes.set(xlabel="k", ylabel="pass@k", ylim=(0, None))
+    axes.set_xlabel("k", fontsize=_TEXT)
+    axes.set_ylabel("pass@k, with 95 % interval", fontsize=_TEXT)
+    axes.set_ylim(0, None)
+    return _finish(figure, axes)
+
+
+def right_responses(arms: dict[str, list[Results]]) -> Figure:
+    """How many problems have 0, 1, ... right responses; over an arm's runs a mean."""
+    figure = new_figure(4.3, 3.0)
+    axes = figure.subplots()
+    most = max(results.num_samples for runs in arms.values() for results in runs)
+    width = 0.8 / len(arms)
+    for i, (name, runs) in enumerate(arms.items()):
+        counts = np.mean(
+            [np.bincount([p.right for p in results.problems], minlength=most + 1) for results in runs], axis=0
+        )
+        places = np.arange(most + 1) + (i - (len(arms) - 1) / 2) * width
+        axes.bar(places, counts, width, color=_style(i, arms)["color"], label=literal(name))
+    axes.set_xlabel("right responses", fontsize=_TEXT)
+    axes.set_ylabel("problems", fontsize=_TEXT)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _finish(figure, axes)
+
+
+def _style(index: int, arms: dict[str, list[Results]]) -> dict[str, Any]:
+    return line_style(index) if len(arms) > 1 else {"color": BLUE}
+
+
+def _finish(figure: Figure, axes: Axes) -> Figure:
+    axes.tick_params(labelsize=_TEXT)
     tidy(axes)
-    axes.legend(frameon=False)
-    write_png(figure, path)
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        figure.legend(
+            *axes.get_legend_handles_labels(), loc="outside upper left", frameon=False, fontsize=_TEXT
+        )
+    return figure
+
+
+def draw_pass_at_k(path: Path, arms: dict[str, list[Results]]) -> None:
+    """pass@k over k as a file."""
+    write_png(pass_at_k(arms), path)

@@ -79,6 +79,11 @@ class SampleFile:
         write_atomically(self._path, "".join(map(_line, self.rows)))
 
 
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The rows of an evaluation's samples.jsonl."""
+    return _whole_lines(folder / FILE)
+
+
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []

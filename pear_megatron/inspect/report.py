@@ -14,7 +14,6 @@ from pear_megatron.inspect.measure import Pack, Weights, make_pack, weigh
 from pear_megatron.inspect.reading import Pick, pick
 from pear_megatron.inspect.sample import Sample
 from pear_megatron.inspect.verdicts import (
-    Verdict,
     about_data,
     about_negatives,
     about_policies,
@@ -22,6 +21,7 @@ from pear_megatron.inspect.verdicts import (
     about_what_is_not_shown,
     all_is_well,
 )
+from pear_megatron.pages.verdict import Verdict, in_order
 
 _QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
@@ -132,14 +132,13 @@ def make_report(
             found += about_weights(weights, ratios.alternatives) + about_negatives(pack, config)
             found += about_what_is_not_shown(config)
         verdicts += found or [all_is_well(weights)]
-    order = ("error", "warning", "note", "good")
     return Report(
         facts=_facts(sample, policy, config if ratios is not None else None),
         sample=sample,
         pack=pack,
         has_behavior=has_behavior,
         tokenizer=tokenizer,
-        verdicts=sorted(verdicts, key=lambda verdict: order.index(verdict.level)),
+        verdicts=in_order(verdicts),
         ratios=ratios,
     )
 

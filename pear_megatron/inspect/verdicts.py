@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 from pear_megatron.alignment import Alignment
 from pear_megatron.config import SUGGESTED_NEGATIVE_FLOOR, PearConfig
 from pear_megatron.inspect.alternatives import Alternative, weight_text
 from pear_megatron.inspect.measure import Pack, Weights
 from pear_megatron.inspect.sample import Sample
+from pear_megatron.pages.verdict import Verdict
 
 _REFERENCE_APART = 0.1  # nats on average: more than rounding and another kernel make
 _FAR = 2.0  # nats: a token that is 7 times less likely
-
-Level = Literal["error", "warning", "note", "good"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One finding.
-
-    Attributes:
-        level: ``error`` = training refuses these data; ``warning`` = it would train something else than you
-            want; ``note`` = good to know; ``good`` = as it should be.
-        title: a few words.
-        text: what was seen, and what it means.
-        change: what to do about it.
-    """
-
-    level: Level
-    title: str
-    text: str
-    change: str
 
 
 def about_data(sample: Sample, ends: float | None) -> list[Verdict]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from markupsafe import Markup, escape
@@ -26,8 +27,11 @@ COLORS = (
     "#B8A500",
 )
 BLUE, ORANGE, INK, RULE, AXIS = "#0072B2", "#D55E00", "#1C2430", "#DDDDDD", "#999999"
+BAND = "#F3E2A9"  # a stretch of an axis that is spoken of
+BROAD, NARROW = 11.0, 4.7  # inches: of a page's text, at 1280 px and at 400 px
 _LINES: tuple[Any, ...] = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), ":")
-# The page's own colours, which change in the dark (templates/style.css).
+# The page's own colours, which change in the dark (templates/style.css); of the lines those that would be too pale
+# on white or too dark on black.
 _OF_THE_PAGE = {
     "#000000": "var(--ink)",
     INK: "var(--ink)",
@@ -35,6 +39,8 @@ _OF_THE_PAGE = {
     AXIS: "var(--axis)",
     BLUE: "var(--blue)",
     ORANGE: "var(--orange)",
+    BAND: "var(--band)",
+    **{COLORS[i]: f"var(--line-{i})" for i in (4, 5, 6, 8, 9)},
 }
 _SVG: dict[Any, Any] = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana"]}
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -63,15 +69,16 @@ def literal(name: str) -> str:
     return f"\u200b{text}" if text.startswith("_") else text
 
 
-def to_svg(figure: Figure, title: str) -> Markup:
+def to_svg(figure: Figure, title: str, shown: Literal["broad", "narrow", ""] = "") -> Markup:
     """An <svg> element for a page, the same bytes for the same figure.
 
     Args:
         figure: what to draw.
         title: what a screen reader reads out; no two figures of a page may have the same.
+        shown: on which pages; empty = on all.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context(_SVG | {"svg.hashsalt": title}):  # ids must not meet in a page
+    with matplotlib.rc_context(_SVG | {"svg.hashsalt": title + shown}):  # ids must not meet in a page
         figure.savefig(buffer, format="svg", metadata=_NO_METADATA, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -80,7 +87,18 @@ def to_svg(figure: Figure, title: str) -> Markup:
     text = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
     text = text.replace("xlink:href", "href")
     text = re.sub(r"(fill|stroke): (#[0-9a-f]{6})", _page_color, text)
-    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1))
+    kind = f'class="{shown}" ' if shown else ""
+    return Markup(text.replace("<svg", f'<svg {kind}role="img" aria-label="{escape(title)}"', 1))
+
+
+def in_both_widths(draw: Callable[[bool], Figure], title: str) -> Markup:
+    """A figure drawn for a broad page and again for a telephone's; the page shows the one that fits.
+
+    Args:
+        draw: makes the figure, ``NARROW`` inches wide where it is told True and ``BROAD`` otherwise.
+        title: see ``to_svg``.
+    """
+    return to_svg(draw(False), title, "broad") + to_svg(draw(True), title, "narrow")
 
 
 def _page_color(match: re.Match[str]) -> str:

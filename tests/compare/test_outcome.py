@@ -17,6 +17,7 @@ from pear_megatron.compare.outcome import Outcome, take_off
 from pear_megatron.compare.page import page
 from pear_megatron.compare.report import print_table
 from pear_megatron.compare.table import make_table
+from pear_megatron.compare.verdicts import verdicts
 from tests.compare import made
 
 STEPS = 8
@@ -118,16 +119,16 @@ def test_json_holds_everything_and_survives_a_round_trip(outcome: Outcome) -> No
 
 def test_the_page_shows_arms_numbers_and_pictures_and_needs_nothing_else(outcome: Outcome) -> None:
     text = page(outcome)
-    assert text.count("<svg") == text.count("</svg>") == 2
+    assert text.count("<svg") == text.count("</svg>") == 4  # two pictures, broad and narrow
     assert "<script" not in text
     assert "http-equiv" not in text
     assert not [word for word in ("src=", "@import") if word in text]
     for arm in outcome.recipe.arms:
         assert f'<th scope="row">{arm}</th>' in text
     assert "-2.5<br/><small>[" in text  # token's take-off against SFT's
-    assert "2 steps of 2 x 4" in text
-    assert "3 x 2" in text
-    assert "4 held-out problems, 2 samples each" in text
+    assert "2 steps, each of 2 problems with 4 responses" in text
+    assert "3 on 2 seeds" in text
+    assert "4 held-out problems, 2 responses to each" in text
     assert "no offline phase</code>" in text
 
 
@@ -186,3 +187,41 @@ def test_tuning_takes_the_value_with_the_highest_mean_reward_over_rl_for_each_ar
             made.write_rows(cell.folder / "rl", [{"reward": reward} for reward in curve])
     chosen = Comparison(recipe)._choose(tuning)
     assert chosen == {"SFT": ("optimizer.lr=0.002",), "token": ("optimizer.lr=0.001",)}  # a tie: the first
+
+
+def test_verdicts_say_what_the_numbers_do_not(tmp_path: Path) -> None:
+    def titles(rewards: dict[str, list[list[float]]], **changes: object) -> list[str]:
+        recipe = made.recipe(
+            tmp_path,
+            seeds=list(range(len(rewards["SFT"]))),
+            arms={name: [] for name in rewards},
+            tune=None,
+            **changes,
+        )
+        outcome = made.outcome(recipe, rewards)
+        found = verdicts(outcome, make_table(outcome.as_json()))
+        assert all(verdict.change for verdict in found)
+        return [verdict.title for verdict in found]
+
+    low, high = [0.01] * STEPS, [0.5] * STEPS
+    assert titles({"SFT": [low], "token": [low]}) == ["RL never took off", "one seed"]
+    assert titles({"SFT": [low, high], "token": [high, high]}) == [
+        "runs that never took off",
+        "few seeds",
+        "no clear difference from SFT",
+    ]
+    many = [[0.5 + i / 1000] * STEPS for i in range(4)]
+    better = [[reward + 0.2 + i / 1000 for reward in row] for i, row in enumerate(many)]
+    assert titles({"SFT": many, "token": better}) == [
+        "rewarded from the start",
+        "differences from SFT whose intervals exclude 0",
+    ]
+
+
+def test_a_best_value_at_the_edge_is_said(tmp_path: Path) -> None:
+    recipe = made.recipe(tmp_path, tune={"seed": 9, "values": [1e-3, 2e-3, 4e-3]})
+    one = made.outcome(recipe, {arm: [RISING] for arm in recipe.arms})
+    tried = {"SFT": {1e-3: 0.1, 2e-3: 0.2, 4e-3: 0.0}, "token": {1e-3: 0.1, 2e-3: 0.2, 4e-3: 0.3}}
+    tuned = Outcome(recipe, {}, one.results, tried)
+    (edge,) = [v for v in verdicts(tuned, make_table(tuned.as_json())) if "edge" in v.title]
+    assert edge.text.startswith("token (0.004): the best optimizer.lr")

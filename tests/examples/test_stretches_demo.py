@@ -51,7 +51,10 @@ def test_the_demo_ends_in_numbers_and_pictures_of_three_arms(small_demo: Path) -
     assert all(len(arm["rewards"][0]) == 2 for arm in results["arms"].values())
     for name in ("curves.png", "seeds.png", "weights_over_positions.png", "weight_distributions.png"):
         assert (small_demo / name).read_bytes()[:4] == b"\x89PNG"
-    assert "<svg" in (small_demo / "index.html").read_text()
+    page = (small_demo / "index.html").read_text()
+    assert page.count("<svg") == 2 * 4  # curves, seeds, two of the weights; broad and narrow
+    for words in ("<h2>The world</h2>", "Careful stretches in held-out answers", "What PEAR weighs"):
+        assert words in page
 
 
 def test_log_probs_of_the_export_are_those_that_training_reported(small_demo: Path) -> None:

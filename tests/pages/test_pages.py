@@ -8,7 +8,15 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from pear_megatron.pages.figures import line_style, literal, new_figure, tidy, to_svg, write_png
+from pear_megatron.pages.figures import (
+    in_both_widths,
+    line_style,
+    literal,
+    new_figure,
+    tidy,
+    to_svg,
+    write_png,
+)
 from pear_megatron.pages.render import render
 
 
@@ -42,6 +50,14 @@ def test_two_figures_of_a_page_share_no_ids() -> None:
         {element.get("id") for element in ElementTree.fromstring(to_svg(drawn(), title)).iter()} - {None}
         for title in ("A", "B")
     )
+    assert first
+    assert not first & second
+
+
+def test_a_figure_in_both_widths_is_drawn_twice_with_ids_of_their_own() -> None:
+    both = ElementTree.fromstring(f"<p>{in_both_widths(lambda narrow: drawn(), 'A')}</p>")
+    assert [svg.get("class") for svg in both] == ["broad", "narrow"]
+    first, second = ({element.get("id") for element in svg.iter()} - {None} for svg in both)
     assert first
     assert not first & second
 
