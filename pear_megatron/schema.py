@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class StrictModel(BaseModel):
@@ -28,3 +28,16 @@ class StrictModel(BaseModel):
                 hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
                 raise ValueError(f"unknown key {key!r}; {hint}")
         return values
+
+
+def describe(error: ValidationError, what: str = "recipe") -> str:
+    """What is wrong with which keys, in one line; ``what`` stands for the whole."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "missing":
+            message = "this key is required"
+        shown = problem["type"] not in ("missing", "value_error")
+        lines.append(f"{where or what}: {message}" + (f" (got {problem['input']!r})" if shown else ""))
+    return "; ".join(lines)

@@ -24,6 +24,25 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a YAML or JSON file that a command left holds: data, never objects.
+
+    Raises:
+        RecipeError: it cannot be read, or is no mapping.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except Exception as error:  # yaml raises whatever its parts do: KeyError, RecursionError, AttributeError
+        raise RecipeError(f"{path} cannot be read: {error or repr(error)}; is the file whole?") from error
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"{path} cannot be read: it holds a {type(content).__name__}, not a mapping of keys"
+        )
+    return content
+
+
 def sync(path: Path) -> None:
     """Has the disk hold a file, or a folder's list of names."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -12,7 +12,7 @@ from pear_megatron.compare.recipe import CompareRecipe, folder_name
 from pear_megatron.errors import RecipeError
 from pear_megatron.recipe import Recipe, load_recipe
 from pear_megatron.rl.engine import find_engine
-from pear_megatron.storage import check_same_settings, write_atomically
+from pear_megatron.storage import check_same_settings, read_settings, write_atomically
 
 RL_ENGINE = "trl"
 _FILE = "cell.json"
@@ -112,7 +112,7 @@ class Cell:
         if path.is_file():
             check_same_settings(
                 str(self.folder),
-                json.loads(path.read_text()),
+                read_settings(path),
                 described,
                 may_change=_MAY_CHANGE,
                 way_out="choose another output_dir, or remove that folder to run it anew",

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
-import yaml
-
 from pear_megatron.compare import stages
 from pear_megatron.compare.cell import Cell, cells_of, tuning_cells
 from pear_megatron.compare.outcome import CellResult, read_metrics
@@ -18,7 +16,7 @@ from pear_megatron.data.errors import Problems
 from pear_megatron.data.files import expand_files, read_rows
 from pear_megatron.errors import PearError, RecipeError
 from pear_megatron.recipe import ParallelConfig, check_layout
-from pear_megatron.storage import differing_keys
+from pear_megatron.storage import differing_keys, read_settings
 
 _BATCHES = ("data.", "train.global_batch_size", "train.num_epochs", "train.max_steps")
 
@@ -166,11 +164,9 @@ def _same(first: Cell, second: Cell, stage: str, key: str) -> None:
 
 def _same_settings(first: Cell, second: Cell) -> None:
     def read(cell: Cell) -> dict[str, Any]:
-        settings: dict[str, Any] = {
-            "rl": yaml.safe_load((cell.folder / stages.RL / "config.yaml").read_text())
-        }
+        settings: dict[str, Any] = {"rl": read_settings(cell.folder / stages.RL / "config.yaml")}
         for name in (stages.BEFORE, stages.AFTER):
-            settings[name] = yaml.safe_load((cell.folder / name / "settings.json").read_text())
+            settings[name] = read_settings(cell.folder / name / "settings.json")
         for part in settings.values():
             part.pop("weights", None)
             part.pop("model", None)

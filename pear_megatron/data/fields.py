@@ -99,6 +99,16 @@ def get_text(fields: Mapping[str, Any], name: str) -> str:
     return value
 
 
+def check_encodable(name: str, text: str) -> None:
+    """Raise RowProblem on text that no file can hold: JSON's ``\\ud83d`` alone is half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowProblem(
+            f"{name} = {short(text)} holds half a character (a lone surrogate); write the whole of it, or take it out"
+        ) from None
+
+
 def get_integers(fields: Mapping[str, Any], name: str) -> np.ndarray:
     """A list of integers, as int64 [n]."""
     values = _flat_list(fields[name], name, {int}, "a list of integers")

@@ -101,6 +101,8 @@ def _read_jsonl(path: Path, problems: Problems, strict: bool, skip: Collection[s
 def _parse(line: bytes, strict: bool) -> dict[str, Any]:
     try:
         value = json.loads(line)
+    except RecursionError:
+        raise RowProblem("not valid JSON: nested too deep; write one JSON object a line") from None
     except ValueError as error:
         if not line.endswith(b"\n"):
             raise RowProblem(
@@ -187,8 +189,8 @@ def _ragged(scalar: Any) -> Any:
     import pyarrow.compute as pc
 
     lists = getattr(scalar, "values", None) if scalar.is_valid else None
-    if isinstance(lists, pa.Array) and hasattr(lists, "flatten"):
-        values = lists.flatten()
+    if isinstance(lists, pa.Array) and hasattr(lists, "flatten") and not pa.types.is_struct(lists.type):
+        values = lists.flatten()  # of structs, as a map has them, a list of fields
         if values.null_count == 0 and (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
             lengths = pc.fill_null(pc.list_value_length(lists), 0)
             return Ragged(values.to_numpy(), lengths.to_numpy(zero_copy_only=False).astype("int64"))

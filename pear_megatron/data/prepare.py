@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -166,6 +167,7 @@ def describe_split(counts: Mapping[str, int]) -> str:
 
 
 def _announce(counts: Mapping[str, int], notes: Mapping[str, int]) -> None:
+    counts = Counter(counts)
     if split := describe_split(counts):
         logger.warning("data: %s; see data.multi_turn", split)
     for note, count in notes.items():

@@ -43,6 +43,7 @@ _OPTIONAL: dict[str, Any] = {
     "topk_counts": np.uint16,
     "topk_offsets": np.int64,
 }
+_PER_TOKEN = ("input_ids", "loss_mask", "behavior_logprobs", "token_weights", REFERENCE)
 _TOPK = (TOPK_IDS, TOPK_LOGPROBS, "topk_counts", "topk_offsets")
 
 # What a fingerprint reads in part: the arrays with an entry per token, or more.
@@ -79,10 +80,10 @@ class TrajectoryDataset:
                 raise ValueError(f"format {meta['format_version']}, this version reads {FORMAT_VERSION}")
             names = [*_DTYPES, *(name for name in _OPTIONAL if name in meta["shapes"])]
             arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
-            shapes = {name: list(array.shape) for name, array in arrays.items()}
-            if shapes != meta["shapes"]:
-                raise ValueError("the arrays do not have the sizes that meta.json says")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            _check(meta, arrays)
+        except (
+            Exception
+        ) as error:  # numpy reads a header as Python's literals, and raises what their parser does
             raise DataError(
                 [f"{folder}: not a whole data cache ({error}); delete the folder and prepare it again"]
             ) from error
@@ -120,8 +121,13 @@ class TrajectoryDataset:
 
     def _topk(self, i: int) -> TopK:
         entries = slice(*self._arrays["topk_offsets"][i : i + 2])
+        counts = self._arrays["topk_counts"][slice(*self._decisions[i : i + 2])]
+        if counts.sum() != entries.stop - entries.start:
+            raise DataError(
+                [f"trajectory {i} of the data cache has other {TOPK_IDS} than it should; delete the cache"]
+            )
         return TopK(
-            self._arrays["topk_counts"][slice(*self._decisions[i : i + 2])],
+            counts,
             self._arrays[TOPK_IDS][entries],
             self._arrays[TOPK_LOGPROBS][entries],
             self.meta["topk_width"],
@@ -138,6 +144,34 @@ class TrajectoryDataset:
 
     def __iter__(self) -> Iterator[Trajectory]:
         return (self[i] for i in range(len(self)))
+
+
+def _check(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Raises ValueError where files do not belong together; reads those that have an entry per trajectory."""
+    shapes = {name: list(array.shape) for name, array in arrays.items()}
+    if shapes != meta["shapes"]:
+        raise ValueError("the arrays do not have the sizes that meta.json says")
+    types = _DTYPES | _OPTIONAL
+    if wrong := [name for name, array in arrays.items() if array.ndim != 1 or array.dtype != types[name]]:
+        raise ValueError(f"{wrong[0]}.npy is another array")
+    ends = {"offsets": [n for n in arrays if n in _PER_TOKEN], "id_offsets": ["id_bytes"]}
+    if TOPK_IDS in arrays:
+        ends |= {"topk_offsets": [TOPK_IDS, TOPK_LOGPROBS]}
+        if arrays["num_decisions"].sum() != len(arrays["topk_counts"]):
+            raise ValueError("topk_counts.npy has not one entry per decision")
+    count = len(arrays["rewards"])
+    for name, of in ends.items():
+        offsets = arrays[name]
+        whole = len(offsets) == count + 1 and offsets[0] == 0 and bool((np.diff(offsets) >= 0).all())
+        if not whole or any(offsets[-1] != len(arrays[other]) for other in of):
+            raise ValueError(f"{name}.npy does not say where trajectories begin")
+    if len(arrays["num_decisions"]) != count or not isinstance(meta.get("topk_width", 0), int):
+        raise ValueError("num_decisions.npy or meta.json is of another data set")
+    for name in ("counts", "notes"):
+        if not all(isinstance(value, int) for value in meta[name].values()):
+            raise ValueError(f"meta.json: {name}")
+    if not isinstance(meta["files"], list) or "tokenizer_hash" not in meta:
+        raise ValueError("meta.json does not say what it was made from")
 
 
 class TrajectoryWriter:

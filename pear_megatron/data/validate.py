@@ -14,6 +14,7 @@ from pear_megatron.data.columns import NO_COLUMNS, REFERENCE, TOPK_IDS, TOPK_LOG
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import (
+    check_encodable,
     form_of,
     get_flag,
     get_integers,
@@ -143,6 +144,7 @@ class Validator:
         value = row.fields.get("id", row.where)
         if isinstance(value, bool) or not isinstance(value, (str, int)):
             raise RowProblem(f"id = {value!r} is a {type(value).__name__}; it must be a string")
+        check_encodable("id", str(value))
         if "id" in row.fields:
             self._check_unique(str(value), row.where)
         return str(value)
@@ -162,6 +164,7 @@ class Validator:
         if "tokenizer_hash" not in fields:
             return
         found = get_text(fields, "tokenizer_hash")
+        check_encodable("tokenizer_hash", found)
         if self.tokenizer_hash is None:
             self.tokenizer_hash = found
         if found != self.tokenizer_hash:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal, Self
 
@@ -12,7 +11,7 @@ from pear_megatron.errors import EvalError
 from pear_megatron.evaluate.samples import FILE
 from pear_megatron.evaluate.sampling import Sampling
 from pear_megatron.schema import StrictModel
-from pear_megatron.storage import write_atomically
+from pear_megatron.storage import read_settings, write_atomically
 
 _FILE = "settings.json"
 # Two checkpoints compared may differ in these, and in nothing else.
@@ -69,7 +68,7 @@ def check_folder(output: Path, settings: EvalSettings) -> bool:
     path, samples = output / _FILE, output / FILE
     if not path.exists() or not samples.exists() or not samples.stat().st_size:
         return False
-    old = json.loads(path.read_text())
+    old = read_settings(path)
     changed = differences(old, settings.model_dump(mode="json"), leave_out=("model", "grading"))
     if changed:
         raise EvalError(

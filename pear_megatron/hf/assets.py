@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from pear_megatron.errors import RecipeError
 from pear_megatron.recipe import LoraConfig, ModelConfig
 from pear_megatron.recipe.sections import head_size, query_groups
-from pear_megatron.storage import differing_keys, write_atomically
+from pear_megatron.schema import describe
+from pear_megatron.storage import differing_keys, read_settings, write_atomically
 
 MODEL_FILE = "model.yaml"
 LORA_FILE = "lora.yaml"
@@ -75,11 +76,17 @@ def read_model_file(root: Path, *, adapters: bool = False) -> tuple[ModelConfig,
             f"{root} is a LoRA run: its checkpoints hold adapters, not a model. Merge them into one with "
             f"`pear-megatron export --checkpoint {root} --output {root}-merged`, and name that folder"
         )
+    content = read_settings(path)
     try:
-        content = yaml.safe_load(path.read_text())
-        return ModelConfig.model_validate(content["model"]), content["precision"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from error
+        model = ModelConfig.model_validate(content["model"])
+    except (KeyError, ValidationError) as error:
+        said = describe(error, "model") if isinstance(error, ValidationError) else "it has no `model`"
+        raise RecipeError(f"{path} cannot be read: {said}") from error
+    if content.get("precision") not in ("bf16", "fp32"):
+        raise RecipeError(
+            f"{path} cannot be read: precision is {content.get('precision')!r}, not bf16 or fp32"
+        )
+    return model, content["precision"]
 
 
 def write_model_files(
@@ -165,11 +172,13 @@ def read_lora_file(root: Path) -> LoraBase | None:
     path = root / LORA_FILE
     if not path.is_file():
         return None
+    content = read_settings(path)
     try:
-        content = yaml.safe_load(path.read_text())
-        return LoraBase(content["base"], content["digest"], LoraConfig.model_validate(content["lora"]))
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from error
+        lora = LoraConfig.model_validate(content["lora"])
+        return LoraBase(str(content["base"]), str(content["digest"]), lora)
+    except (KeyError, ValidationError) as error:
+        said = describe(error, "lora") if isinstance(error, ValidationError) else f"it has no {error}"
+        raise RecipeError(f"{path} cannot be read: {said}") from error
 
 
 def write_lora_file(root: Path, frozen: LoraBase) -> None:

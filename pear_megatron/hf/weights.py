@@ -97,9 +97,16 @@ class HFWeights:
         if (self.folder / SINGLE).is_file() or not path.is_file():
             return {}
         try:
-            return dict(json.loads(path.read_text())["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            index = dict(json.loads(path.read_text())["weight_map"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read: {error!r}; download it again") from error
+        for name, file in index.items():
+            if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\0" in file:
+                raise CheckpointError(
+                    f"{path} puts tensor {name} into {file!r}, which is no file's name in this folder; download it "
+                    "again"
+                )
+        return index
 
     def _missing_file(self, path: Path, index: dict[str, str]) -> str:
         if index:

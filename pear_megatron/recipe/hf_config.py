@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from pear_megatron.errors import RecipeError
 from pear_megatron.recipe.sections import ModelConfig
+from pear_megatron.schema import describe
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,19 @@ def model_keys(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "config.json"
     return _Reader(path, read_config(folder)).model_keys()
+
+
+def model_config(folder: str | Path) -> ModelConfig:
+    """The model that a Hugging Face checkpoint's config.json describes.
+
+    Raises:
+        RecipeError: see ``model_keys``; or the keys do not go together.
+    """
+    keys = model_keys(folder)
+    try:
+        return ModelConfig.model_validate(keys)
+    except ValidationError as error:
+        raise RecipeError(f"{Path(folder) / 'config.json'}: {describe(error, 'model')}") from error
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -246,8 +262,8 @@ class _Reader:
             self._refuse("qkv_bias", self.config["qkv_bias"], "only true is supported")
         layer_types = self.config.get("layer_types")
         if layer_types is not None:
-            if other := set(layer_types) - {"full_attention"}:
-                self._refuse("layer_types", sorted(other), "only 'full_attention' is supported")
+            if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+                self._refuse("layer_types", layer_types, "only a list of 'full_attention' is supported")
             return
         windowed = self.config.get("use_sliding_window") and self.config.get("sliding_window")
         layers = self._integer("num_hidden_layers")

@@ -8,13 +8,14 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from pear_megatron.errors import RecipeError
 from pear_megatron.recipe.sections import Recipe
 from pear_megatron.recipe.shipped import PREFIX, recipe_file, shipped_recipes
+from pear_megatron.schema import describe
 
 log = logging.getLogger("pear_megatron")
 
@@ -40,16 +41,23 @@ def _load_with_defaults(
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(config, DictConfig):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, found {type(config).__name__}")
-    for key in paths:
-        if isinstance(value := OmegaConf.select(config, key), str):
-            OmegaConf.update(config, key, str(_named(path, key, value)))
-    parents = config.pop("defaults", None) or []
-    parents = [parents] if isinstance(parents, str) else list(parents)
-    merged: Any = OmegaConf.create({})
-    for parent in parents:
-        file = _named(path, "defaults", parent, folder)
-        merged = OmegaConf.merge(merged, _load_with_defaults(file, paths, folder, (*seen, path)))
-    return OmegaConf.merge(merged, config)  # type: ignore[return-value]
+    try:
+        for key in paths:
+            if isinstance(value := OmegaConf.select(config, key), str):
+                OmegaConf.update(config, key, str(_named(path, key, value)))
+        given = config.pop("defaults", None) or []
+        parents = [given] if isinstance(given, str) else given
+        if not isinstance(parents, list | ListConfig) or not all(
+            isinstance(parent, str) for parent in parents
+        ):
+            raise RecipeError(f"{path}: defaults: the path of a recipe, or a list of them (got {given!r})")
+        merged: Any = OmegaConf.create({})
+        for parent in parents:
+            file = _named(path, "defaults", parent, folder)
+            merged = OmegaConf.merge(merged, _load_with_defaults(file, paths, folder, (*seen, path)))
+        return OmegaConf.merge(merged, config)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{path}: {error}") from error
 
 
 def _named(path: Path, key: str, value: str, folder: str | None = None) -> Path:
@@ -153,7 +161,7 @@ def validate_as(kind: type[_Kind], path: Path, values: Any) -> _Kind:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_describe(error)}") from error
+        raise RecipeError(f"{path}: {describe(error)}") from error
 
 
 def _complete_model(path: Path, values: Any) -> None:
@@ -181,18 +189,6 @@ def _complete_model(path: Path, values: Any) -> None:
                 f"{path}: model.{key} is {model[key]!r}, but model.hf {model['hf']} has {value!r}; "
                 "correct it, leave it out, or name another model.hf"
             )
-
-
-def _describe(error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "missing":
-            message = "this key is required"
-        shown = problem["type"] not in ("missing", "value_error")
-        lines.append(f"{where or 'recipe'}: {message}" + (f" (got {problem['input']!r})" if shown else ""))
-    return "; ".join(lines)
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -150,7 +150,7 @@ class RowReader:
                 "behavior_logprobs" in fields,
                 self.tokenizer_hash or fields.get("tokenizer_hash"),
                 truncated,
-                json.dumps(notes, ensure_ascii=False, default=str),
+                _as_text(notes),
             )
 
     def _take_origin_away(self, fields: dict[str, Any]) -> dict[str, Any]:
@@ -175,6 +175,11 @@ class RowReader:
             )
         self._counts["overlong"] += 1
         return True
+
+
+def _as_text(notes: Mapping[str, Any]) -> str:
+    """JSON; half a character (a lone surrogate), which UTF-8 cannot hold, stays the escape that it was."""
+    return json.dumps(notes, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
 
 
 def _parsed(metadata: Any) -> Any:

@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pear_megatron.recipe import Recipe, to_yaml
-from pear_megatron.storage import check_same_settings, write_atomically
+from pear_megatron.storage import check_same_settings, read_settings, write_atomically
 from pear_megatron.train.weights_and_biases import WandbLog
 
 log = logging.getLogger("pear_megatron")
@@ -56,7 +55,7 @@ def check_same_run(folder: Path, recipe: Recipe) -> None:
         return
     check_same_settings(
         f"output_dir {folder}",
-        _with_defaults(yaml.safe_load(path.read_text())),
+        _with_defaults(read_settings(path)),
         recipe.model_dump(mode="json"),
         may_change=_MAY_CHANGE,
         way_out="choose another output_dir (checkpoint.pretrained starts from this run's weights), or remove that "

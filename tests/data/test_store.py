@@ -139,7 +139,7 @@ def test_two_jobs_may_prepare_the_same_data(tmp_path: Path, config: Config) -> N
         with TrajectoryWriter(folder) as writer:
             for trajectory in dataset:
                 writer.append(trajectory)
-            writer.commit({"counts": {}})
+            writer.commit({"counts": {}, "notes": {}, "files": [], "tokenizer_hash": None})
     assert same(TrajectoryDataset.open(folder), dataset)
     assert not list(folder.parent.glob(".shared*"))
 

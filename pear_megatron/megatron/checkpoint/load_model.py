@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from pear_megatron.hf.assets import find_root, read_model_file
 from pear_megatron.hf.weights import HFWeights
@@ -18,7 +17,9 @@ from pear_megatron.megatron.initialize import initialize_weights
 from pear_megatron.megatron.layout import Layout, initialize
 from pear_megatron.megatron.model import build_model
 from pear_megatron.recipe import ModelConfig, ParallelConfig, Recipe, RecipeError, TrainConfig
-from pear_megatron.recipe.hf_config import model_keys
+from pear_megatron.recipe.hf_config import model_config
+from pear_megatron.recipe.load import validate_as
+from pear_megatron.storage import read_settings
 
 
 def read_run_recipe(run: str | Path) -> Recipe:
@@ -30,7 +31,7 @@ def read_run_recipe(run: str | Path) -> Recipe:
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise RecipeError(f"{run} is not the folder of a run: it has no config.yaml")
-    return Recipe.model_validate(yaml.safe_load(path.read_text()))
+    return validate_as(Recipe, path, read_settings(path))
 
 
 def _build_on_one_rank(recipe: Recipe) -> tuple[Any, Layout]:
@@ -92,7 +93,7 @@ def load_for_inference(
         RecipeError, CheckpointError: there is no checkpoint, it cannot be read, or the ranks do not fit it.
     """
     if (Path(path) / "config.json").is_file():
-        model = ModelConfig.model_validate(model_keys(path))
+        model = model_config(path)
         with HFWeights(path, model) as weights:
             built, layout = _build(
                 model, tensor_parallel, pipeline_parallel, expert_parallel, precision or weights.precision

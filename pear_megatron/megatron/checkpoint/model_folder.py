@@ -68,11 +68,11 @@ def check_split(folder: str | Path, tensor_parallel: int, pipeline_parallel: int
         RecipeError: names the model's size and the ranks'.
     """
     from pear_megatron.hf.assets import find_root, read_model_file
-    from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig, check_layout
-    from pear_megatron.recipe.hf_config import model_keys
+    from pear_megatron.recipe import ParallelConfig, TrainConfig, check_layout
+    from pear_megatron.recipe.hf_config import model_config
 
     if (Path(folder) / "config.json").is_file():
-        model = ModelConfig.model_validate(model_keys(folder))
+        model = model_config(folder)
     else:
         model, _ = read_model_file(find_root(folder))
     parallel = ParallelConfig(

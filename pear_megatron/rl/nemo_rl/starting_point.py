@@ -69,8 +69,7 @@ def _megatron(folder: Path) -> StartingPoint:
     from pear_megatron.hf.assets import ASSETS, check_same_model, find_root
     from pear_megatron.megatron.checkpoint.paths import resolve
     from pear_megatron.megatron.checkpoint.state import read_common
-    from pear_megatron.recipe import ModelConfig
-    from pear_megatron.recipe.hf_config import model_keys
+    from pear_megatron.recipe.hf_config import model_config
 
     root = find_root(folder)
     if not (root / ASSETS / "config.json").is_file():
@@ -78,7 +77,7 @@ def _megatron(folder: Path) -> StartingPoint:
             f"{root} has no {ASSETS}/config.json, which NeMo-RL takes the architecture and the tokenizer from; "
             "`pear-megatron export` it and start from the export"
         )
-    check_same_model(root, ModelConfig.model_validate(model_keys(root / ASSETS)))
+    check_same_model(root, model_config(root / ASSETS))
     megatron = resolve(folder)
     if "args" not in read_common(megatron):  # Megatron-Bridge insists on it
         raise RecipeError(

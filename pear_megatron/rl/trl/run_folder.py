@@ -12,7 +12,7 @@ import yaml
 from transformers import TrainerCallback
 
 from pear_megatron.rl.trl.recipe import TrlRecipe
-from pear_megatron.storage import check_same_settings, digest, write_atomically
+from pear_megatron.storage import check_same_settings, digest, read_settings, write_atomically
 
 # What may change when a run is continued; anything else makes it another run.
 _MAY_CHANGE = ("grpo.max_num_steps", "checkpointing.", "policy.train_micro_batch_size", "policy.model_name")
@@ -50,7 +50,7 @@ class TrlRunFolder:
         if path.exists() and self._has_begun():
             check_same_settings(
                 f"--output {folder}",
-                yaml.safe_load(path.read_text()),
+                read_settings(path),
                 described,
                 may_change=_MAY_CHANGE,
                 way_out="weights are the checkpoint's; choose another --output, or remove that folder to start anew",
