@@ -15,7 +15,7 @@ from pear_megatron.compare import stages
 from pear_megatron.compare.cell import Cell
 from pear_megatron.compare.recipe import CompareRecipe
 from pear_megatron.evaluate.results import SHARE, Results, read_results
-from pear_megatron.evaluate.statistics import Estimate, interval, over_runs
+from pear_megatron.evaluate.statistics import Estimate, interval, over_runs, p_value
 
 WINDOW = 5  # steps of the mean that take-off is read from
 
@@ -115,6 +115,10 @@ class Measure:
             self._estimates[arm, baseline] = _estimate(values, (low - high, high - low))
         return self._estimates[arm, baseline]
 
+    def p_value(self, arm: str, baseline: str) -> float:
+        """That of the difference, uncorrected."""
+        return p_value(self.values[arm] - self.values[baseline])
+
 
 def _estimate(values: np.ndarray, bounds: tuple[float, float]) -> Estimate:
     return interval(values, bounds=bounds) if values.ndim == 2 else over_runs(values, bounds=bounds)
@@ -187,6 +191,9 @@ class Outcome:
                     m.key: asdict(m.difference(arm, self.recipe.baseline)) for m in self.measures
                 }
                 if arm != self.recipe.baseline
+                else None,
+                "p_against_baseline": {m.key: m.p_value(arm, self.recipe.baseline) for m in self.measures}
+                if arm != self.recipe.baseline and len(self.seeds) > 1
                 else None,
                 "take_off": self.take_offs(arm),
                 "rewards": np.round(self.curves(arm), 6).tolist(),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pear_megatron.evaluate.statistics import Estimate
+from pear_megatron.evaluate.statistics import Estimate, holm
 
 
 @dataclass(frozen=True)
@@ -16,14 +16,16 @@ class Entry:
         mean: with a sign where it is a difference.
         interval: ``[low, high]``, 95 %; empty where one seed has none.
         clear: whether it is a difference whose interval does not contain 0.
+        corrected: whether it is still clear, at 5 %, when the number of arms is corrected for (Holm).
     """
 
     mean: str
     interval: str
     clear: bool
+    corrected: bool = False
 
     def __str__(self) -> str:
-        return f"{self.mean} {self.interval}".rstrip()
+        return f"{self.mean} {self.interval}{' †' if self.corrected else ''}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,21 @@ def make_table(results: dict[str, Any]) -> Table:
         known = {key: "pass@" in key or not one_seed for key in titles}
         return [show(Estimate(**estimates[key]), key, signed=signed, known=known[key]) for key in titles]
 
+    compared = {
+        arm: content["p_against_baseline"]
+        for arm, content in results["arms"].items()
+        if content.get("p_against_baseline")
+    }
+    adjusted = {
+        key: dict(zip(compared, holm([p[key] for p in compared.values()]), strict=True)) for key in titles
+    }
     rows = []
     for arm, content in results["arms"].items():
         against = content["against_baseline"]
         differences = entries(against, signed=True) if against is not None else None
+        for i, key in enumerate(titles if arm in compared else ()):
+            corrected = differences[i].clear and adjusted[key][arm] < 0.05
+            differences[i] = replace(differences[i], corrected=corrected)
         rows.append(Row(arm, entries(content["measures"], signed=False), differences))
     return Table(len(results["seeds"]), list(titles.values()), rows)
 

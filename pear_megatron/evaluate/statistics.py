@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,6 +114,33 @@ def over_runs(values: np.ndarray, *, bounds: tuple[float, float], confidence: fl
     return Estimate(mean, max(mean - float(half), bounds[0]), min(mean + float(half), bounds[1]))
 
 
+def p_value(values: np.ndarray) -> float:
+    """Two-sided p-value of a mean of 0 over several runs, of the test that ``interval`` and ``over_runs`` invert.
+
+    Args:
+        values: [R], one a run, or [R, P], a row a run and a column a problem; R >= 2.
+
+    Returns:
+        1 where every value is 0.
+
+    Raises:
+        EvalError: scipy is missing.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    error, degrees = _standard_error(values if values.ndim == 2 else values[:, None])
+    if error == 0.0:
+        return float(values.mean() == 0.0)
+    return float(2.0 * _scipy_stats().t.sf(abs(values.mean()) / error, degrees))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for how many there are: step-down Bonferroni (Holm 1979); in the order given."""
+    order = np.argsort(p_values, kind="stable")
+    factors = np.arange(len(p_values), 0, -1)
+    adjusted = np.minimum(np.maximum.accumulate(np.asarray(p_values)[order] * factors), 1.0)
+    return adjusted[np.argsort(order, kind="stable")].tolist()
+
+
 def _all_agree(mean: float, count: int, bounds: tuple[float, float], tail: float) -> tuple[float, float]:
     """Where all problems agree the bootstrap would claim certainty (0 of 300 solved: [0, 0]).
 
@@ -137,6 +165,13 @@ def _over_problems(values: np.ndarray, confidence: float, seed: int) -> tuple[fl
 
 
 def _over_runs_and_problems(values: np.ndarray, tail: float) -> tuple[float, float]:
+    error, degrees = _standard_error(values)
+    half = error * _scipy_stats().t.ppf(1.0 - tail, degrees) if error else 0.0
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def _standard_error(values: np.ndarray) -> tuple[float, float]:
+    """Of the mean of ``values`` [R, P], R >= 2, and its degrees of freedom."""
     runs, problems = values.shape
     mean, by_run, by_problem = values.mean(), values.mean(axis=1), values.mean(axis=0)
     # Mean squares; each estimates the interaction's variance plus that of its own factor.
@@ -146,11 +181,10 @@ def _over_runs_and_problems(values: np.ndarray, tail: float) -> tuple[float, flo
     rest = ((values - by_run[:, None] - by_problem + mean) ** 2).sum() / freedom
     square = max(of_runs + of_problems - rest, of_runs, of_problems)
     if square == 0.0:
-        return float(mean), float(mean)
+        return 0.0, 1.0
     parts = ((of_runs, runs - 1), (of_problems, problems - 1), (rest, freedom))
     degrees = square**2 / sum(part**2 / n for part, n in parts if n)
-    half = _scipy_stats().t.ppf(1.0 - tail, degrees) * np.sqrt(square / (runs * problems))
-    return float(mean - half), float(mean + half)
+    return float(np.sqrt(square / (runs * problems))), float(degrees)
 
 
 def _scipy_stats():  # type: ignore[no-untyped-def]

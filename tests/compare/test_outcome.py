@@ -225,3 +225,18 @@ def test_a_best_value_at_the_edge_is_said(tmp_path: Path) -> None:
     tuned = Outcome(recipe, {}, one.results, tried)
     (edge,) = [v for v in verdicts(tuned, make_table(tuned.as_json())) if "edge" in v.title]
     assert edge.text.startswith("token (0.004): the best optimizer.lr")
+
+
+def test_a_dagger_says_what_stays_clear_when_the_number_of_arms_is_corrected_for(tmp_path: Path) -> None:
+    doubtful = [[0.1] * STEPS, [0.137] * STEPS, [0.068] * STEPS]  # p = 0.037, and twice that for two arms
+    for others in (["one"], ["one", "another"]):
+        arms: dict[str, list[str] | None] = {arm: [] for arm in ("SFT", *others)}
+        recipe = made.recipe(tmp_path / "-".join(others), seeds=[0, 1, 2], arms=arms, tune=None)
+        found = made.outcome(recipe, {"SFT": [FLAT] * 3, **dict.fromkeys(others, doubtful)})
+        table = make_table(found.as_json())
+        area = table.titles.index("mean reward during RL")
+        entry = table.rows[1].differences[area]  # type: ignore[index]
+        assert entry.clear
+        assert entry.corrected == (len(others) == 1)
+        assert str(entry).endswith(" †") == entry.corrected
+        assert ("†" in markdown_table(found.as_json())) == entry.corrected

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("scipy", reason="needs the extra eval")
 
-from pear_megatron.evaluate.statistics import interval, over_runs, pass_at_k
+from pear_megatron.evaluate.statistics import holm, interval, over_runs, p_value, pass_at_k
 
 SHARE = (0.0, 1.0)
 
@@ -129,3 +129,31 @@ def test_intervals_over_runs_cover_nineteen_times_in_twenty(runs: int) -> None:
     estimates = [over_runs(draw, bounds=(-9.0, 9.0)) for draw in draws]
     covered = np.mean([e.low <= 0.4 <= e.high for e in estimates])
     assert covered == pytest.approx(0.95, abs=4 * np.sqrt(0.95 * 0.05 / 4000))
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 40), (2, 3)])
+def test_the_p_value_is_where_the_interval_would_touch_zero(shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(1).normal(0.3, 0.5, shape)
+    p = p_value(values)
+    assert 0.0 < p < 1.0
+    interval_of = over_runs if values.ndim == 1 else interval
+    found = interval_of(values, bounds=(-99.0, 99.0), confidence=1.0 - p)
+    assert min(abs(found.low), abs(found.high)) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_p_value_of_one_number_a_run_is_students() -> None:
+    values = np.random.default_rng(2).normal(0.2, 1.0, 6)
+    import scipy.stats
+
+    assert p_value(values) == pytest.approx(scipy.stats.ttest_1samp(values, 0.0).pvalue)
+
+
+def test_p_values_of_runs_that_all_agree() -> None:
+    assert p_value(np.zeros(4)) == 1.0
+    assert p_value(np.full(4, 0.5)) == 0.0
+
+
+def test_holm_corrects_step_down_and_keeps_the_order() -> None:
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.9, 0.001]) == pytest.approx([1.0, 1.0, 0.003])
+    assert holm([]) == []
