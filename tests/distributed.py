@@ -40,7 +40,7 @@ def run_ranks(
     *args: Any,
     device: str = "cpu",
     backend: str = "gloo",
-    timeout: float = 120.0,
+    timeout: float = 600.0,
 ) -> list[Any]:
     """Runs ``function(rank, *args)`` on every rank of a new world and returns what each rank returned.
 

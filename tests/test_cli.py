@@ -17,7 +17,7 @@ def pear_megatron(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "pear_megatron.cli", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 
@@ -46,7 +46,7 @@ def modules_after(code: str) -> set[str]:
     """What a fresh interpreter has imported once it has run ``code``, in which the command may exit."""
     show = "import atexit, sys; atexit.register(lambda: print('MODULES', *sys.modules))"
     done = subprocess.run(
-        [sys.executable, "-c", f"{show}\n{code}"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", f"{show}\n{code}"], capture_output=True, text=True, timeout=600
     )
     return set(done.stdout.rpartition("MODULES")[2].split())
 

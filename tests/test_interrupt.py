@@ -33,7 +33,7 @@ class Terminal:
     def press(self, keys: bytes) -> None:
         os.write(self._terminal, keys)
 
-    def read_until(self, text: str | None, seconds: float = 180) -> None:
+    def read_until(self, text: str | None, seconds: float = 600) -> None:
         """Reads until the text is on the screen; None = until the command has ended."""
         deadline = time.monotonic() + seconds
         while text is None or text.encode() not in self.screen:

@@ -146,19 +146,23 @@ def test_a_build_without_torch_or_with_another_one_ends_in_a_sentence(sdist: Pat
     venv.create(tmp_path, symlinks=True)
     bare = tmp_path / "bin" / "python"
 
-    def build(path: str) -> str:
+    def build(path: str, command: str = "dist_info") -> str:
+        """The one line that pip has to show: metadata are the first that it asks for."""
         environment = os.environ | {"PYTHONPATH": path}
         done = subprocess.run(
-            [bare, "setup.py", "build_ext"], cwd=sdist, capture_output=True, text=True, env=environment
+            [bare, "setup.py", command], cwd=sdist, capture_output=True, text=True, env=environment
         )
         assert done.returncode == 1
-        return done.stderr.splitlines()[-1]
+        lines = done.stderr.splitlines()
+        assert command != "dist_info" or len(lines) == 1
+        return lines[-1]
 
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("setuptools", "_distutils_hack", "wheel"):
         (tools / name).symlink_to(Path(SITE) / name)
     assert "install torch first" in build(str(tools))
+    assert "install torch first" in build(str(tools), "build_ext")
     (site,) = tmp_path.glob("lib/python*/site-packages")
     (site / "torch").mkdir()
     (site / "torch" / "version.py").write_text("__version__ = '1.2.3'\n")

@@ -198,7 +198,7 @@ def test_the_example_is_what_slime_and_the_adapter_take(tmp_path: Path) -> None:
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         **names,
     }
-    subprocess.run([EXAMPLE, "--lr", "5e-6"], env=environment, check=True, timeout=60)
+    subprocess.run([EXAMPLE, "--lr", "5e-6"], env=environment, check=True, timeout=600)
     config, tp, cp, vocab_size = run_ranks(1, parse_example, CHECKOUT, tmp_path)[0]
     assert (config.variant, config.data, tp, cp, vocab_size) == (
         "token",

@@ -115,7 +115,7 @@ def train(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=600,
         cwd=folder,
         env={
             **os.environ,

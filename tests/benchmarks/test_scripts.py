@@ -28,7 +28,7 @@ def run(script: str, folder: Path, *arguments: str) -> tuple[dict[str, Any], str
         env={**os.environ, "OUT": str(folder), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = folder.glob("*.json")

@@ -101,7 +101,7 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(finished: Path,
         os.killpg(process.pid, signal.SIGKILL)
     else:
         process.kill()  # its stages find out by themselves
-    said = process.communicate(timeout=300)[0]
+    said = process.communicate(timeout=600)[0]
     assert process.returncode == -signal.SIGKILL, said
     compare(config)
     for arm, expected in tiny.results(finished)["arms"].items():

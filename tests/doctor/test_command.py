@@ -19,7 +19,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", f"import sys\n{code}"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env=os.environ,
     )
 

@@ -32,7 +32,7 @@ def train(folder: Path, data: Path, *overrides: str, steps: int = 6) -> list[dic
     command += ["model.num_query_groups=2", "model.kv_channels=64"]  # heads that flash attention takes
     hidden = {} if DEVICE == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        command, cwd=REPOSITORY, env={**os.environ, **hidden}, capture_output=True, text=True, timeout=300
+        command, cwd=REPOSITORY, env={**os.environ, **hidden}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     rows = metrics(folder)

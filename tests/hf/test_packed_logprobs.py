@@ -97,6 +97,6 @@ def test_smollm2s_chats_in_one_row(smollm2: Path) -> None:
     sequences = [torch.tensor([tokenizer(text)["input_ids"]]) for text in [*texts, texts[0][::-1]]]
     expected = [hf_logprobs(smollm2, tokens) for tokens in sequences]
     for tp in (1, 3):
-        found = run_ranks(tp, rank_packed, {"smollm2": (smollm2, sequences)}, [(tp, 1)], timeout=300)[-1]
+        found = run_ranks(tp, rank_packed, {"smollm2": (smollm2, sequences)}, [(tp, 1)], timeout=600)[-1]
         for logprobs, theirs in zip(found["smollm2", tp, 1], expected, strict=True):
             torch.testing.assert_close(logprobs, theirs, atol=1e-4, rtol=0)

@@ -123,7 +123,7 @@ def test_both_commands_start_their_own_processes(hf_models: dict[str, Path], tmp
         ["convert", "--hf", str(hf_models["qwen3"]), "--output", checkpoint, *layout],
         ["export", "--checkpoint", checkpoint, "--output", out, "--max-shard-size", "50KB", *layout],
     ):
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("\n") == 1  # rank 0 alone speaks
     assert_same_bits(tmp_path / "out", hf_models["qwen3"])

@@ -75,7 +75,7 @@ def test_logprobs_and_greedy_words_are_those_of_transformers(smollm2: Path, prom
 def test_tp3_x_pp2_scores_the_same_and_gives_every_tensor_back(
     smollm2: Path, prompt: Tensor, tmp_path: Path
 ) -> None:
-    results = run_ranks(6, rank_scores_and_converts, smollm2, prompt, tmp_path / "checkpoint", timeout=300)
+    results = run_ranks(6, rank_scores_and_converts, smollm2, prompt, tmp_path / "checkpoint", timeout=600)
     torch.testing.assert_close(results[-1], hf_logprobs(smollm2, prompt), atol=1e-3, rtol=0)
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", max_shard_size=200 * 10**6)
     assert_same_bits(tmp_path / "out", smollm2)

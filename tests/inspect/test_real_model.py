@@ -112,7 +112,7 @@ def test_inspect_refuses_them_shifted_and_passes_the_models_own(
     tmp_path: Path, smollm2: Path, data: dict[int, Path]
 ) -> None:
     jobs = [(file, tmp_path / f"{shift}.html") for shift, file in data.items()]
-    said = run_ranks(1, rank_inspect, smollm2, jobs, timeout=300)[0]
+    said = run_ranks(1, rank_inspect, smollm2, jobs, timeout=600)[0]
     assert said[0] == ""
     assert "1 token after the ones they belong to" in said[1]
     assert "2 tokens after the ones they belong to" in said[2]
@@ -130,7 +130,7 @@ def test_training_refuses_them_shifted_and_passes_the_models_own(
     tmp_path: Path, smollm2: Path, data: dict[int, Path]
 ) -> None:
     files = [data[shift] for shift in (1, 2, 0)]
-    outcomes = run_ranks(1, rank_train, smollm2, files, tmp_path, timeout=300)[0]
+    outcomes = run_ranks(1, rank_train, smollm2, files, tmp_path, timeout=600)[0]
     assert "1 token after the ones they belong to" in str(outcomes[0])
     assert "licence-" in str(outcomes[0])
     assert "2 tokens after the ones they belong to" in str(outcomes[1])

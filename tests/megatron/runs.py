@@ -87,7 +87,7 @@ class Started:
         for process in self.ranks:
             process.kill()
 
-    def wait(self, timeout: float = 120) -> list[int | None]:
+    def wait(self, timeout: float = 600) -> list[int | None]:
         """Exit codes of the ranks; those that go on after the timeout are killed and have None."""
         deadline = time.monotonic() + timeout
         codes = []
@@ -136,7 +136,7 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """A run to its end -> the first exit code that is not 0, and what all ranks said, rank 0 first."""
     run = Started(processes, *overrides, config=config)
-    codes = run.wait(300)
+    codes = run.wait()
     output = "".join(run.output(rank) for rank in range(processes))
     code = next((code for code in codes if code != 0), 0)
     if check and code != 0:

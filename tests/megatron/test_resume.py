@@ -23,7 +23,7 @@ from tests.megatron.test_layouts import DISTRIBUTED, PP, TP, VPP, assert_same_ru
 ASYNC = "checkpoint.async_save=true"
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -224,7 +224,7 @@ def test_through_torchrun_the_requeue_file_speaks(tmp_path: Path, trajectories: 
     try:
         wait_until(lambda: len(metrics(folder)) >= 3)
         run.send_signal(signal.SIGTERM)
-        _, errors = run.communicate(timeout=300)
+        _, errors = run.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         run.kill()
         raise

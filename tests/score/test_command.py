@@ -39,7 +39,7 @@ def test_command_scores_over_two_ranks_that_it_starts_itself(
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "backend megatron: a Hugging Face checkpoint that Megatron-Core can load" in done.stderr
