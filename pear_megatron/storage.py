@@ -18,8 +18,9 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file by way of a temporary one beside it."""
+    """Replaces a file by way of a temporary one beside it; where a link is, the link and not what it names."""
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # a link there would have its target overwritten
     partial.write_text(text)
     os.replace(partial, path)
 
@@ -41,6 +42,19 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"{path} cannot be read: it holds a {type(content).__name__}, not a mapping of keys"
         )
     return content
+
+
+def remove(path: Path) -> None:
+    """Takes a folder or file away, if it is there; of a link the link alone."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def is_name(name: object) -> bool:
+    """Whether it can be the name of a file in a folder, and of nothing outside it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(sign in name for sign in "/\0")
 
 
 def sync(path: Path) -> None:
@@ -73,13 +87,13 @@ def partial_of(path: Path) -> Path:
 
 
 def publish(path: Path) -> None:
-    """Puts the written folder in the place of ``path``, and what was there away."""
+    """Puts the written folder in the place of ``path``, and what was there away; what a link there names stays."""
     old = path.absolute().with_name(f".{path.absolute().name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
+    remove(old)
+    if path.exists() or path.is_symlink():
         os.replace(path, old)
     os.replace(partial_of(path), path)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 @contextmanager
@@ -90,7 +104,7 @@ def lock(folder: Path, *, wait: bool) -> Iterator[None]:
     Raises:
         PearError: another process holds it, and ``wait`` is False.
     """
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:

@@ -17,7 +17,7 @@ from pear_megatron.compare.cell import Cell
 from pear_megatron.errors import RecipeError
 from pear_megatron.plan.disk import count_checkpoints, run_disk
 from pear_megatron.plan.parameters import model_parameters
-from pear_megatron.storage import show_bytes
+from pear_megatron.storage import remove, show_bytes
 
 _TO_CONTINUE = (f"{stages.RUN}/checkpoints", f"{stages.RUN}/data_cache", f"{stages.RL}/checkpoints")
 _MODELS = (stages.EXPORT, f"{stages.RL}/final")
@@ -88,7 +88,7 @@ def drop(cell: Cell) -> int:
     folders = [cell.folder / name for name in (*_TO_CONTINUE, *(() if cell.evaluated else _MODELS))]
     freed = sum(map(bytes_in, folders))
     for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
     return freed
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from pear_megatron.data.store import FORMAT_VERSION, TrajectoryDataset, Trajecto
 from pear_megatron.data.tokenizer import load_tokenizer
 from pear_megatron.data.validate import Validator
 from pear_megatron.progress import reading_progress
+from pear_megatron.storage import remove
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def prepare(
             return folder
         except DataError as error:
             logger.warning("%s; preparing it again", error.problems[0])
-            shutil.rmtree(folder)
+            remove(folder)
     files = _files(config)
     try:
         writer = TrajectoryWriter(folder)

@@ -28,7 +28,7 @@ def load_tokenizer(name_or_path: str) -> Any:
         raise ImportError(
             "data.tokenizer needs Hugging Face transformers; pip install 'pear-megatron[hf]'"
         ) from error
-    options = {}
+    options: dict[str, Any] = {"trust_remote_code": False}
     path = Path(name_or_path).expanduser()
     if path.is_dir() and not any((path / name).exists() for name in _TOKENIZER_FILES):
         gguf = sorted(path.glob("*.gguf"))

@@ -61,7 +61,11 @@ def evaluate(
     chosen = _settings(model=str(folder), weights=facts.digest, **_digests(problems), **settings)
     ks = _check_ks(ks, chosen.num_samples)
     tokenizer = load_tokenizer(str(folder))
-    limit = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError) as error:
+        raise EvalError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    limit = getattr(config, "max_position_embeddings", None)
     prompts = encode_prompts(tokenizer, problems, chosen.max_new_tokens, limit)
     named = (
         GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None

@@ -35,7 +35,9 @@ class TransformersEngine:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         logging.disable_progress_bar()
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=_DTYPES[dtype])
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model, dtype=_DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise EvalError(f"{model} cannot be loaded: {error}") from error
         self._model = loaded.to(self._device).eval()

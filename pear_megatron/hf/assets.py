@@ -19,7 +19,7 @@ from pear_megatron.errors import RecipeError
 from pear_megatron.recipe import LoraConfig, ModelConfig
 from pear_megatron.recipe.sections import head_size, query_groups
 from pear_megatron.schema import describe
-from pear_megatron.storage import differing_keys, read_settings, write_atomically
+from pear_megatron.storage import differing_keys, read_settings, remove, write_atomically
 
 MODEL_FILE = "model.yaml"
 LORA_FILE = "lora.yaml"
@@ -106,13 +106,13 @@ def write_model_files(
     """
     root.mkdir(parents=True, exist_ok=True)
     partial, final = root / f".{ASSETS}.partial", root / ASSETS
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     if source is not None:
         copy_assets(source, partial)
     if tokenizer is not None:
         _save_tokenizer(tokenizer, partial)
     if partial.is_dir():
-        shutil.rmtree(final, ignore_errors=True)
+        remove(final)
         os.replace(partial, final)
     content = {"model": model.model_dump(mode="json", exclude={"hf"}), "precision": precision}
     write_atomically(root / MODEL_FILE, yaml.safe_dump(content, sort_keys=False))

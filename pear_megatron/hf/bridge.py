@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from pear_megatron.errors import PearError, RecipeError
-from pear_megatron.storage import partial_of, publish
+from pear_megatron.storage import partial_of, publish, remove
 
 
 def convert_with_bridge(folder: Path, output: Path, reason: RecipeError) -> None:
@@ -49,11 +48,11 @@ def _auto_bridge(reason: RecipeError) -> Any:
 
 def _whole(output: Path, write: Any) -> None:
     partial = partial_of(output)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     try:
         write(partial)
         publish(output)
     except Exception as error:
         raise PearError(f"Megatron-Bridge could not write {output}: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)

@@ -14,6 +14,7 @@ from pear_megatron.hf.mapping import (
     parameters,
 )
 from pear_megatron.recipe import ModelConfig
+from pear_megatron.storage import is_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -101,7 +102,7 @@ class HFWeights:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read: {error!r}; download it again") from error
         for name, file in index.items():
-            if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\0" in file:
+            if not is_name(file):
                 raise CheckpointError(
                     f"{path} puts tensor {name} into {file!r}, which is no file's name in this folder; download it "
                     "again"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.errors import ScoreError
 from pear_megatron.score.manifest import Identity
 from pear_megatron.score.rows import ScoreRow
-from pear_megatron.storage import write_atomically
+from pear_megatron.storage import remove, write_atomically
 
 METADATA_KEY = b"pear_megatron.score"  # of the output's Parquet schema: identity and counts, as JSON
 _FLOATS = pa.list_(pa.float32())
@@ -59,7 +58,7 @@ class WorkFolder:
 
     def start(self, identity: Identity) -> None:
         """Makes an empty folder for a new output."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove(self.path)
         try:
             self.path.mkdir(parents=True)
             write_atomically(self.path / "identity.json", json.dumps(identity, indent=1))
@@ -68,7 +67,7 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Deletes the folder."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove(self.path)
 
     def has_chunks(self) -> bool:
         """Whether all chunks are there."""
@@ -92,7 +91,7 @@ class WorkFolder:
         ``counts`` are read when all rows are.
         """
         partial = self.path / "chunks.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         partial.mkdir()
         sizes = []
         for k, group in enumerate(_groups(rows, max_rows, max_tokens)):
@@ -138,6 +137,7 @@ class WorkFolder:
         paths = [self._part(k) if scored else self._chunks / f"chunk-{k:06}.parquet" for k in range(parts)]
         said = json.dumps({"identity": self.read_identity(), "counts": dict(counts)}).encode()
         partial = self.output.with_name(self.output.name + ".partial")
+        remove(partial)
         schema = pq.read_schema(paths[0])
         with pq.ParquetWriter(partial, schema.with_metadata({METADATA_KEY: said})) as writer:
             for path in paths:

@@ -78,7 +78,7 @@ def _load(folder: Path, dtype: torch.dtype, *, alone: bool) -> Any:
     except ImportError as error:
         raise ScoreError("the hf backend needs transformers; pip install 'pear-megatron[hf]'") from error
     logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     if not (folder / "config.json").is_file():
         gguf = sorted(folder.glob("*.gguf"))
         if len(gguf) != 1:
@@ -86,6 +86,8 @@ def _load(folder: Path, dtype: torch.dtype, *, alone: bool) -> Any:
                 f"{folder} has no config.json and {len(gguf)} .gguf files; name a model's folder"
             )
         options["gguf_file"] = gguf[0].name
+    else:
+        options["use_safetensors"] = True  # no pickles
     spread = alone and torch.cuda.device_count() > 1 and importlib.util.find_spec("accelerate") is not None
     if spread:
         options["device_map"] = "auto"

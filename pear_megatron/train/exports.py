@@ -15,7 +15,7 @@ from pear_megatron.megatron.layout import Layout
 from pear_megatron.plan.disk import run_disk
 from pear_megatron.ranks import from_main
 from pear_megatron.recipe import Recipe
-from pear_megatron.storage import show_bytes
+from pear_megatron.storage import remove, show_bytes
 
 log = logging.getLogger("pear_megatron")
 
@@ -51,7 +51,7 @@ class Exports:
 
         def missing() -> bool:
             for path in self.folder.glob(".step_*"):
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
             return step > 0 and not self._path(step).is_dir()
 
         if from_main(missing):

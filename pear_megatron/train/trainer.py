@@ -15,8 +15,8 @@ from pear_megatron.data.blend import source_names
 from pear_megatron.megatron import moe
 from pear_megatron.megatron.attention import packed_attention
 from pear_megatron.megatron.checkpoint.paths import checkpoint_path
+from pear_megatron.megatron.checkpoint.restricted import read_common
 from pear_megatron.megatron.checkpoint.saver import CheckpointSaver
-from pear_megatron.megatron.checkpoint.state import read_common
 from pear_megatron.megatron.forward_step import PearForwardStep
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.lora import add_adapters

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from pear_megatron.hf.assets import write_model_files
 from pear_megatron.megatron.checkpoint.load_model import load_for_inference
 from pear_megatron.megatron.checkpoint.saver import save_model
 from pear_megatron.ranks import from_main
-from pear_megatron.storage import partial_of, publish
+from pear_megatron.storage import partial_of, publish, remove
 
 
 def convert_checkpoint(
@@ -46,7 +45,7 @@ def convert_checkpoint(
     partial = partial_of(output)
 
     def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         partial.mkdir(parents=True)
 
     def finish() -> None:
@@ -59,7 +58,7 @@ def convert_checkpoint(
         from_main(finish)
     finally:
         if layout.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
 
 
 def _precision(model: object) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from pear_megatron.megatron.checkpoint.paths import resolve
 from pear_megatron.megatron.checkpoint.stored import StoredParameters
 from pear_megatron.ranks import from_main, together
 from pear_megatron.recipe import RecipeError
-from pear_megatron.storage import partial_of, publish
+from pear_megatron.storage import partial_of, publish, remove
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -64,7 +63,7 @@ def export_checkpoint(
     partial = partial_of(output)
 
     def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         partial.mkdir(parents=True)
 
     def write_weights() -> None:
@@ -87,7 +86,7 @@ def export_checkpoint(
         from_main(finish)
     finally:
         if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
 
 
 def export_adapters(checkpoint: Path, output: Path) -> None:
@@ -110,14 +109,14 @@ def export_adapters(checkpoint: Path, output: Path) -> None:
     order = lora_parameters(model, frozen.lora)
     tensors = _Tensors(order, StoredParameters(folder, model, order), None)
     partial = partial_of(output)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     try:
         partial.mkdir(parents=True)
         write_file(partial / PEFT_WEIGHTS, tensors.sizes, tensors.read(tensors.sizes))
         _write_json(partial / PEFT_CONFIG, peft_config(frozen.lora, frozen.base))
         publish(output)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
 
 
 class _Tensors:

@@ -21,7 +21,7 @@ from pear_megatron.megatron.checkpoint.paths import (
     damage,
     steps_on_disk,
 )
-from pear_megatron.storage import sync
+from pear_megatron.storage import remove, sync
 
 log = logging.getLogger("pear_megatron")
 
@@ -45,7 +45,7 @@ class CheckpointFolder:
             file.write(b"\0" * 4096)
         for path in self.root.iterdir():
             if path.name.startswith(".iter_") and any(word in path.name for word in _PASSING):
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
 
     def surplus(self, step: int) -> list[int]:
         """Steps, up to this one, of whole checkpoints that are more than ``keep_last``, newest first."""
@@ -128,7 +128,7 @@ class CheckpointFolder:
     def give_up(self, folder: Path, cause: str) -> str:
         """Removes what was written -> what to say."""
         free = shutil.disk_usage(self.root).free
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         return f"{cause}, with {free / 1e9:.3g} GB free; {self._last_good()}"
 
     def _prune(self, newest: int) -> None:
@@ -150,7 +150,7 @@ class CheckpointFolder:
         except OSError as error:
             log.warning("cannot remove %s: %s", checkpoint_path(self.root, step), error)
             return
-        shutil.rmtree(gone, ignore_errors=True)
+        remove(gone)
 
     def _last_good(self) -> str:
         good = next((s for s in steps_on_disk(self.root) if not damage(checkpoint_path(self.root, s))), None)
@@ -168,5 +168,6 @@ def _complete(folder: Path) -> None:
 
 
 def _write_synced(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
     path.write_text(text)
     sync(path)

@@ -56,8 +56,8 @@ def damage(path: Path) -> str | None:
     if not (path / FILES).is_file():
         return None
     try:
-        sizes = json.loads((path / FILES).read_text())
-    except ValueError as error:
+        sizes = dict(json.loads((path / FILES).read_text()))
+    except (ValueError, TypeError, RecursionError) as error:
         return f"{FILES} cannot be read ({error})"
     for name, size in sizes.items():
         file = path / name

@@ -8,6 +8,7 @@ from typing import Any
 
 from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.checkpoint import rng
+from pear_megatron.megatron.checkpoint.restricted import check_objects, read_common
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.lora import adapters_only, has_adapters
 from pear_megatron.megatron.model import as_chunks, unwrap
@@ -31,21 +32,6 @@ def _stored(gpt: Any) -> dict[str, Any]:
     return adapters_only(state) if has_adapters(gpt) else state
 
 
-def read_common(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors: step, data, layout, scheduler.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    from megatron.core import dist_checkpointing
-    from torch.distributed.checkpoint.api import CheckpointException  # not an Exception
-
-    try:
-        return dist_checkpointing.load_common_state_dict(str(path))
-    except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
 def load(
     path: Path, model: Any, optimizer: Any = None, scheduler: Any = None, layout: Layout | None = None
 ) -> int:
@@ -61,18 +47,23 @@ def load(
         The step the checkpoint was written at; 0 if another program wrote it.
 
     Raises:
-        CheckpointError: the checkpoint does not fit the model.
+        CheckpointError: the checkpoint does not fit the model, or holds more than tensors and plain values.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
     from torch.distributed.checkpoint.api import CheckpointException  # not an Exception
 
+    common = read_common(path)
     state = model_state(model)
     models = list(state)
     if optimizer is not None:
         prepare_to_load(optimizer)
         state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=True, metadata=SHARDING)
-    if layout is not None and read_common(path).get("layout") == rng.describe(layout):
+    if layout is not None and common.get("layout") == rng.describe(layout):
         state["rng"] = rng.sharded_state(layout)
+    objects = [value for value in nested_values(state) if isinstance(value, ShardedObject)]
+    check_objects(path, {value.unique_key for value in objects})
     try:
         loaded = dist_checkpointing.load(state, str(path))
     except (Exception, CheckpointException) as error:

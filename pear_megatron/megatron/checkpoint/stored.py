@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from pear_megatron.errors import CheckpointError
 from pear_megatron.hf.mapping import Parameter, parameters, part_views
+from pear_megatron.megatron.checkpoint.restricted import read_index
 from pear_megatron.recipe import ModelConfig
 
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
@@ -53,11 +53,8 @@ class StoredParameters:
     def __init__(self, folder: Path, model: ModelConfig, expected: list[Parameter] | None = None) -> None:
         self.folder = folder
         self._reader = FileSystemReader(str(folder))
-        try:
-            metadata: Metadata = self._reader.read_metadata()
-            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        except Exception as error:  # whatever unpickling a damaged file raises
-            raise CheckpointError(f"{folder / '.metadata'} cannot be read: {error!r}") from error
+        metadata = read_index(folder)
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._entries = {
             name: entry
             for name, entry in metadata.state_dict_metadata.items()

@@ -68,7 +68,7 @@ def read_starting_point(path: str | Path) -> StartingPoint:
 def _megatron(folder: Path) -> StartingPoint:
     from pear_megatron.hf.assets import ASSETS, check_same_model, find_root
     from pear_megatron.megatron.checkpoint.paths import resolve
-    from pear_megatron.megatron.checkpoint.state import read_common
+    from pear_megatron.megatron.checkpoint.restricted import read_common
     from pear_megatron.recipe.hf_config import model_config
 
     root = find_root(folder)
@@ -90,8 +90,8 @@ def _check_weights(folder: Path) -> None:
     index = folder / _INDEX
     if index.is_file():
         try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise RecipeError(f"{index} cannot be read: {error}; copy the checkpoint again") from error
         if missing := sorted(name for name in names if not (folder / name).is_file()):
             raise RecipeError(

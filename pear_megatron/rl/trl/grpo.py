@@ -94,9 +94,8 @@ def run(recipe: TrlRecipe, checkpoint: str | Path, output: str | Path) -> Path:
 
 
 def _trainer(recipe: TrlRecipe, model: Path, problems: ProblemSet, folder: Any) -> Any:
-    import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, ProgressCallback
+    from transformers import ProgressCallback
     from transformers.trainer_callback import PrinterCallback
     from transformers.utils import logging
     from trl import GRPOTrainer
@@ -113,7 +112,7 @@ def _trainer(recipe: TrlRecipe, model: Path, problems: ProblemSet, folder: Any) 
     prompts = [as_tokenizer_takes_it(tokenizer, problem) for problem in problems]
     asked: list[int] = []
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        model=_load(model),
         reward_funcs=reward_function(problems, asked),
         args=_arguments(recipe, new_tokens, folder.checkpoints),
         train_dataset=Dataset.from_dict({"prompt": [prompts[i] for i in order], "problem": order}),
@@ -123,6 +122,18 @@ def _trainer(recipe: TrlRecipe, model: Path, problems: ProblemSet, folder: Any) 
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
+
+
+def _load(folder: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"{folder} cannot be loaded: {error}") from error
 
 
 def _max_new_tokens(recipe: TrlRecipe, tokenizer: Any, problems: ProblemSet) -> int:

@@ -12,7 +12,7 @@ import yaml
 from transformers import TrainerCallback
 
 from pear_megatron.rl.trl.recipe import TrlRecipe
-from pear_megatron.storage import check_same_settings, digest, read_settings, write_atomically
+from pear_megatron.storage import check_same_settings, digest, read_settings, remove, write_atomically
 
 # What may change when a run is continued; anything else makes it another run.
 _MAY_CHANGE = ("grpo.max_num_steps", "checkpointing.", "policy.train_micro_batch_size", "policy.model_name")
@@ -74,7 +74,7 @@ class TrlRunFolder:
                 )  # the last file that Trainer writes
                 return path, int(state["global_step"]) // self._updates
             except (OSError, ValueError):
-                shutil.rmtree(path)
+                remove(path)
         return None, 0
 
     def forget_after(self, step: int) -> None:
@@ -85,14 +85,14 @@ class TrlRunFolder:
 
     def remove_final(self) -> None:
         """Removes the model of a shorter run, which is continued now."""
-        shutil.rmtree(self.final, ignore_errors=True)
+        remove(self.final)
 
     def make_final(self) -> Path:
         """The newest checkpoint without what only training needs: a Hugging Face folder, whole or not at all."""
         latest, _ = self.latest_checkpoint()
         if latest is not None and not self.final.exists():
             partial = self.folder / ".final.partial"
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
             shutil.copytree(latest, partial, ignore=shutil.ignore_patterns(*_ONLY_FOR_TRAINING))
             partial.rename(self.final)
         return self.final

@@ -1,0 +1,179 @@
+"""What a checkpoint's pickles may name: looked at before torch or Megatron-Core unpickle them, for it may be anybody's.
+
+.metadata    torch's index of the shards, which torch reads with pickle.load: a few classes of its own, nothing else
+common.pt    read with weights_only=True: plain values, tensors, and the classes on Megatron-Core's list
+*.distcp     tensors are read with weights_only=True; objects, such as random states, are not, so they are tried first
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from pear_megatron.errors import CheckpointError
+from pear_megatron.storage import is_name
+
+INDEX = ".metadata"
+_COMMON = "common.pt"
+_DCP = "torch.distributed.checkpoint"
+_OF_AN_INDEX = {
+    *(
+        (f"{_DCP}.metadata", name)
+        for name in (
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    *(
+        (f"{_DCP}.planner", name)
+        for name in ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+    ),
+    (f"{_DCP}.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+}  # fmt: skip
+# Of Transformer Engine's own state of an FP8 layer, which it unpickles by itself.
+_OF_EXTRA_STATE = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._tensor", "_rebuild_from_type_v2"),
+    *(
+        ("transformer_engine.common.recipe", name)
+        for name in (
+            "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling", "NVFP4BlockScaling",
+            "Format", "_FormatHelper", "MMParams", "QParams",
+        )
+    ),
+    ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"),
+}  # fmt: skip
+_ZIP = b"PK"
+
+
+class _Unpickler(pickle.Unpickler):
+    """Unpickles what names no class but those allowed, and torch's dtypes."""
+
+    def __init__(self, file: IO[bytes], allowed: Collection[tuple[str, str]]) -> None:
+        super().__init__(file)
+        self._allowed = allowed
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return _tensors_alone
+        found = getattr(torch, name, None) if module == "torch" else None
+        if (module, name) in self._allowed or isinstance(found, torch.dtype):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(
+            f"it names {module}.{name}, which has no business there; nothing was run"
+        )
+
+
+def _tensors_alone(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def read_index(folder: Path) -> Metadata:
+    """The index of a checkpoint's shards, all of which are files of its folder.
+
+    Raises:
+        CheckpointError: it cannot be read, names a class that no index needs, or files elsewhere.
+    """
+    path = folder / INDEX
+    try:
+        with path.open("rb") as file:
+            index = _Unpickler(file, _OF_AN_INDEX).load()
+        if not isinstance(index, Metadata):
+            raise ValueError(f"it holds a {type(index).__name__}")
+        files = {place.relative_path for place in index.storage_data.values()}
+    except Exception as error:  # whatever unpickling a damaged file raises
+        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+    for name in files:
+        if not is_name(name):
+            raise CheckpointError(
+                f"{path} names {name!r}, which is no file of that folder; nothing was read from it"
+            )
+    return index
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside its shards.
+
+    Raises:
+        CheckpointError: it cannot be read, is of another format, or holds more than plain values.
+    """
+    import megatron.core.dist_checkpointing  # noqa: F401 - its list of classes
+
+    try:
+        described = json.loads((folder / "metadata.json").read_text())
+        kind = described.get("sharded_backend"), described.get("common_backend", "torch")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder / 'metadata.json'} cannot be read: {error}") from error
+    if kind != ("torch_dist", "torch"):
+        raise CheckpointError(
+            f"{folder} is in the format {kind[0]!r}; torch_dist is read here: have the program that wrote it save it so"
+        )
+    try:
+        common = torch.load(folder / _COMMON, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{folder / _COMMON} cannot be read: {_why(error)}") from error
+    if not isinstance(common, dict):
+        raise CheckpointError(f"{folder / _COMMON} cannot be read: it holds a {type(common).__name__}")
+    return common
+
+
+def check_objects(folder: Path, keys: Collection[str]) -> None:
+    """Tries the objects among the shards that are about to be loaded.
+
+    Args:
+        folder: the checkpoint's.
+        keys: unique keys of Megatron-Core's ShardedObjects.
+
+    Raises:
+        CheckpointError: the index is wrong, or an object holds more than plain values and tensors.
+    """
+    places = {
+        entry.fqn: place for entry, place in read_index(folder).storage_data.items() if entry.fqn in keys
+    }
+    for key, place in sorted(places.items()):  # Megatron-Core says what is missing
+        path = folder / place.relative_path
+        try:
+            with path.open("rb") as file:
+                file.seek(place.offset)
+                found = _tensors_alone(file.read(place.length))
+            _check_extra_state(found)
+        except Exception as error:
+            raise CheckpointError(f"{path}: object {key} cannot be read: {_why(error)}") from error
+
+
+def _check_extra_state(found: Any) -> None:
+    """What Megatron-Core hands on to Transformer Engine as bytes, in a tensor or a file in memory."""
+    if isinstance(found, io.BytesIO):
+        content = found.getvalue()
+    elif isinstance(found, torch.Tensor) and found.dtype == torch.uint8 and found.dim() == 1:
+        content = found.numpy().tobytes()
+    else:
+        return
+    if content[:2] == _ZIP:
+        _check_extra_state(_tensors_alone(content))
+    elif content[:1] == b"\x80":  # as every pickle since protocol 2 begins
+        _Unpickler(io.BytesIO(content), _OF_EXTRA_STATE).load()
+
+
+def _why(error: Exception) -> str:
+    """Of torch's page of advice, the name of what it refused."""
+    refused = re.search(
+        r"unsupported (?:global|operand|class)\W[^\n]*?((?:\w+\.)+\w+)", str(error), re.IGNORECASE
+    )
+    if refused:
+        return f"it names {refused[1]}, which is neither a plain value nor a tensor; nothing was run"
+    return str(error).partition("\n")[0] or repr(error)
