@@ -21,7 +21,7 @@ def run(arguments: list[str], log: Path, *, threads: int | None = None) -> None:
     threads = threads or os.cpu_count() or 1
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY)}
     with (
-        log.open("w") as file,
+        log.open("w", buffering=1) as file,
         subprocess.Popen(
             [sys.executable, "-W", "ignore", *arguments],
             cwd=REPOSITORY,
@@ -48,7 +48,7 @@ def train(recipe: Path, output: Path, overrides: list[str], *, processes: int = 
     run(
         [*command, *overrides],
         output.parent / f"{output.name}.log",
-        threads=max(1, (os.cpu_count() or 1) // processes),
+        threads=max(1, int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1) // processes),
     )
 
 

@@ -1,0 +1,50 @@
+"""Files of the steps world: trajectories, problems and the tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from examples.steps import world
+from pear_megatron.storage import write_atomically
+
+_IDS = {token: i for i, token in enumerate(world.TOKENS)}
+
+
+def trajectory(name: str, prompt: str, solution: str, reward: float = 1.0) -> dict[str, Any]:
+    """A training row; the end of the solution is trained on too."""
+    ids = [_IDS[character] for character in prompt + solution] + [world.END]
+    mask = [0] * len(prompt) + [1] * (len(solution) + 1)
+    return {"id": name, "input_ids": ids, "loss_mask": mask, "reward": reward}
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """JSONL, complete or absent."""
+    write_atomically(path, "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
+
+
+def write_problems(path: Path, problems: Iterable[world.Problem]) -> None:
+    """A problem set, and its grader beside it (.py)."""
+    write_rows(
+        path,
+        (
+            {"id": f"{path.stem}-{i:05d}", "prompt": p.prompt, "answer": p.answer}
+            for i, p in enumerate(problems)
+        ),
+    )
+    shutil.copyfile(Path(__file__).with_name("grader.py"), path.with_suffix(".py"))
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A fast tokenizer with a token for each character."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel(_IDS))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    end = world.TOKENS[world.END]
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token=end).save_pretrained(folder)
