@@ -27,14 +27,25 @@ class Alternative:
     Attributes:
         overrides: how to ask for it, on top of the settings that were given; empty for those themselves.
         statistics: the means and shares that training logs as ``pear/...``.
+        content: see ``Weights``.
         first_quarter, last_quarter: median weight of the first and last quarter of the responses.
         remedy: whether a verdict may advise it; another method is shown and not advised.
     """
 
-    COLUMNS: ClassVar = ("mean weight", "ESS", "floor", "ceiling", "low clip", "first 1/4", "last 1/4")
+    COLUMNS: ClassVar = (
+        "mean weight",
+        "ESS",
+        "content",
+        "floor",
+        "ceiling",
+        "low clip",
+        "first 1/4",
+        "last 1/4",
+    )
 
     overrides: str
     statistics: dict[str, float]
+    content: float
     first_quarter: float
     last_quarter: float
     remedy: bool = True
@@ -52,9 +63,11 @@ class Alternative:
     def cells(self) -> tuple[str, ...]:
         """The row's values as text, one per column."""
         s = self.statistics
-        names = ("effective_sample_size", "weight_at_floor", "weight_at_ceiling", "ratio_clipped_low")
+        names = ("weight_at_floor", "weight_at_ceiling", "ratio_clipped_low")
         return (
             weight_text(s["weight"]),
+            f"{s['effective_sample_size']:.0%}",
+            f"{self.content:.2f}",
             *(f"{s[name]:.0%}" for name in names),
             weight_text(self.first_quarter),
             weight_text(self.last_quarter),
@@ -78,7 +91,11 @@ def alternatives(pack: Pack, given: PearConfig) -> list[Alternative]:
         quarters = (measured.weight[relative < 0.25], measured.weight[relative >= 0.75])
         first, last = (float(np.median(quarter)) if len(quarter) else 1.0 for quarter in quarters)
         overrides = _overrides(given, config)
-        rows.append(Alternative(overrides, measured.statistics, first, last, remedy=change not in methods))
+        rows.append(
+            Alternative(
+                overrides, measured.statistics, measured.content, first, last, remedy=change not in methods
+            )
+        )
     return rows
 
 

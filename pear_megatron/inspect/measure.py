@@ -91,6 +91,8 @@ class Weights:
         statistics: the means and shares that training logs as ``pear/...``, over all trajectories.
         positive, negative: the same over trajectories of reward >= 0, and below; None where there are none.
         effective_sample_size: float32 [N], share of each trajectory's decisions that count.
+        content: what the weights say beyond a decision's place: the standard deviation of their logarithm among
+            decisions that are as far from the end (``variant: sequence``: among responses as long).
     """
 
     config: PearConfig
@@ -99,6 +101,7 @@ class Weights:
     positive: dict[str, float] | None
     negative: dict[str, float] | None
     effective_sample_size: np.ndarray
+    content: float
 
     def by_sign(self) -> list[tuple[str, dict[str, float]]]:
         """(name, statistics) of all trajectories and, if some are negative examples, of both kinds."""
@@ -162,7 +165,30 @@ def weigh(pack: Pack, config: PearConfig) -> Weights:
         positive=_weigh(pack, pack.mask & ~negative, config)[1] if (pack.reward >= 0).any() else None,
         negative=_weigh(pack, pack.mask & negative, config)[1] if (pack.reward < 0).any() else None,
         effective_sample_size=(total**2 / np.maximum(count * squares, 1e-300)).astype(np.float32),
+        content=_content(pack, weight, config),
     )
+
+
+def _content(pack: Pack, weight: np.ndarray, config: PearConfig) -> float:
+    length = pack.num_decisions[pack.segment]
+    place, chosen = length - pack.position, weight > 0.0
+    if config.variant == "sequence":  # one weight for all of a response
+        place, chosen = length, chosen & (pack.position == 0)
+    order = np.argsort(place[chosen], kind="stable")
+    place, logarithm = place[chosen][order].astype(float), np.log(weight[chosen][order].astype(float))
+    bins = int(np.clip(len(order) // 32, 1, 32))
+    # A line in each of some bins of equal size: what the place alone would say.
+    rest = [
+        _off_the_line(x, y)
+        for x, y in zip(np.array_split(place, bins), np.array_split(logarithm, bins), strict=True)
+    ]
+    return float(np.sqrt(np.mean(np.concatenate(rest) ** 2))) if len(order) else 0.0
+
+
+def _off_the_line(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    x, y = x - x.mean(), y - y.mean()
+    spread = (x**2).sum()
+    return y - x * ((x * y).sum() / spread) if spread else y
 
 
 def _weigh(pack: Pack, mask: Tensor, config: PearConfig) -> tuple[Tensor, dict[str, float]]:

@@ -153,3 +153,36 @@ def test_numbers_are_those_that_trainings_first_step_logs(tmp_path: Path) -> Non
     assert found == pytest.approx({name: logged[f"pear/{name}"] for name in found}, rel=1e-4, abs=1e-6)
     assert abs(found["log_ratio"]) > 0.01
     assert torch.isfinite(torch.tensor(list(found.values()))).all()
+
+
+def _alike(log_ratios: list[np.ndarray]) -> Pack:
+    """Trajectories with these log ratios, every position a decision but the first."""
+    made, policy = [], []
+    for i, log_ratio in enumerate(log_ratios):
+        n = len(log_ratio) + 1
+        lb = np.concatenate([[0.0], np.full(n - 1, -1.0)]).astype(np.float32)
+        ids, mask = np.zeros(n, np.int32), np.arange(n) > 0
+        made.append(Trajectory(f"t{i}", ids, mask, lb, 1.0))
+        policy.append(lb + np.concatenate([[0.0], log_ratio]).astype(np.float32))
+    return make_pack(made, policy)
+
+
+def test_content_is_what_weights_say_beyond_the_place() -> None:
+    everywhere = _alike([np.full(n, -0.05) for n in range(10, 60)])
+    for variant in ("token", "sequence"):  # log weights are -0.05 for each decision that follows: place alone
+        assert weigh(everywhere, PearConfig(variant=variant, gamma=1.0)).content < 1e-6
+    # Half of the trajectories are followed, half are not: log weights at a place differ by 0.08 per decision left.
+    halves = _alike([np.full(20, value) for value in (0.0, -0.08) * 50])
+    token, sequence = (
+        weigh(halves, PearConfig(variant=variant, gamma=1.0)).content for variant in ("token", "sequence")
+    )
+    left = np.arange(20)
+    assert token == pytest.approx(0.04 * np.sqrt((left**2).mean()), rel=1e-3)
+    assert sequence == pytest.approx(0.04 * 20, rel=1e-3)
+
+
+def test_plain_sft_has_no_content_and_few_trajectories_are_no_trouble() -> None:
+    made, policy = trajectories(count=2)
+    assert weigh(make_pack(made, policy), PearConfig(variant="none")).content == 0.0
+    for variant in ("token", "block", "sequence"):
+        assert weigh(make_pack(made[:1], policy[:1]), PearConfig(variant=variant)).content >= 0.0
