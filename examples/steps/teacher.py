@@ -57,7 +57,7 @@ def make(
             return
         rows.save_tokenizer(output / "tokenizer")
         rng = np.random.default_rng(0)
-        taught = world.problems("sums", TRAINING_SEED, num_training)
+        taught = world.problems(TRAINING_SEED, num_training)
         rows.write_rows(
             output / "taught.jsonl",
             (
@@ -65,8 +65,8 @@ def make(
                 for i, p in enumerate(taught)
             ),
         )
-        rows.write_problems(output / "heldout.jsonl", world.problems("sums", HELDOUT_SEED, num_heldout))
-        rows.write_problems(output / "asked.jsonl", world.problems("sums", POOL_SEED, num_asked))
+        rows.write_problems(output / "heldout.jsonl", world.problems(HELDOUT_SEED, num_heldout))
+        rows.write_problems(output / "asked.jsonl", world.problems(POOL_SEED, num_asked))
         if not (output / "teacher").is_dir():
             announce(f"the teacher learns from {num_training} solutions")
             data = [f"data.train={output / 'taught.jsonl'}", f"data.tokenizer={output / 'tokenizer'}"]
@@ -82,7 +82,7 @@ def make(
             write_solutions(output, name, reward)
             command(
                 output, "score", "--model", output / "teacher", "--data", output / f"{name}.jsonl",
-                "--output", output / f"{name}.parquet", "--max-tokens-per-batch", "16384", "--top-k", "18",
+                "--output", output / f"{name}.parquet", "--max-tokens-per-batch", "16384", "--top-k", "14",
             )  # fmt: skip
         write_atomically(done, settings)
 
