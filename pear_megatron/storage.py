@@ -54,7 +54,9 @@ def remove(path: Path) -> None:
 
 def is_name(name: object) -> bool:
     """Whether it can be the name of a file in a folder, and of nothing outside it."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not any(sign in name for sign in "/\0")
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        return False
+    return len(name.encode(errors="surrogatepass")) <= 255  # what file systems take
 
 
 def sync(path: Path) -> None:
