@@ -14,7 +14,7 @@ from pear_megatron.ops.library import with_cuda
 pytestmark = pytest.mark.skipif(not with_cuda, reason="built without CUDA (PEAR_MEGATRON_CUDA=1 builds it)")
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "sm_120"])
 def loops(request: pytest.FixtureRequest) -> list[Any]:
     folder = str(Path(__file__).parents[2] / "benchmarks")
     sys.path.insert(0, folder)
