@@ -36,7 +36,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #define PEAR_PAIRS 0
 #endif
 
-// Whether every fourth pair of exponentials is a polynomial.
+// Whether every eighth pair of exponentials is a polynomial.
 constexpr bool kPolynomialExponentials = PEAR_PAIRS;
 
 #if PEAR_PAIRS

@@ -32,9 +32,9 @@ __device__ __forceinline__ float2 exp2_polynomial(float2 x) {
                       __uint_as_float(__float_as_uint(shifted.y) << 23)});
 }
 
-// The i-th of a thread's pairs: with polynomials, every fourth is one.
+// The i-th of a thread's pairs: where there are polynomials, every eighth is one.
 __device__ __forceinline__ float2 exp2_pair(float2 x, int i) {
-  return kPolynomialExponentials && i % 4 == 0 ? exp2_polynomial(x) : exp2_approx(x);
+  return kPolynomialExponentials && i % 8 == 0 ? exp2_polynomial(x) : exp2_approx(x);
 }
 
 }  // namespace pear::cuda
