@@ -57,6 +57,6 @@ def test_attention_is_measured_under_a_mask_and_over_segments(tmp_path: Path):
 def test_what_a_kl_and_the_entropy_cost_is_told_from_the_nll(tmp_path: Path):
     record, output = run("token_losses", tmp_path, "--tokens", "32", "--columns", "300", "--k", "4")
     ratios = {row["name"]: row["times_nll"] for row in record["rows"]}
-    assert len(ratios) == 5
+    assert len(ratios) == 8
     assert ratios["pear_loss, NLL"] == 1.0
     assert "| pear_loss, KL of 4 | 32 x 300 bf16 |" in output
