@@ -68,9 +68,11 @@ def make_table(results: dict[str, Any]) -> Table:
     for arm, content in results["arms"].items():
         against = content["against_baseline"]
         differences = entries(against, signed=True) if against is not None else None
-        for i, key in enumerate(titles if arm in compared else ()):
-            corrected = differences[i].clear and adjusted[key][arm] < 0.05
-            differences[i] = replace(differences[i], corrected=corrected)
+        if differences is not None and arm in compared:
+            differences = [
+                replace(entry, corrected=entry.clear and adjusted[key][arm] < 0.05)
+                for key, entry in zip(titles, differences, strict=True)
+            ]
         rows.append(Row(arm, entries(content["measures"], signed=False), differences))
     return Table(len(results["seeds"]), list(titles.values()), rows)
 

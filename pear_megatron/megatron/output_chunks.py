@@ -76,7 +76,7 @@ def statistics_in_chunks(
 
 def supports_output_processor(model: Any) -> bool:
     """Whether the GPTModel inside ``model``, or a class of models, takes ``output_processor`` (megatron-core 0.19+)."""
-    forward = model.forward if isinstance(model, type) else unwrap(model).forward
+    forward = (model if isinstance(model, type) else unwrap(model)).forward  # type: ignore[union-attr]
     return "output_processor" in inspect.signature(forward).parameters
 
 

@@ -68,13 +68,13 @@ def _merge(path: Path, under: Any, over: Any) -> Any:
 
 
 def _clash(under: Any, over: Any, key: str = "") -> str | None:
-    names = {DictConfig: "a mapping", ListConfig: "a list"}
+    names: dict[type, str] = {DictConfig: "a mapping", ListConfig: "a list"}
     if type(under) in names and type(over) in names and type(under) is not type(over):
         return f"{key}: {names[type(over)]} here and {names[type(under)]}"
     if not isinstance(under, DictConfig) or not isinstance(over, DictConfig):
         return None
     found = (
-        _clash(under._get_node(name), over._get_node(name), f"{key}.{name}" if key else str(name))
+        _clash(under._get_node(name), over._get_node(name), f"{key}.{name!s}" if key else str(name))
         for name in over
         if name in under
     )
