@@ -101,7 +101,8 @@ def save(name: str, device: torch.device, record: dict[str, Any]) -> Path:
     """Writes results/<name>-<device>.json with the machine, the versions and the command."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}-{device.type}.json"
-    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    chosen = [f"{name}={os.environ[name]}" for name in ("ATEN_CPU_CAPABILITY",) if name in os.environ]
+    command = shlex.join([*chosen, "python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     about = {"hardware": hardware(device), "versions": versions(), "command": command}
     path.write_text(json.dumps({**about, **record}, indent=1) + "\n")
     return path
