@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pear_megatron.alignment import Alignment
+from pear_megatron.alignment import REFERENCE_APART, Alignment
 from pear_megatron.config import SUGGESTED_NEGATIVE_FLOOR, PearConfig
 from pear_megatron.inspect.alternatives import Alternative, weight_text
 from pear_megatron.inspect.measure import Pack, Weights
 from pear_megatron.inspect.sample import Sample
 from pear_megatron.pages.verdict import Verdict
 
-_REFERENCE_APART = 0.1  # nats on average: more than rounding and another kernel make
 _FAR = 2.0  # nats: a token that is 7 times less likely
 
 
@@ -203,7 +202,7 @@ def about_weights(measured: Weights, alternatives: list[Alternative]) -> list[Ve
 
 def _about_reference(apart: float) -> list[Verdict]:
     """Whether the reference is the model that training starts from; ``apart``: mean difference of their log-probs."""
-    if apart <= _REFERENCE_APART:
+    if apart <= REFERENCE_APART:
         return []
     return [
         Verdict(

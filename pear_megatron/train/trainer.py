@@ -20,7 +20,7 @@ from pear_megatron.megatron.checkpoint.saver import CheckpointSaver
 from pear_megatron.megatron.forward_step import PearForwardStep
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.lora import add_adapters
-from pear_megatron.megatron.model import build_chunks, sync_parameters, wrap_ddp
+from pear_megatron.megatron.model import build_chunks, gpt_class, sync_parameters, wrap_ddp
 from pear_megatron.megatron.optimizer import build_optimizer, build_scheduler, optimizer_config
 from pear_megatron.megatron.output_chunks import require_output_processor
 from pear_megatron.megatron.userbuffers import start_userbuffers
@@ -61,6 +61,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, layout: Layout, stop: StopRequest | None = None) -> None:
         self.recipe, self.layout, self.stop = recipe, layout, stop or StopRequest()
         optimizer_config(recipe)  # refuses what this machine has not, before data are read
+        if recipe.train.output_chunk_tokens is not None:
+            require_output_processor(gpt_class())
         root = Path(recipe.output_dir) / "checkpoints"
         saved = resume.find(recipe, root)
         self.dataset = open_dataset(recipe)
@@ -91,8 +93,6 @@ class Trainer:
         if layout.tp_comm_overlap:
             start_userbuffers(recipe)
         chunks = build_chunks(recipe.model, layout, recipe.train)
-        if recipe.train.output_chunk_tokens is not None:
-            require_output_processor(chunks[0])
         now("training: loading the weights")
         if not saved or recipe.lora:
             start_model(recipe, layout, chunks)
