@@ -40,7 +40,9 @@ def run_script(script: Path, arguments: list[str], folder: Path) -> None:
 
 def run(script: str, folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     words = ["--device", "cpu", "--seconds", "0", *arguments]
-    process = _FORKSERVER.Process(target=run_script, args=(ROOT / "benchmarks" / f"{script}.py", words, folder))
+    process = _FORKSERVER.Process(
+        target=run_script, args=(ROOT / "benchmarks" / f"{script}.py", words, folder)
+    )
     process.start()
     process.join()
     said = (folder / "said").read_text()
