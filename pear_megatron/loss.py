@@ -89,7 +89,7 @@ def topk_of(
             "base_loss 'kl' needs behavior_topk, (ids [T, k] int32, log-probs [T, k] float32) of the behaviour "
             "policy; 'nll' does without"
         )
-    if mask is not None and not mask.is_cuda:
+    if mask is not None and not mask.is_cuda and not torch.compiler.is_compiling():
         _check_mass(*behavior_topk, mask)
     return behavior_topk
 

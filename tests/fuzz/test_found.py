@@ -137,7 +137,7 @@ def test_recipes(tmp_path: Path) -> None:
     marker, file = tmp_path / "it-ran", tmp_path / "a.yaml"
     (tmp_path / "parent.yaml").write_text("data: {train: [x]}\n")
     for text, said in {
-        "defaults: parent.yaml\ndata: {train: {a: 1}}": "data.train: a mapping here and a list in what it",
+        "defaults: parent.yaml\ndata: {train: {a: 1}}": "data.train: a mapping here and a list in what it inherits",
         "defaults: parent.yaml\ndata: [1]": "data: a list here and a mapping in what it inherits from",
         "defaults: {a: b}": "defaults: the path of a recipe, or a list of them",
         "defaults: [1]": "defaults: the path of a recipe, or a list of them",
