@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help tools setup demo demo-puzzles test test-slurm docs wheels lint format clean
+.PHONY: help tools setup demo demo-puzzles test test-slurm docs wheels image lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
@@ -61,6 +61,9 @@ docs: setup  ## this documentation as a site, results/site; a warning or a broke
 
 wheels:  ## a source distribution and a wheel for each Python found, checked and tried, in dist/
 	@TORCH='$(TORCH)' .ci/wheels
+
+image:  ## Dockerfile.cpu, with docker, podman or buildah
+	@.ci/image
 
 lint: setup  ## ruff, mypy, clang-format, hadolint
 	@$(BIN)/ruff check .

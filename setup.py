@@ -107,10 +107,23 @@ def sources(folder: str, pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).glob(pattern))
 
 
+# A100, H100, B200 and RTX PRO 6000: machine code for each; other newer cards compile the PTX for themselves.
+CARDS = {"sm_80": "8.0", "sm_90": "9.0+PTX", "sm_100": "10.0", "sm_120": "12.0"}
+
+
+def default_architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST where none is given: those of CARDS that nvcc knows."""
+    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    known = subprocess.run(
+        [nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True
+    ).stdout.split()
+    return ";".join(name for code, name in CARDS.items() if code in known)
+
+
 def architectures() -> list[str]:
-    """What nvcc compiles for, by torch's reading of TORCH_CUDA_ARCH_LIST: sm_80, sm_90, compute_90 (PTX)."""
-    # sm_80 and sm_90 machine code, and PTX that newer cards compile for themselves.
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    """What nvcc compiles for, by torch's reading of TORCH_CUDA_ARCH_LIST: sm_80, sm_90, ..., compute_90 (PTX)."""
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures()
     found = re.findall(r",code=(\w+)", " ".join(cpp_extension._get_cuda_arch_flags()))
     return sorted(found, key=lambda name: name.startswith("compute"))
 

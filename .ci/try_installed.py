@@ -22,9 +22,8 @@ assert pear_megatron.__version__ == metadata("pear-megatron")["Version"]
 names: dict = {}
 exec(ten_lines, names)
 assert torch.isfinite(names["logits"].grad).all()
-print(
-    f"    pear_loss: {float(names['loss_sum'] / names['num_tokens']):.4f} over {int(names['num_tokens'])} tokens"
-)
+loss, tokens = (names[name].item() for name in ("loss_sum", "num_tokens"))
+print(f"    pear_loss: {loss / tokens:.4f} over {tokens} tokens")
 
 logits, target = torch.randn(24, 64), torch.randint(64, (24,))
 mask, cu_seqlens = torch.arange(24) % 5 > 0, torch.tensor([0, 7, 24], dtype=torch.int32)

@@ -4,11 +4,11 @@
 #   benchmarks/gpu.sh                      all parts, one after the other
 #   benchmarks/gpu.sh tests sanitizer      some of them
 #
-# Parts, each under ten minutes with the build that comes first (a no-op once built):
+# Parts, each under eight minutes with the build that comes first (a no-op once built):
 #   tests       tests/gpu: every claim of the CPU tests on CUDA tensors, two ranks on the card, graphs, large rows
 #   training    tests/gpu/test_training.py: the entry point in both precisions, in chunks, over two ranks, continued
 #   sanitizer   compute-sanitizer memcheck, racecheck and initcheck over every kernel
-#   loss        benchmarks/logprob.py: the loss on given logits, against its peers; token_losses.py: KL and entropy
+#   loss        benchmarks/logprob.py: the loss on given logits, against its peers; token_losses.py: KL, entropy, factors
 #   layer       benchmarks/output_layer.py: GEMMs included; chunks of tokens; the four-byte scheme
 #   attention   benchmarks/attention.py: a packed row under a mask, over its segments, and in Transformer Engine
 #   steps       benchmarks/step.py: whole training steps at 0.5B and 1B, at 4 k, 8 k and 32 k tokens
@@ -93,7 +93,7 @@ if wanted sanitizer "$@"; then
 fi
 if wanted loss "$@"; then
   TAIL=400 step logprob 120 "$PYTHON" benchmarks/logprob.py --device cuda --seconds 0.05 --tokens 8192
-  TAIL=40 step token_losses 25 "$PYTHON" benchmarks/token_losses.py --device cuda --seconds 1
+  TAIL=40 step token_losses 40 "$PYTHON" benchmarks/token_losses.py --device cuda --seconds 1
 fi
 if wanted layer "$@"; then
   TAIL=100 step output_layer 120 "$PYTHON" benchmarks/output_layer.py --device cuda --seconds 0.2
@@ -112,7 +112,7 @@ for model in 0.5b 1b; do
   fi
 done
 if wanted model "$@"; then
-  TAIL=20 step real_model 220 "$PYTHON" benchmarks/real_model.py --device cuda
+  TAIL=20 step real_model 205 "$PYTHON" benchmarks/real_model.py --device cuda
 fi
 if wanted profile "$@"; then
   TAIL=100 step profile 120 env OUT="$(mktemp -d)" ncu --kernel-name 'regex:forward_rows|backward_rows|exp_rows' --launch-count 60 \

@@ -3,7 +3,7 @@
     python benchmarks/logprob.py --device cuda
     python benchmarks/logprob.py --device cpu --tokens 512 --columns 19008 38016
 
-Medians of forward, backward and both, with a weight per token; what a copy reaches in the same run; peak
+Forward, backward and both, with a weight per token (measure.time_ms); what a copy reaches in the same run; peak
 memory above the inputs. Writes results/logprob-<device>.json, which table.py turns into a table of docs/benchmarks.md.
 """
 

@@ -23,7 +23,10 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "liger-kernel", "qua
 def time_ms(
     device: torch.device, prepare: Callable[[], Any], run: Callable[[Any], Any], seconds: float
 ) -> float:
-    """Median milliseconds of ``run(prepare())``; prepare is not timed, and neither are two first runs."""
+    """Milliseconds of ``run(prepare())``; prepare is not timed, and neither are two first runs.
+
+    On a GPU the median; on a CPU, where others are at work too, the least processor time, over all threads.
+    """
     samples: list[float] = []
     spent = 0.0
     while len(samples) < 5 or (spent < seconds and len(samples) < 200):
@@ -36,11 +39,11 @@ def time_ms(
             end.synchronize()
             samples.append(start.elapsed_time(end))
         else:
-            begin = time.perf_counter()
+            begin = time.process_time()
             run(state)
-            samples.append(1e3 * (time.perf_counter() - begin))
+            samples.append(1e3 * (time.process_time() - begin))
         spent += samples[-1] / 1e3
-    return statistics.median(samples[2:])
+    return statistics.median(samples[2:]) if device.type == "cuda" else min(samples[2:])
 
 
 def peak_bytes(device: torch.device, run: Callable[[], Any]) -> int:
@@ -70,14 +73,15 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def hardware(device: torch.device) -> str:
-    """The card, or the processor and how many threads of it torch uses."""
+    """The card, or the processor, its instructions and how many threads of it torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads != 1)}"
 
 
 def versions() -> dict[str, str]:
@@ -97,7 +101,8 @@ def save(name: str, device: torch.device, record: dict[str, Any]) -> Path:
     """Writes results/<name>-<device>.json with the machine, the versions and the command."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}-{device.type}.json"
-    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    chosen = [f"{name}={os.environ[name]}" for name in ("ATEN_CPU_CAPABILITY",) if name in os.environ]
+    command = shlex.join([*chosen, "python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     about = {"hardware": hardware(device), "versions": versions(), "command": command}
     path.write_text(json.dumps({**about, **record}, indent=1) + "\n")
     return path

@@ -4,7 +4,7 @@
     python benchmarks/output_layer.py --device cpu --tokens 512 --hidden 128 --columns 4096 --chunks 64 128
 
 Compares whole logits (six bytes of traffic each), the four-byte scheme, chunks of tokens (row sums stored, reduced
-twice, and in one sweep from the end) and other people's. Medians, peak memory above the inputs, and the time of the
+twice, and in one sweep from the end) and other people's. Times, peak memory above the inputs, and the time of the
 three GEMMs alone in the same run. Writes results/output_layer-<device>.json.
 """
 

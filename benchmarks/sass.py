@@ -31,13 +31,14 @@ class Card:
     multiprocessors: int
     clock: float
     bandwidth: float
+    threads: int = 2048  # that a multiprocessor holds
 
 
 CARDS = {
     "sm_80": Card("A100 SXM", 108, 1.41e9, 1.8e12),
     "sm_90": Card("H100 SXM", 132, 1.7e9, 3.0e12),
     "sm_100": Card("B200", 148, 1.85e9, 7.2e12),
-    "sm_120": Card("RTX PRO 6000", 188, 2.3e9, 1.6e12),
+    "sm_120": Card("RTX PRO 6000", 188, 2.3e9, 1.6e12, 1536),
 }
 
 # Lanes a clock of one multiprocessor (CUDA C++ programming guide, throughput of native arithmetic instructions).
@@ -47,15 +48,17 @@ _FMA_OF_AMPERE = 64
 
 _PIPES = {
     "exp": ("MUFU",),
-    "fma": ("FADD", "FMUL", "FFMA", "IMAD", "HFMA2", "HADD2", "HMUL2"),
+    "fma": ("FADD", "FMUL", "FFMA", "IMAD", "HFMA2", "HADD2", "HMUL2", "FADD2", "FMUL2", "FFMA2"),
     "alu": (
         *("FMNMX", "FSEL", "FSETP", "ISETP", "IADD3", "LOP3", "SHF", "PRMT", "LEA", "SEL", "IMNMX", "VIMNMX", "VIADD"),
+        *("FMNMX3", "VHMNMX"),
         *("F2FP", "PLOP3", "FCHK", "IABS", "MOV"),
     ),
     "memory": ("LDG", "STG", "LDS", "STS", "LDC", "ULDC"),
     "control": ("BRA", "BSSY", "BSYNC", "BREAK", "WARPSYNC", "NOP", "EXIT", "CALL", "RET", "YIELD"),
 }  # fmt: skip
 _PIPE_OF = {name: pipe for pipe, names in _PIPES.items() for name in names}
+_PAIRS = ("FADD2", "FMUL2", "FFMA2")  # of float32: twice the lanes of one
 
 _FUNCTION = re.compile(r"Function : (\S+)")
 _INSTRUCTION = re.compile(
@@ -204,8 +207,9 @@ def look(library: Path, arch: str) -> list[Loop]:
         # Logits a second and multiprocessor if memory were the only limit, and the turns of a warp that they are.
         turns = card.bandwidth / (size * (1 + (stored > 0))) / card.multiprocessors / elements / 32
         block = threads * (4 if threads == 32 else 1)
-        blocks = min(65536 // (-(-used[name] // 8) * 8 * block), 2048 // block)
-        busy = {pipe: turns * by_pipe[pipe] * 32 / (count * card.clock) for pipe, count in lanes.items()}
+        blocks = min(65536 // (-(-used[name] // 8) * 8 * block), card.threads // block)
+        uses = by_pipe + Counter(fma=sum(one.opcode.split(".")[0] in _PAIRS for one in body))
+        busy = {pipe: turns * uses[pipe] * 32 / (count * card.clock) for pipe, count in lanes.items()}
         loops.append(
             Loop(
                 kernel=found["kernel"],

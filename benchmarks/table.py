@@ -195,8 +195,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 # What a file of each kind is about.
 CAPTIONS = {
     "logprob": "The loss alone on given logits, forward and backward, with a weight per token; all in the same run.",
-    "token_losses": "A KL from a stored top-k, and the entropy, beside the NLL alone, in turns: medians of rounds "
-    "(processor time on a CPU).",
+    "token_losses": "A KL from a stored top-k, the entropy, and the weights' factors, beside the NLL alone, in turns: "
+    "medians of rounds (processor time on a CPU).",
     "output_layer": "The whole output layer: its three GEMMs (four in chunks), loss, both gradients.",
     "step": "Whole training steps: forward, loss, backward, clipping, AdamW.",
     "attention": "The core attention of one layer over a packed row.",

@@ -1,4 +1,4 @@
-"""What a KL from a stored top-k and the entropy cost beside the NLL alone, forward and backward, on given logits.
+"""What a KL from a stored top-k, the entropy and the weights' factors cost beside the NLL alone, on given logits.
 
     python benchmarks/token_losses.py --device cuda
     python benchmarks/token_losses.py --device cpu --dtype bf16 f32
@@ -34,6 +34,9 @@ def losses(k: int) -> dict[str, PearConfig]:
         f"pear_loss, KL of {k} and the rest": PearConfig(variant="none", base_loss="kl", kl_tail="bucket"),
         "pear_loss, NLL and entropy": PearConfig(variant="none", report_entropy=True),
         f"pear_loss, KL of {k} and entropy": PearConfig(variant="none", base_loss="kl", report_entropy=True),
+        "pear_loss, DFT": PearConfig(variant="none", dft_power=1.0),
+        "pear_loss, PEAR token": PearConfig(),
+        "pear_loss, PEAR token, DFT and negatives that stop": PearConfig(dft_power=1.0, negative_floor=2.0),
     }
 
 
@@ -64,10 +67,11 @@ def measure(
     """Loss -> milliseconds, and times the NLL."""
     leaf = pristine.clone().requires_grad_()
     configs = losses(topk[0].shape[1])
+    reward = torch.linspace(-1, 1, len(case.cu_seqlens) - 1, device=pristine.device)
 
     def step(config: PearConfig) -> None:
         args = (leaf, case.target, case.behavior, case.mask, case.cu_seqlens, config)
-        loss = pear_loss(*args, behavior_topk=topk, inplace_backward=True)[0]
+        loss = pear_loss(*args, reward=reward, behavior_topk=topk, inplace_backward=True)[0]
         torch.autograd.grad(loss, leaf)
 
     rounds: list[dict[str, float]] = []

@@ -25,7 +25,7 @@ from examples.stretches import weigh
 from pear_megatron.compare.markdown import markdown_table
 from pear_megatron.compare.recipe import folder_name
 from pear_megatron.evaluate.statistics import over_runs
-from pear_megatron.pages.figures import INK, line_style, new_figure, tidy, write_png
+from pear_megatron.pages.figures import INK, line_style, new_figure, tidy, write_dark_twin, write_png
 from pear_megatron.storage import write_atomically
 
 STUDY = REPOSITORY / "docs" / "study.md"
@@ -144,6 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
             shutil.copyfile(folder / f"{picture}.png", IMAGES / f"study_{name}_{picture}.png")
         if set(_ARMS) <= set(results.get("styles", {})):
             write_png(starts_figure(results), IMAGES / f"study_{name}_starts.png")
+            write_dark_twin(IMAGES / f"study_{name}_starts.png")
         write_atomically(STUDY, fill(STUDY.read_text(), name, results))
 
 

@@ -18,6 +18,7 @@ FURTHEST = 8  # shifts up to here show how large a correlation the data give by 
 _SHIFTS = tuple(range(-FURTHEST, FURTHEST + 1))
 _SUMS = 6
 _MIN_PAIRS = 200
+REFERENCE_APART = 0.1  # nats on average: more than rounding and another kernel make
 # (correlation, margin over every other shift, standard errors of the gain over shift 0): one is enough.
 _CONCLUSIVE = ((0.65, 0.45, 6.0), (0.95, 0.1, 3.0))
 

@@ -10,7 +10,7 @@ from pear_megatron.schema import StrictModel
 
 # exp() of more than this is inf in float32; weights are clipped before exp, so it bounds the clip.
 _MAX_LOG_WEIGHT = 80.0
-# Nats; the floor that did no harm where none did (docs/weights.md, Negatives that stop).
+# Nats; with this floor negatives did no harm, without one they did (docs/weights.md, Negatives that stop).
 SUGGESTED_NEGATIVE_FLOOR = 0.5
 
 

@@ -25,6 +25,7 @@ from pear_megatron.weights import dft_factor, reward_per_token, statistic_names,
 
 # The report's key of [sources, len(report_keys(config)), 2], there where ``num_sources`` is given.
 BY_SOURCE = "by_source"
+_MASS_TOLERANCE = 1e-3  # of a decision's top-k; the loader's is finer
 
 Normalization = Literal["token", "trajectory"]
 
@@ -67,11 +68,19 @@ def _check_arguments(
         raise ValueError(f"normalization must be 'token' or 'trajectory', got {normalization!r}")
 
 
-def topk_of(config: PearConfig, behavior_topk: TopK | None) -> TopK | None:
+def topk_of(
+    config: PearConfig,
+    behavior_topk: TopK | None,
+    *,
+    target: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> TopK | None:
     """The top-k, where the config's base loss takes one.
 
+    With ``mask`` its entries are looked at, on a CPU alone: a GPU would have to be waited for.
+
     Raises:
-        ValueError: it takes one and there is none.
+        ValueError: it takes one and there is none; on a decision the probabilities add up to more than 1.
     """
     if config.base_loss != "kl":
         return None
@@ -80,7 +89,23 @@ def topk_of(config: PearConfig, behavior_topk: TopK | None) -> TopK | None:
             "base_loss 'kl' needs behavior_topk, (ids [T, k] int32, log-probs [T, k] float32) of the behaviour "
             "policy; 'nll' does without"
         )
+    if mask is not None and not mask.is_cuda and not torch.compiler.is_compiling():
+        _check_mass(*behavior_topk, mask)
     return behavior_topk
+
+
+def _check_mass(ids: Tensor, logprobs: Tensor, mask: Tensor) -> None:
+    if logprobs.shape != ids.shape or ids.shape[:-1].numel() != mask.numel():
+        return  # said by the op
+    k = ids.shape[-1]
+    mass = (logprobs.detach().double().exp() * (ids >= 0)).reshape(-1, k).sum(dim=1)
+    heavy = (mass > 1 + _MASS_TOLERANCE) & mask.reshape(-1)
+    if heavy.any():
+        token = int(heavy.int().argmax())
+        raise ValueError(
+            f"behavior_topk at token {token}: its probabilities add up to {float(mass[token]):.6g}; log-probs must be "
+            "normalised over the whole vocabulary"
+        )
 
 
 def _checked_token_weights(token_weights: Tensor, mask: Tensor) -> Tensor:
@@ -147,6 +172,8 @@ def pear_loss(
             ``dft_policy: reference``, and where ``negative_floor`` counts from, if they are given.
         behavior_topk: ([T, k] int32, [T, k] float32), or [B, S, k]: ids of the behaviour policy's likeliest tokens at
             each decision (-1 = no entry) and their log-probs; needed with ``base_loss: kl``. Anything off the mask.
+            Their probabilities add up to 1 at most: looked at on a CPU, and not on a GPU, which would have to be
+            waited for. Whether the target is one of them is not looked at; the loader refuses rows where it is not.
         normalization: what the loss is divided by: ``token``, the number of decisions; ``trajectory``, the number
             of trajectories with decisions, after each trajectory's decisions were averaged.
         source: [segments] int64, which of ``num_sources`` data sets each trajectory comes from.
@@ -184,7 +211,7 @@ def pear_loss(
     found = vocab_parallel_statistics(
         logits,
         target,
-        topk=topk_of(config, behavior_topk),
+        topk=topk_of(config, behavior_topk, mask=mask),
         tail=config.kl_tail,
         entropy=config.needs_entropy,
         mask=mask,
@@ -264,7 +291,7 @@ def pear_linear_loss(
         weight,
         target,
         chunk_tokens=chunk_tokens,
-        topk=topk_of(config, behavior_topk),
+        topk=topk_of(config, behavior_topk, mask=mask),
         tail=config.kl_tail,
         entropy=config.needs_entropy,
         mask=mask,
@@ -322,6 +349,11 @@ def loss_of_logprobs(
     _check_arguments(
         config, behavior_logprobs, reference_logprobs, reward, mask, normalization, logprob=logprob
     )
+    if (source is None) != (not num_sources):
+        raise ValueError(
+            f"source and num_sources go together (source is {'None' if source is None else 'given'}, num_sources is "
+            f"{num_sources}); give both, or none for a report that does not tell sources apart"
+        )
     logprob = logprob.reshape(-1)  # [T]
     behavior = None if behavior_logprobs is None else behavior_logprobs.reshape(-1)
     decisions = mask.reshape(-1)

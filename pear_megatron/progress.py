@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, elsewhere a line now and then, at least every half minute."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 
+from pear_megatron.watch import SECONDS, duration, now, said, working
+
 log = logging.getLogger("pear_megatron")
-
-
-_LOG_SECONDS = 30.0
 
 
 @contextmanager
@@ -73,39 +79,54 @@ class _Lines:
 
     def __call__(self, tokens: int) -> None:
         self._done += tokens
-        now = time.monotonic()
-        if now - self._said < _LOG_SECONDS:
+        moment = time.monotonic()
+        if moment - self._said < SECONDS:
             return
-        self._said = now
-        seconds = now - self._started
+        self._said = moment
+        said()
+        seconds = moment - self._started
         left = seconds * (self._total - self._done) / max(self._done, 1)
         log.info(
             "scored %s of %s tokens, %s tokens/s, %s left",
             f"{self._replicas * self._done:,}",
             f"{self._replicas * self._total:,}",
             f"{self._replicas * self._done / seconds:,.0f}",
-            _duration(left),
+            duration(left),
         )
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager
 def reading_progress(files: list[Path], show: bool) -> Iterator[Callable[[float], Any]]:
-    """A bar on standard error, if ``show``; yields what is called with the bytes that each row took."""
-    if not show:
-        yield lambda size: None
-        return
-    from rich import progress as rich
-    from rich.console import Console
+    """A bar on standard error, if ``show``; yields what is called with the bytes that each row took.
 
-    columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), rich.DownloadColumn()]
-    with rich.Progress(*columns, rich.TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("reading trajectories", total=sum(file.stat().st_size for file in files))
-        yield lambda size: bar.advance(task, size)
+    Elsewhere than on a terminal a line every half minute says how far it is.
+    """
+    total = sum(file.stat().st_size for file in files)
+    read = _Read(total)
+    with working("reading trajectories"):
+        if not show:
+            yield read
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        with Bar(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("reading trajectories", total=total)
+
+            def advance(size: float) -> None:
+                read(size)
+                bar.advance(task, size)
+
+            yield advance
+
+
+class _Read:
+    """Keeps the watch's words up to date; called once a row."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = max(total, 1), 0.0
+
+    def __call__(self, size: float) -> None:
+        self._done += size
+        now(f"reading trajectories: {min(self._done / self._total, 1):.0%}")
 
 
 class Progress:
@@ -137,6 +158,7 @@ class Progress:
             self._bar.console.print(line, style="dim", soft_wrap=True)
         else:
             print(line, file=sys.stderr, flush=True)
+            said(f"{self._title} {self._done}/{self._total}")
 
 
 _REPORTS = 20  # lines of progress where there is no terminal
@@ -167,5 +189,6 @@ def sampling_progress(done: int, total: int) -> Iterator[Any]:
             bar.update(task, completed=count, status=status)
             if not console.is_terminal and before * _REPORTS // total < count * _REPORTS // total:
                 print(f"{count}/{total} responses  {status}", file=sys.stderr, flush=True)
+                said(f"eval: {count}/{total} responses")
 
         yield advance

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pear_megatron.errors import CheckpointError, PearError, one_sentence
+from pear_megatron.watch import leave_to_others
 
 _SECONDS_FOR_RANK_0 = 3.0
 _T = TypeVar("_T")
@@ -61,6 +62,7 @@ def run_ranks(processes: int, module: str, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    leave_to_others()
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGINT, _pass_on)
     options = parse_args(["--standalone", f"--nproc-per-node={processes}", "-m", module, *arguments])

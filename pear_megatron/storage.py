@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +35,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text())
+        read = json.loads if path.suffix == ".json" else yaml.safe_load  # to which 1e-05 is a text
+        content = read(path.read_text())
     except Exception as error:  # yaml raises whatever its parts do: KeyError, RecursionError, AttributeError
         raise RecipeError(f"{path} cannot be read: {error or repr(error)}; is the file whole?") from error
     if not isinstance(content, dict):
@@ -54,7 +56,9 @@ def remove(path: Path) -> None:
 
 def is_name(name: object) -> bool:
     """Whether it can be the name of a file in a folder, and of nothing outside it."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not any(sign in name for sign in "/\0")
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        return False
+    return len(name.encode(errors="surrogatepass")) <= 255  # what file systems take
 
 
 def sync(path: Path) -> None:

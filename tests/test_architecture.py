@@ -98,5 +98,6 @@ def test_nothing_but_the_method_and_the_ground_floor_stands_at_the_top() -> None
         "ranks",
         "schema",
         "storage",
+        "watch",
     }
     assert {path.stem for path in PACKAGE.glob("*.py")} == method | ground_floor

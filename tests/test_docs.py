@@ -86,6 +86,20 @@ def test_the_links_of_readme_lead_somewhere() -> None:
         assert not wanted or wanted in map(anchor, headings), link
 
 
+def test_the_pictures_of_readme_are_there_for_light_and_dark_and_show_the_same(tmp_path: Path) -> None:
+    from PIL import Image, ImageChops
+
+    from pear_megatron.pages.figures import write_dark_twin
+
+    light = re.findall(r'<img src="([^"]+)"', README.read_text())
+    dark = re.findall(r'media="\(prefers-color-scheme: dark\)" srcset="([^"]+)"', README.read_text())
+    assert len(light) == len(dark) == 1
+    copy = tmp_path / "picture.png"
+    copy.write_bytes((ROOT / light[0]).read_bytes())
+    made, kept = (Image.open(path).convert("RGB") for path in (write_dark_twin(copy), ROOT / dark[0]))
+    assert ImageChops.difference(made, kept).getbbox() is None, "after a new picture: write_dark_twin"
+
+
 def test_links_to_elsewhere_have_the_shape_of_addresses() -> None:
     for page in PAGES:
         for link in re.findall(r"\]\((\w+:[^)]*)\)", page.read_text()):

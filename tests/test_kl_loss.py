@@ -162,6 +162,19 @@ def test_the_top_k_of_transposed_rows_is_refused():
         pear_loss(logits, *rows, batch.cu_seqlens, CONFIGS[1], behavior_topk=topk)
 
 
+def test_a_top_k_of_more_than_everything_is_refused_on_a_cpu():
+    given = KlBatch.random([6, 5])
+    token = given.batch.mask.nonzero()[1].item()
+    heavy, whole = given.logprobs.clone(), given.ids.clone()
+    heavy[token], whole[token] = -0.1, torch.arange(given.ids.shape[-1])
+    with pytest.raises(
+        ValueError, match=f"behavior_topk at token {token}: its probabilities add up to 4.52419"
+    ):
+        KlBatch(given.batch, whole, heavy).ours(CONFIGS[1])
+    whole[token, 1:] = -1  # no entries
+    KlBatch(given.batch, whole, heavy).ours(CONFIGS[1])
+
+
 def test_a_kl_without_what_it_needs_is_refused():
     kl_batch = KlBatch.random([12, 9])
     batch, config = kl_batch.batch, CONFIGS[0]

@@ -147,3 +147,18 @@ def test_an_over_long_row_is_refused_with_the_option_that_takes_it(tmp_path: Pat
     row = {"id": "a", "input_ids": list(range(9)), "loss_mask": [0, *[1] * 8]}
     said = validate(data(tmp_path, row), "--plain-sft", "--seq-length", 4, ok=False)
     assert "over-long for --seq-length = 4" in said
+
+
+def test_rows_marked_truncated_are_kept_on_request(tmp_path: Path) -> None:
+    row = {"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1], "behavior_logprobs": [None, -0.1, -0.2]}
+    file = data(tmp_path, row, {**row, "truncated": True})
+    assert "1" in validate(file).split("dropped as truncated")[1].split("\n")[0]
+    assert "2" in validate(file, "--truncated", "keep").split("trajectories")[1].split("\n")[0]
+    assert "--truncated drop" in validate(file, "--truncated", "error", ok=False)
+
+
+def test_ids_are_refused_without_a_vocabulary_in_words(tmp_path: Path) -> None:
+    row = {"input_ids": [1, -2, 3], "loss_mask": [0, 1, 1]}
+    said = validate(data(tmp_path, row), "--plain-sft", ok=False)
+    assert "input_ids[1] = -2 is no token id, which is from 0 up" in said
+    assert "2147483647" not in said

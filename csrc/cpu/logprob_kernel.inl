@@ -1,94 +1,154 @@
-// One row of logits at a time, kLanes columns a step, for the instruction set that is in force
-// here. Included by logprob.cpp once per instruction set, each time inside another namespace, with
-// PEAR_LANES floats to a register: the compiler takes wider vectors apart into single floats
-// wherever they are compared or converted, which costs ten times the work.
+// One row of logits at a time, two vectors of kLanes columns a step, for the instruction set that
+// is in force here. Included by logprob.cpp once per instruction set, each time inside another
+// namespace, with PEAR_LANES floats to a register: the compiler takes wider vectors apart into
+// single floats wherever they are compared or converted, which costs ten times the work.
 
 constexpr int64_t kLanes = PEAR_LANES;
 using f32s = float __attribute__((vector_size(4 * PEAR_LANES)));
 using i32s = int32_t __attribute__((vector_size(4 * PEAR_LANES)));
 using u32s = uint32_t __attribute__((vector_size(4 * PEAR_LANES)));
-using u16s = uint16_t __attribute__((vector_size(2 * PEAR_LANES)));
 
-constexpr int64_t kUnroll = 4;    // independent vectors, to hide the latency of each one's chain
+constexpr int64_t kStep = 2 * kLanes;
+constexpr int64_t kUnroll = 2;    // independent steps, to hide the latency of each one's chain
 constexpr int64_t kBlock = 2048;  // columns whose maximum is taken before their exponentials
+constexpr int64_t kAhead = 2048;  // bytes that backward asks for ahead of its loads
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 static inline f32s splat(float x) { return f32s{} + x; }
 
-static inline f32s load(const float* p) {
-  f32s v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-static inline f32s load(const c10::BFloat16* p) {
-  u16s half;
-  std::memcpy(&half, p, sizeof half);
-  return (f32s)(__builtin_convertvector(half, u32s) << 16);
-}
-
-static inline f32s load(const c10::Half* p) {
+// The second operand where one of them is NaN.
+static inline f32s larger(f32s a, f32s b) {
 #if PEAR_LANES == 16
-  return (f32s)_mm512_maskz_cvtph_ps(0xffff,
-                                     _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (f32s)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b);
 #elif PEAR_LANES == 8
-  return (f32s)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (f32s)_mm256_max_ps((__m256)a, (__m256)b);
 #else
-  f32s v;
-  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(p[i]);
-  return v;
+  return a > b ? a : b;
 #endif
 }
 
-static inline void store(float* p, f32s v) { std::memcpy(p, &v, sizeof v); }
+static inline f32s smaller(f32s a, f32s b) {
+#if PEAR_LANES == 16
+  return (f32s)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+#elif PEAR_LANES == 8
+  return (f32s)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
-// Round to nearest even, as torch does; NaN stays NaN.
-static inline void store(c10::BFloat16* p, f32s v) {
+// kStep columns. Which of them is in which place is up to load and store of the dtype.
+struct Columns {
+  f32s a, b;
+};
+
+static inline f32s load_vector(const float* p) {
+  f32s x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+static inline Columns load(const float* p) { return {load_vector(p), load_vector(p + kLanes)}; }
+
+static inline void store(float* p, Columns x) {
+  std::memcpy(p, &x.a, sizeof x.a);
+  std::memcpy(p + kLanes, &x.b, sizeof x.b);
+}
+
+// The even columns and the odd ones: halves of a word need no shuffle.
+static inline Columns load(const c10::BFloat16* p) {
+  u32s pairs;
+  std::memcpy(&pairs, p, sizeof pairs);
+  return {(f32s)(pairs << 16), (f32s)(pairs & 0xffff0000u)};
+}
+
+// What rounds to nearest even, as torch does, once the lower half is cut off. Every NaN that a
+// bfloat16 or arithmetic gives stays one; all ones would not.
+static inline u32s rounded(f32s v) {
   const u32s bits = (u32s)v;
-  const u32s rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const u32s is_nan = (u32s)(v != v);
-  const u32s kept = (rounded & ~is_nan) | (is_nan & 0x7fc0u);
-  const u16s half = __builtin_convertvector(kept, u16s);
-  std::memcpy(p, &half, sizeof half);
+  return bits + ((bits >> 16) & 1u) + 0x7fffu;
 }
 
-static inline void store(c10::Half* p, f32s v) {
+static inline void store(c10::BFloat16* p, Columns x) {
+  const u32s pairs = (rounded(x.a) >> 16) | (rounded(x.b) & 0xffff0000u);
+  std::memcpy(p, &pairs, sizeof pairs);
+}
+
+static inline Columns load(const c10::Half* p) {
 #if PEAR_LANES == 16
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  const auto at = reinterpret_cast<const __m256i*>(p);
+  return {(f32s)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(at)),
+          (f32s)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(at + 1))};
 #elif PEAR_LANES == 8
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  const auto at = reinterpret_cast<const __m128i*>(p);
+  return {(f32s)_mm256_cvtph_ps(_mm_loadu_si128(at)),
+          (f32s)_mm256_cvtph_ps(_mm_loadu_si128(at + 1))};
 #else
-  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<c10::Half>(v[i]);
+  Columns x;
+  for (int i = 0; i < kLanes; ++i) {
+    x.a[i] = static_cast<float>(p[i]);
+    x.b[i] = static_cast<float>(p[kLanes + i]);
+  }
+  return x;
 #endif
 }
 
-// exp to within 2 ulp; 0 below the smallest normal, NaN for NaN. Range reduction by ln 2 in two
-// parts, then a degree-5 polynomial (Cephes coefficients).
-static inline f32s exp_all(f32s x) {
-  const f32s low = splat(-87.3365f), high = splat(88.3762f);
-  const i32s underflow = x < low;
-  x = underflow ? low : x;
-  x = x > high ? high : x;
-  const f32s shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const f32s shifted = x * 1.44269504088896341f + shift;
-  const f32s k = shifted - shift;
-  f32s r = x - k * 0.693359375f;
-  r = r + k * 2.12194440e-4f;
-  f32s p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const f32s y = p * (r * r) + r + 1.0f;
-  const i32s exponent = ((i32s)shifted - 0x4B400000 + 127) << 23;
-  const f32s result = y * (f32s)exponent;
-  return underflow ? f32s{} : result;
+static inline void store(c10::Half* p, Columns x) {
+#if PEAR_LANES == 16
+  const auto at = reinterpret_cast<__m256i*>(p);
+  _mm256_storeu_si256(at, _mm512_maskz_cvtps_ph(0xffff, (__m512)x.a, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(at + 1,
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)x.b, _MM_FROUND_TO_NEAREST_INT));
+#elif PEAR_LANES == 8
+  const auto at = reinterpret_cast<__m128i*>(p);
+  _mm_storeu_si128(at, _mm256_cvtps_ph((__m256)x.a, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(at + 1, _mm256_cvtps_ph((__m256)x.b, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    p[i] = static_cast<c10::Half>(x.a[i]);
+    p[kLanes + i] = static_cast<c10::Half>(x.b[i]);
+  }
+#endif
 }
 
-static inline float exp1(float x) { return exp_all(splat(x))[0]; }
+// The first n columns of kStep; the rest is -inf, which adds nothing to a maximum or a sum of exp.
+template <typename T>
+static inline Columns load_tail(const T* p, int64_t n) {
+  T padded[kStep];
+  std::fill(padded, padded + kStep, T(-kInfinity));
+  std::copy(p, p + n, padded);
+  return load(padded);
+}
+
+// 2^x = significand * power.
+struct Exp2 {
+  f32s significand, power;
+};
+
+// For x <= 127; the power is 0 below the smallest normal, and a NaN stays one. The nearest integer
+// is split off, and a polynomial takes the rest: of those with 2^0 = 1 exactly, the one of degree 5
+// whose largest relative error on [-1/2, 1/2] is least, 9.2e-8.
+static inline Exp2 exp2_parts(f32s x) {
+  x = larger(splat(-127.0f), x);
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, here plus the bias of
+  // exponents.
+  const f32s shift = splat(12582912.0f + 127.0f);
+  const f32s shifted = x + shift;
+  const f32s r = x - (shifted - shift);
+  f32s p = splat(1.32647273e-3f);
+  p = p * r + 9.67151299e-3f;
+  p = p * r + 5.55073358e-2f;
+  p = p * r + 2.40222424e-1f;
+  p = p * r + 6.93147004e-1f;
+  p = p * r + 1.0f;
+  return {p, (f32s)((i32s)shifted << 23)};
+}
+
+static inline float exp1(float x) {
+  const Exp2 e = exp2_parts(splat(x * kLog2e));
+  return e.significand[0] * e.power[0];
+}
 
 static inline float horizontal_max(f32s v) {
   float m = v[0];
@@ -103,63 +163,61 @@ static inline float horizontal_sum(f32s v) {
   return v[0];
 }
 
-// The last n % kLanes columns, padded with -inf (which adds nothing to a maximum or a sum of exp).
-template <typename T>
-static inline f32s load_tail(const T* p, int64_t n) {
-  f32s v = splat(-kInfinity);
-  for (int64_t i = 0; i < n; ++i) v[i] = static_cast<float>(p[i]);
-  return v;
+// Calls visit(u, columns) for every step of n columns, u < kUnroll telling chains apart.
+template <typename T, typename Visit>
+static inline void for_steps(const T* x, int64_t n, Visit&& visit) {
+  int64_t i = 0;
+  for (; i + kUnroll * kStep <= n; i += kUnroll * kStep) {
+    for (int u = 0; u < kUnroll; ++u) visit(u, load(x + i + u * kStep));
+  }
+  for (; i + kStep <= n; i += kStep) visit(0, load(x + i));
+  if (i < n) visit(0, load_tail(x + i, n - i));
 }
 
 template <typename T>
 static float block_max(const T* x, int64_t n) {
-  f32s max[kUnroll];
+  f32s max[2 * kUnroll];
   for (auto& m : max) m = splat(-kInfinity);
-  int64_t i = 0;
-  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
-    for (int u = 0; u < kUnroll; ++u) {
-      const f32s v = load(x + i + u * kLanes);
-      max[u] = v > max[u] ? v : max[u];
-    }
-  }
-  for (; i < n; i += kLanes) {
-    const f32s v = n - i >= kLanes ? load(x + i) : load_tail(x + i, n - i);
-    max[0] = v > max[0] ? v : max[0];
-  }
-  for (int u = 1; u < kUnroll; ++u) max[0] = max[u] > max[0] ? max[u] : max[0];
+  for_steps(x, n, [&](int u, Columns v) {
+    f32s &a = max[2 * u], &b = max[2 * u + 1];
+    a = larger(v.a, a);
+    b = larger(v.b, b);
+  });
+  for (int i = 1; i < 2 * kUnroll; ++i) max[0] = larger(max[i], max[0]);
   return horizontal_max(max[0]);
 }
 
-// The sum of exp(x - max) and, for the entropy, that of (x - max) exp(x - max).
+// The sum of 2^x and, for the entropy, that of x 2^x.
 template <bool kEntropy>
 struct BlockSums {
   f32s sum = {}, weighted = {};
 
-  void add(f32s exponent) {
-    const f32s e = exp_all(exponent);
-    sum += e;
+  void add(f32s x) {
+    const auto [significand, power] = exp2_parts(x);
+    sum += significand * power;
     if constexpr (kEntropy) {
-      const f32s low = splat(-1000.0f);  // -inf times exp(-inf) adds nothing
-      weighted += e * (exponent < low ? low : exponent);
+      const f32s low = splat(-1000.0f);  // -inf times 2^-inf adds nothing
+      weighted += significand * power * larger(low, x);
     }
   }
 };
 
 template <bool kEntropy, typename T>
 static void add_block(const T* x, int64_t n, float max, float* sum, float* weighted) {
-  BlockSums<kEntropy> sums[kUnroll];
-  int64_t i = 0;
-  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
-    for (int u = 0; u < kUnroll; ++u) sums[u].add(load(x + i + u * kLanes) - max);
+  BlockSums<kEntropy> sums[2 * kUnroll];
+  const T* next = x + kBlock;  // comes from memory while the exponentials keep the core busy
+  for_steps(x, n, [&](int u, Columns v) {
+    __builtin_prefetch(next += kStep);
+    sums[2 * u].add((v.a - max) * kLog2e);
+    sums[2 * u + 1].add((v.b - max) * kLog2e);
+  });
+  f32s total = {}, weights = {};
+  for (const auto& part : sums) {
+    total += part.sum;
+    weights += part.weighted;
   }
-  for (; i < n; i += kLanes) {
-    sums[0].add((n - i >= kLanes ? load(x + i) : load_tail(x + i, n - i)) - max);
-  }
-  *sum += horizontal_sum((sums[0].sum + sums[1].sum) + (sums[2].sum + sums[3].sum));
-  if constexpr (kEntropy) {
-    *weighted += horizontal_sum((sums[0].weighted + sums[1].weighted) +
-                                (sums[2].weighted + sums[3].weighted));
-  }
+  *sum += horizontal_sum(total);
+  if constexpr (kEntropy) *weighted += kLn2 * horizontal_sum(weights);
 }
 
 // Online over blocks: the running sums are rescaled when a block raises the maximum. One read from
@@ -194,15 +252,24 @@ static void row_sums(const T* x, int64_t n, float* row_max, float* row_sum_exp,
 // out = scale * exp(x - lse); out may be x.
 template <typename T>
 static void scaled_softmax_row(const T* x, T* out, int64_t n, float lse, float scale) {
+  constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+  if (lse != lse || scale != scale) lse = nan, scale = nan;  // NaNs that `rounded` may take
+  const auto gradient = [&](f32s v) {
+    const auto [significand, power] = exp2_parts(smaller(splat(127.0f), (v - lse) * kLog2e));
+    return significand * power * scale;
+  };
   int64_t i = 0;
-  for (; i + kUnroll * kLanes <= n; i += kUnroll * kLanes) {
-    f32s v[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) v[u] = exp_all(load(x + i + u * kLanes) - lse) * scale;
-    for (int u = 0; u < kUnroll; ++u) store(out + i + u * kLanes, v[u]);
+  for (; i + kStep <= n; i += kStep) {
+    // Where this is missing, and x is out, every line waits for its turn to be written: up to three
+    // times as long, measured on virtual Xeons.
+    __builtin_prefetch(out + i + kAhead / sizeof(T), 1);
+    const Columns v = load(x + i);
+    store(out + i, {gradient(v.a), gradient(v.b)});
   }
-  for (; i + kLanes <= n; i += kLanes) store(out + i, exp_all(load(x + i) - lse) * scale);
   if (i < n) {
-    const f32s tail = exp_all(load_tail(x + i, n - i) - lse) * scale;
-    for (int64_t j = 0; i + j < n; ++j) out[i + j] = static_cast<T>(tail[j]);
+    const Columns v = load_tail(x + i, n - i);
+    T tail[kStep];
+    store(tail, {gradient(v.a), gradient(v.b)});
+    std::copy(tail, tail + (n - i), out + i);
   }
 }

@@ -106,10 +106,13 @@ inline ChunkLayout chunk_layout(const Tensor& cu_seqlens, const Tensor& x) {
   return {cu_seqlens.const_data_ptr<int32_t>(), T, segments, log2_chunk_tokens(T)};
 }
 
-// A warp per chunk, as far as the device holds all blocks at once.
+// A warp per chunk, as far as half of the device holds all blocks at once. The other half is for
+// whoever else is at work: NCCL's blocks, of which some stay until a peer has come, can then not
+// keep blocks of a grid apart that wait for each other (benchmarks/NOTES.md, Beside NCCL).
 inline int64_t chunk_blocks(const ChunkLayout& layout) {
   const int64_t wanted = (layout.chunks() + kChunkWarps - 1) / kChunkWarps;
-  return std::clamp<int64_t>(wanted, 1, int64_t(multiprocessors()) * kChunkBlocksPerMultiprocessor);
+  const int64_t most = int64_t(multiprocessors()) * kChunkBlocksPerMultiprocessor / 2;
+  return std::clamp<int64_t>(wanted, 1, most);
 }
 
 // Room for `count` values of T, from torch's caching allocator.

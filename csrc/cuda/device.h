@@ -28,6 +28,59 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// Blackwell's data centre cards (sm_100) take a pair of floats in one instruction, and have too few
+// special-function units for their bandwidth.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1100
+#define PEAR_PAIRS 1
+#else
+#define PEAR_PAIRS 0
+#endif
+
+// Whether every eighth pair of exponentials is a polynomial.
+constexpr bool kPolynomialExponentials = PEAR_PAIRS;
+
+#if PEAR_PAIRS
+__device__ __forceinline__ uint64_t bits_of(float2 x) {
+  return uint64_t(__float_as_uint(x.y)) << 32 | __float_as_uint(x.x);
+}
+__device__ __forceinline__ float2 pair_of(uint64_t bits) {
+  return {__uint_as_float(uint32_t(bits)), __uint_as_float(uint32_t(bits >> 32))};
+}
+#endif
+
+__device__ __forceinline__ float2 add(float2 a, float2 b) {
+#if PEAR_PAIRS
+  uint64_t sum;
+  asm("add.rn.f32x2 %0, %1, %2;" : "=l"(sum) : "l"(bits_of(a)), "l"(bits_of(b)));
+  return pair_of(sum);
+#else
+  return {a.x + b.x, a.y + b.y};
+#endif
+}
+
+__device__ __forceinline__ float2 multiply(float2 a, float2 b) {
+#if PEAR_PAIRS
+  uint64_t product;
+  asm("mul.rn.f32x2 %0, %1, %2;" : "=l"(product) : "l"(bits_of(a)), "l"(bits_of(b)));
+  return pair_of(product);
+#else
+  return {a.x * b.x, a.y * b.y};
+#endif
+}
+
+// a * b + c
+__device__ __forceinline__ float2 multiply_add(float2 a, float2 b, float2 c) {
+#if PEAR_PAIRS
+  uint64_t sum;
+  asm("fma.rn.f32x2 %0, %1, %2, %3;"
+      : "=l"(sum)
+      : "l"(bits_of(a)), "l"(bits_of(b)), "l"(bits_of(c)));
+  return pair_of(sum);
+#else
+  return {fmaf(a.x, b.x, c.x), fmaf(a.y, b.y, c.y)};
+#endif
+}
+
 // Logits are streamed: they are evicted first from the cache.
 __device__ __forceinline__ uint4 load_streaming(const uint4* p) { return __ldcs(p); }
 __device__ __forceinline__ void store_streaming(uint4* p, uint4 v) { __stcs(p, v); }

@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "cuda/device.h"
+#include "cuda/exp2.h"
 #include "cuda/vector.h"
 #include "online_softmax.h"
 #include "ops.h"
@@ -16,7 +17,6 @@ namespace pear::cuda {
 namespace {
 
 constexpr int kUnroll = 4;
-constexpr float kLog2e = 1.44269504088896341f;
 
 // A block is one row of kThreads threads, or for a short row several of a warp each. 1024 threads a
 // multiprocessor with kUnroll vectors each keep 64 KB in flight, twice what latency times bandwidth
@@ -154,11 +154,11 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
       for (int c = 0; c < kColumns; ++c) max = fmaxf(max, x[c]);
     }
     const float base = exponent_base(max);
-    float sum = part.sum * exp_difference(part.max, base), other = 0.0f;  // two chains of additions
-    float weighted = 0.0f;
+    // Two chains of additions.
+    float2 sum = {part.sum * exp_difference(part.max, base), 0.0f}, weighted = {0.0f, 0.0f};
     if constexpr (kEntropy) {
       const float less = finite_exponent(part.max - base);
-      weighted = (part.weighted + less * part.sum) * exp_difference(part.max, base);
+      weighted.x = (part.weighted + less * part.sum) * exp_difference(part.max, base);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -166,18 +166,18 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
       unpack(raw[u], x, T(0.0f));
 #pragma unroll
       for (int c = 0; c < kColumns; c += 2) {
-        const float e = exp_difference(x[c], base), f = exp_difference(x[c + 1], base);
-        sum += e;
-        other += f;
+        const float2 less = add({x[c], x[c + 1]}, both(-base));
+        const float2 e = exp2_pair(multiply(less, both(kLog2e)), (u * kColumns + c) / 2);
+        sum = add(sum, e);
         if constexpr (kEntropy) {
-          weighted += finite_exponent(x[c] - base) * e + finite_exponent(x[c + 1] - base) * f;
+          weighted = multiply_add({finite_exponent(less.x), finite_exponent(less.y)}, e, weighted);
         }
       }
     }
     if constexpr (kEntropy) {
-      part = {max, sum + other, weighted};
+      part = {max, sum.x + sum.y, weighted.x + weighted.y};
     } else {
-      part = {max, sum + other};
+      part = {max, sum.x + sum.y};
     }
   }
   part = merge_row<kThreads>(merge(part, row_part<kEntropy>(one_column(single))));

@@ -73,9 +73,8 @@ def weights_section(outcome: Outcome, output: Path) -> Section:
         "What PEAR weighs",
         [
             "The weights of offline answers under each arm's model at the end of its offline phase. A weight is the "
-            "product of the clipped ratios of what follows, so a decision counts as much as the model can go on "
-            "from it as the "
-            "writer did: much before careful stretches, little before coarse ones, which it cannot follow.",
+            "product of the clipped ratios of what follows, so a decision counts the more, the better the model can "
+            "go on from it as the writer did: much before careful stretches, little before coarse ones.",
         ],
         pictures=[
             (caption, in_both_widths(lambda narrow, draw=draw: draw(narrow=narrow), caption))
@@ -115,17 +114,15 @@ def world_section() -> Section:
         "The world",
         [
             f"A problem is a program of {world.NUM_OPERATIONS} operations on the numbers 0 to {world.MODULUS - 1} "
-            "and a "
-            f"number to start from. An answer gives one symbol per operation, in {world.NUM_STRETCHES} stretches of "
-            f"{world.STRETCH_LENGTH}. In a careful stretch each symbol is the value so far, so a small model can "
-            f"compute the next one. In a coarse stretch all but the last are remainders mod {world.RESIDUES}: the last "
-            f"one needs {world.STRETCH_LENGTH} operations at once, which this model cannot do.",
+            f"and a number to start from. An answer gives one symbol per operation, in {world.NUM_STRETCHES} "
+            f"stretches of {world.STRETCH_LENGTH}. In a careful stretch each symbol is the value so far, so a small "
+            "model can compute the next one. In a coarse stretch all but the last are remainders mod "
+            f"{world.RESIDUES}: the last one needs {world.STRETCH_LENGTH} operations at once, which this model "
+            "cannot do.",
             f"The teacher that wrote the offline data never errs, and writes {world.BEHAVIOR_CAREFUL:.0%} of its "
-            "stretches "
-            "carefully. RL rewards an answer whose values at the ends of all stretches are right, so only careful "
-            "answers "
-            "can earn a reward, and RL has to find them first. Plain SFT copies the teacher's share; PEAR gives "
-            "more weight to what the model can follow.",
+            "stretches carefully. RL rewards an answer whose values at the ends of all stretches are right, so only "
+            "careful answers can earn a reward, and RL has to find them first. Plain SFT copies the teacher's "
+            "share; PEAR gives more weight to what the model can follow.",
             "The world is built so that exploration limits RL, which is where PEAR can help: by an earlier "
             "take-off, not by a higher end. docs/study.md has eight seeds, and every other world that was tried.",
         ],
@@ -161,8 +158,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         recipe = load_compare_recipe(args.config, overrides)
         announce(
-            f"{world.NUM_OPERATIONS}-operation programs over Z_{world.MODULUS}: a base model, then {len(recipe.arms)} "
-            "arms: offline phase (TP = 2), answers, GRPO, answers"
+            f"{world.NUM_OPERATIONS}-operation programs over Z_{world.MODULUS}: a base model, then "
+            f"{len(recipe.arms)} arms: offline phase (TP = 2), answers, GRPO, answers"
         )
         announce(f"logs are in {output}; some minutes")
         outcome = run_and_report(recipe)
@@ -173,13 +170,11 @@ def main(arguments: list[str] | None = None) -> None:
     print_table(outcome)
     print_table_of(careful)
     print(
-        f"careful: stretches written step by step, which a small model can follow; the offline data have "
-        f"{world.BEHAVIOR_CAREFUL} of them.\n"
-        "This world is constructed so that exploration limits RL, which is where PEAR can help: by an earlier\n"
-        "take-off, not a higher end. One seed shows the path, not what PEAR is worth: docs/study.md has eight,\n"
-        "and every other world that was tried.\n"
-        f"open {output / 'index.html'} in a browser; pictures and results.json are beside it   "
-        f"({(time.monotonic() - started) / 60:.1f} minutes)"
+        "careful: stretches written step by step, which a small model can follow; the offline data have "
+        f"{world.BEHAVIOR_CAREFUL} of them.\nThis world is constructed so that exploration limits RL, which is where "
+        "PEAR can help: by an earlier\ntake-off, not a higher end. One seed shows the path, not what PEAR is worth: "
+        f"docs/study.md has eight,\nand every other world that was tried.\nopen {output / 'index.html'} in a "
+        f"browser; pictures and results.json are beside it   ({(time.monotonic() - started) / 60:.1f} minutes)"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
@@ -16,6 +17,13 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 def _plain(value: float, _position: int) -> str:
     return f"{value:g}"
+
+
+def _label(axis: Axis, low: float, high: float) -> None:
+    """Round numbers at the ticks of a logarithmic axis: powers of ten, and within two decades 2 and 5 of each."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,), numticks=8))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(_plain)
 
 
 def weights_over_positions(
@@ -48,7 +56,7 @@ def weights_over_positions(
         for s in range(careful.shape[1] + 1):
             axes.axvline(s * stretch_length + 0.5, color="#999999", linewidth=0.6)
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(_plain)
+        _label(axes.yaxis, min(w.min() for w in weights.values()), max(w.max() for w in weights.values()))
         tidy(axes)
         axes.set_ylabel("weight (log)")
         if names is not None:
@@ -116,21 +124,20 @@ def weight_distributions(
         for bound, name in zip(log_weight_clip, ("floor", "ceiling"), strict=True):
             if low < bound / np.log(10.0) < high:
                 axes.axvline(np.exp(bound), color=INK, linestyle=":", label=name)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(
-                frameon=False,
-                fontsize=9,
-                loc="lower left",
-                bbox_to_anchor=(0.0, 1.0),
-                ncols=1 if narrow else 3,
-            )
-        axes.set_title(f"{arm}: mean weight {flat.mean():.3g}", fontsize=9, loc="right")
+        axes.legend(
+            title=f"{arm}: mean weight {flat.mean():.3g}",
+            title_fontsize=9,
+            alignment="left",
+            frameon=False,
+            fontsize=9,
+            loc="lower left",
+            bbox_to_anchor=(0.0, 1.0),
+            borderaxespad=0.2,
+            ncols=1 if narrow else 4,
+        )
         axes.set_ylabel("share")
         tidy(axes)
     panels[-1].set_xscale("log")
-    subs = (1.0, 2.0, 5.0) if high - low < 2 else (1.0,)
-    panels[-1].xaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
-    panels[-1].xaxis.set_minor_locator(NullLocator())
-    panels[-1].xaxis.set_major_formatter(_plain)
+    _label(panels[-1].xaxis, 10.0**low, 10.0**high)
     panels[-1].set_xlabel("weight of a decision (log)")
     return figure

@@ -10,6 +10,7 @@ import typer
 
 from pear_megatron.errors import PearError
 from pear_megatron.ranks import report_error
+from pear_megatron.watch import working
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -20,7 +21,8 @@ def say_errors(command: Callable[_Arguments, None]) -> Callable[_Arguments, None
     @functools.wraps(command)
     def run(*args: _Arguments.args, **options: _Arguments.kwargs) -> None:
         try:
-            command(*args, **options)
+            with working(f"pear-megatron {command.__name__.replace('_', '-')}"):
+                command(*args, **options)
         except (PearError, ImportError) as error:
             report_error(error)
             raise typer.Exit(1) from error

@@ -33,10 +33,10 @@ _ITEMS = {
 
 
 def plan(
-    config: Annotated[Path, typer.Option(help="the recipe", show_default=False)],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="overrides of the recipe's keys, key=value", show_default=False)
     ] = None,
+    config: Annotated[Path | None, typer.Option(help="the recipe; must be given", show_default=False)] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="cluster.num_nodes")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="tokens of an epoch, instead of data")] = None,
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="model-FLOPs utilisation to assume")] = 0.4,
@@ -47,11 +47,14 @@ def plan(
     With data.train, counts the tokens and steps, and leaves the prepared data for training. Exit code 1, and
     the change that would help, if the recipe does not fit.
     """
+    from pear_megatron.errors import RecipeError
     from pear_megatron.recipe import load_recipe
 
+    if config is None:
+        named = next((word for word in overrides or [] if word.endswith((".yaml", ".yml"))), "RECIPE.yaml")
+        raise RecipeError(f"the recipe is missing: pear-megatron plan --config {named} [key=value ...]")
     given = [*(overrides or []), *([f"cluster.num_nodes={nodes}"] if nodes else [])]
     recipe = load_recipe(config, given, missing={"data": {"train": _NO_DATA}})
-    from pear_megatron.errors import RecipeError
     from pear_megatron.plan import make_plan
 
     try:

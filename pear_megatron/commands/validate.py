@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -36,6 +36,10 @@ def validate(
     multi_turn: MultiTurnOption = None,
     chat_template: ChatTemplateOption = None,
     chat_template_kwargs: ChatTemplateKwargsOption = None,
+    truncated: Annotated[
+        Literal["drop", "keep", "error"],
+        typer.Option(help="rows marked truncated: data.truncated of the recipe"),
+    ] = "drop",
     plain_sft: Annotated[bool, typer.Option("--plain-sft", help="behavior_logprobs are not needed")] = False,
     show: Annotated[int | None, typer.Option(min=0, help="trajectories to show as text; default: 1")] = None,
     identity: Annotated[
@@ -54,8 +58,15 @@ def validate(
 
     with tempfile.TemporaryDirectory(prefix="pear-validate-") as folder:
         text = text_settings(multi_turn, chat_template, chat_template_kwargs)
-        config = DataConfig(train=data, seq_length=seq_length, tokenizer=tokenizer, cache_dir=folder, **text)
-        with in_options(FILE_OPTIONS):
+        config = DataConfig(
+            train=data,
+            seq_length=seq_length,
+            tokenizer=tokenizer,
+            truncated=truncated,
+            cache_dir=folder,
+            **text,
+        )
+        with in_options({**FILE_OPTIONS, "data.truncated=": "--truncated "}):
             prepared = prepare(
                 config,
                 require_behavior_logprobs=not plain_sft,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pear_megatron.compare.outcome import WINDOW, Measure, Outcome
 from pear_megatron.pages.figures import AXIS, BROAD, NARROW, line_style, literal, new_figure, tidy
 
 _IN_A_ROW = 4  # panels of a broad figure
+_LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9, "handlelength": 2.6}
 _FEW_ARMS = 4  # whose seeds can be told apart
 
 
@@ -49,9 +52,12 @@ def learning_curves(outcome: Outcome, narrow: bool = False, width: float = BROAD
         axes.plot(steps, smooth.mean(axis=0), linewidth=1.8, label=literal(arm), **line_style(i))
     axes.axhline(outcome.recipe.take_off, color=AXIS, linewidth=0.6, label="take-off")
     axes.set(xlabel="RL step", ylabel=f"reward (mean of {WINDOW} steps)", ylim=(0, None), xlim=(1, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     tidy(axes)
-    where, ncols = ("outside upper left", columns) if narrow else ("outside right upper", 1)
-    figure.legend(loc=where, ncols=ncols, frameon=False, fontsize=9, handlelength=2.6)
+    if narrow:
+        figure.legend(loc="outside upper left", ncols=columns, **_LEGEND)
+    else:
+        figure.legend(loc="outside right upper", **_LEGEND)
     return figure
 
 

@@ -118,6 +118,13 @@ def get_integers(fields: Mapping[str, Any], name: str) -> np.ndarray:
         raise RowProblem(f"{name} holds {max(values, key=abs)}, which is too large for a token id") from None
 
 
+def vocabulary(size: int | None) -> str:
+    """Where a token id is that no vocabulary of this size has; None = the size is not known."""
+    if size is None:
+        return "no token id, which is from 0 up to what 32 bits hold"
+    return f"outside the vocabulary of {size} (0 to {size - 1})"
+
+
 def get_mask(fields: Mapping[str, Any], name: str) -> np.ndarray:
     """A list of 0/1 or true/false, as bool [n]."""
     wanted = "1 or true on decisions, 0 or false elsewhere"

@@ -36,8 +36,14 @@ def expand_files(patterns: list[str], problems: Problems) -> list[Path]:
     """The files that paths and globs name, in order, globs sorted; what is missing goes to ``problems``."""
     files: dict[Path, None] = {}
     for pattern in patterns:
-        path = Path(pattern).expanduser()
-        found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        try:
+            path = Path(pattern).expanduser()
+            found = (
+                [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+            )
+        except (OSError, RuntimeError) as error:  # a name that is too long, or of nobody's home
+            problems.add(pattern, f"is no path ({error}); check data.train")
+            continue
         if not found:
             problems.add(pattern, "no such file; check data.train (paths are relative to where you start)")
         for file in found:
@@ -74,7 +80,12 @@ def read_rows(
 
 def _read_jsonl(path: Path, problems: Problems, strict: bool, skip: Collection[str]) -> Iterator[Row]:
     number, position = 0, 0
-    with path.open("rb") as raw:
+    try:
+        raw = path.open("rb")
+    except OSError as error:
+        problems.add(str(path), f"cannot be read ({error.strerror})")
+        return
+    with raw:
         stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
         lines = iter(stream)
         while True:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pear_megatron.data.columns import TOPK_IDS, TOPK_LOGPROBS
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.data.fields import get_ragged
+from pear_megatron.data.fields import get_ragged, vocabulary
 
 MAX_ENTRIES = 128  # of a decision: what the loss takes
 _POSITIVE_TOLERANCE = 1e-5  # what rounding leaves of log 1
@@ -131,8 +131,8 @@ class _Entries:
         wrong = np.flatnonzero((self.ids < 0) | (self.ids >= size))
         if len(wrong):
             raise RowProblem(
-                f"{self._name(TOPK_IDS, wrong[0])} = {self.ids[wrong[0]]} is outside the vocabulary of {size} (0 to "
-                f"{size - 1}); leave padding out, or {_WAY_OUT}"
+                f"{self._name(TOPK_IDS, wrong[0])} = {self.ids[wrong[0]]} is {vocabulary(vocab_size)}; leave padding "
+                f"out, or {_WAY_OUT}"
             )
         keys = np.sort((self._decision << 32) | self.ids)
         twice = np.flatnonzero(keys[1:] == keys[:-1])

@@ -23,6 +23,7 @@ from pear_megatron.data.fields import (
     get_number,
     get_text,
     get_token_weights,
+    vocabulary,
 )
 from pear_megatron.data.files import Row
 from pear_megatron.data.text import TextReader, Tokenized, conversation_of
@@ -213,9 +214,9 @@ class Validator:
         outside = np.flatnonzero((input_ids < 0) | (input_ids >= vocab_size))
         if len(outside):
             i = outside[0]
+            where = vocabulary(self._vocab_size)
             raise RowProblem(
-                f"input_ids[{i}] = {input_ids[i]} is outside the vocabulary of {vocab_size} (0 to "
-                f"{vocab_size - 1}); another tokenizer made it, or padding was left in"
+                f"input_ids[{i}] = {input_ids[i]} is {where}; another tokenizer made it, or padding was left in"
             )
         if not loss_mask.any():
             raise RowProblem(

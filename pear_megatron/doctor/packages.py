@@ -97,7 +97,7 @@ def _extra(extra: str, wanted: list[Requirement]) -> Finding:
             missing.append(requirement.name)
         elif not requirement.specifier.contains(found, prereleases=True):
             wrong.append(_wrong_version(requirement.name, found, requirement))
-    value = "complete"
+    value = "complete" if wanted else "nothing for this Python"
     if missing:
         value = f"missing {', '.join(missing)}: pip install '{DISTRIBUTION}[{extra}]'"
     return Finding("extras", extra, value, "; ".join(wrong) or None)

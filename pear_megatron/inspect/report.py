@@ -186,7 +186,7 @@ def _facts(sample: Sample, policy: str, config: PearConfig | None) -> list[tuple
 def _rewards(rewards: np.ndarray) -> str:
     low, high, negative = float(rewards.min()), float(rewards.max()), int((rewards < 0).sum())
     spread = f"{low:g} everywhere" if low == high else f"{low:g} to {high:g}"
-    return spread + (f"; {negative:,} negative examples" if negative else "")
+    return spread + (f"; {negative:,} negative example{'' if negative == 1 else 's'}" if negative else "")
 
 
 def _ends(sample: Sample, special_ids: set[int] | None) -> float | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pear_megatron.alignment import Alignment
+from pear_megatron.alignment import REFERENCE_APART, Alignment
 from pear_megatron.config import SUGGESTED_NEGATIVE_FLOOR, PearConfig
 from pear_megatron.inspect.alternatives import Alternative, weight_text
 from pear_megatron.inspect.measure import Pack, Weights
 from pear_megatron.inspect.sample import Sample
 from pear_megatron.pages.verdict import Verdict
 
-_REFERENCE_APART = 0.1  # nats on average: more than rounding and another kernel make
 _FAR = 2.0  # nats: a token that is 7 times less likely
 
 
@@ -203,7 +202,7 @@ def about_weights(measured: Weights, alternatives: list[Alternative]) -> list[Ve
 
 def _about_reference(apart: float) -> list[Verdict]:
     """Whether the reference is the model that training starts from; ``apart``: mean difference of their log-probs."""
-    if apart <= _REFERENCE_APART:
+    if apart <= REFERENCE_APART:
         return []
     return [
         Verdict(
@@ -249,8 +248,8 @@ def about_negatives(pack: Pack, config: PearConfig) -> list[Verdict]:
                 "Training pushes the tokens of negative examples down for as long as it sees them, and their mass "
                 f"moves to tokens that no example speaks for. {below:.0%} of their decisions are more than {_FAR:g} "
                 f"nats below {begin} log-probs already.",
-                f"pear.negative_floor={SUGGESTED_NEGATIVE_FLOOR:g} did no harm in our study, where none did "
-                "(docs/weights.md).",
+                f"Set pear.negative_floor={SUGGESTED_NEGATIVE_FLOOR:g}: in our study negatives did harm without a "
+                "floor, and none with this one (docs/weights.md).",
             )
         ]
     if floor is not None and below > 0.5:

@@ -71,9 +71,11 @@ def check_attention(parallel: ParallelConfig, train: TrainConfig) -> None:
         ("parallel.sequence_parallel", True, parallel.sequence_parallel and on_gpu, "leave it out"),
     ):
         if used:
+            needs = f"a GPU, Transformer Engine ({INSTALL}) and train.precision=bf16"
+            if train.attention != "auto":
+                needs = f"{needs.replace(' and', ',')} and train.attention=auto"
             raise RecipeError(
-                f"{key} {value} needs a GPU, Transformer Engine ({INSTALL}), "
-                f"train.precision=bf16 and train.attention=auto; attention here is {path}: {way_out}, or train there"
+                f"{key} {value} needs {needs}; attention here is {path}: {way_out}, or train there"
             )
 
 

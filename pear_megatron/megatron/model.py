@@ -15,6 +15,13 @@ from pear_megatron.recipe import ModelConfig, ParallelConfig, TrainConfig
 from pear_megatron.recipe.sections import expert_size, padded_vocab_size
 
 
+def gpt_class() -> type:
+    """Megatron-Core's GPTModel, before one is built."""
+    from megatron.core.models.gpt import GPTModel
+
+    return GPTModel
+
+
 def transformer_config(model: ModelConfig, layout: Layout, train: TrainConfig) -> Any:
     """megatron.core's TransformerConfig: no dropout, per-token loss, fusions only with a GPU."""
     from megatron.core.transformer import TransformerConfig

@@ -75,12 +75,13 @@ def statistics_in_chunks(
 
 
 def supports_output_processor(model: Any) -> bool:
-    """Whether the GPTModel inside ``model`` takes ``output_processor`` (megatron-core 0.19+)."""
-    return "output_processor" in inspect.signature(unwrap(model).forward).parameters
+    """Whether the GPTModel inside ``model``, or a class of models, takes ``output_processor`` (megatron-core 0.19+)."""
+    forward = (model if isinstance(model, type) else unwrap(model)).forward  # type: ignore[union-attr]
+    return "output_processor" in inspect.signature(forward).parameters
 
 
 def require_output_processor(model: Any) -> None:
-    """Refuses a model that train.output_chunk_tokens cannot work with.
+    """Refuses a model, or a class of models, that train.output_chunk_tokens cannot work with.
 
     Raises:
         RecipeError: its forward takes no output_processor.
@@ -88,9 +89,13 @@ def require_output_processor(model: Any) -> None:
     if not supports_output_processor(model):
         raise RecipeError(
             "train.output_chunk_tokens needs a model whose forward takes output_processor, as GPTModel's does from "
-            f"megatron-core 0.19 on (Python 3.12); this {type(unwrap(model)).__name__} has none. Update "
+            f"megatron-core 0.19 on (Python 3.12); this {_name(model)} has none. Update "
             "megatron-core, or leave train.output_chunk_tokens out"
         )
+
+
+def _name(model: Any) -> str:
+    return (model if isinstance(model, type) else type(unwrap(model))).__name__
 
 
 def _check_output_layer(output_layer: Any) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # drawn without pyplot: no display, no global state
+from PIL import Image
 
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles say it again.
 COLORS = (
@@ -42,6 +44,7 @@ _OF_THE_PAGE = {
     BAND: "var(--band)",
     **{COLORS[i]: f"var(--line-{i})" for i in (4, 5, 6, 8, 9)},
 }
+_DARK = (13, 17, 23)  # GitHub's page in the dark
 _SVG: dict[Any, Any] = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana"]}
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
@@ -109,3 +112,13 @@ def write_png(figure: Figure, path: Path) -> None:
     """The figure as a file, the same bytes for the same figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def write_dark_twin(path: Path) -> Path:
+    """A PNG again with light and dark exchanged and its hues kept, as NAME_dark.png beside it."""
+    pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.int16)
+    turned = pixels + (255 - pixels.max(-1, keepdims=True) - pixels.min(-1, keepdims=True))
+    ground = np.array(_DARK, dtype=np.int16)  # what was white
+    twin = path.with_name(f"{path.stem}_dark.png")
+    Image.fromarray((ground + turned * (255 - ground) // 255).astype(np.uint8)).save(twin, optimize=True)
+    return twin

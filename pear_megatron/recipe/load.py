@@ -54,10 +54,31 @@ def _load_with_defaults(
         merged: Any = OmegaConf.create({})
         for parent in parents:
             file = _named(path, "defaults", parent, folder)
-            merged = OmegaConf.merge(merged, _load_with_defaults(file, paths, folder, (*seen, path)))
-        return OmegaConf.merge(merged, config)  # type: ignore[return-value]
+            merged = _merge(path, merged, _load_with_defaults(file, paths, folder, (*seen, path)))
+        return _merge(path, merged, config)
     except OmegaConfBaseException as error:
         raise RecipeError(f"{path}: {error}") from error
+
+
+def _merge(path: Path, under: Any, over: Any) -> Any:
+    """``over`` over ``under``; RecipeError, with the key, where a list would meet a mapping."""
+    if clash := _clash(under, over):
+        raise RecipeError(f"{path}: {clash} in what it inherits from; write it in the same form")
+    return OmegaConf.merge(under, over)
+
+
+def _clash(under: Any, over: Any, key: str = "") -> str | None:
+    names: dict[type, str] = {DictConfig: "a mapping", ListConfig: "a list"}
+    if type(under) in names and type(over) in names and type(under) is not type(over):
+        return f"{key}: {names[type(over)]} here and {names[type(under)]}"
+    if not isinstance(under, DictConfig) or not isinstance(over, DictConfig):
+        return None
+    found = (
+        _clash(under._get_node(name), over._get_node(name), f"{key}.{name!s}" if key else str(name))
+        for name in over
+        if name in under
+    )
+    return next(filter(None, found), None)
 
 
 def _named(path: Path, key: str, value: str, folder: str | None = None) -> Path:

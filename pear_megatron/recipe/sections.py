@@ -300,9 +300,11 @@ class TrainConfig(StrictModel):
                 f"fp8 and fp8_recipe go together (they are {self.fp8} and {self.fp8_recipe}); give both or none"
             )
         if self.fp8 is not None and (self.precision != "bf16" or self.attention in ("varlen", "mask")):
+            changes = ["precision=bf16"] if self.precision != "bf16" else []
+            changes += ["attention=auto"] if self.attention in ("varlen", "mask") else []
             raise ValueError(
                 f"fp8 {self.fp8} is of Transformer Engine's layers over bf16 weights, and precision is "
-                f"{self.precision}, attention {self.attention}; set precision=bf16 and attention=auto, or leave fp8 out"
+                f"{self.precision}, attention {self.attention}; set {' and '.join(changes)}, or leave fp8 out"
             )
         needed = self.recompute_granularity == "full"
         for key in ("recompute_method", "recompute_num_layers"):

@@ -22,6 +22,7 @@ from pear_megatron.score.chunks import WorkFolder, read_finished, trajectories_o
 from pear_megatron.score.manifest import refuse_other, same_identity
 from pear_megatron.score.ranks import Ranks
 from pear_megatron.score.source import NOTE, ScoreSettings, Source
+from pear_megatron.watch import working
 
 log = logging.getLogger("pear_megatron")
 
@@ -121,14 +122,15 @@ class ScoreJob:
     def _score(self, missing: list[int], tokens: list[int]) -> None:
         settings = self.settings
         assert settings.model is not None
-        scorer = load_scorer(
-            settings.model,
-            backend=settings.backend,
-            tensor_parallel=settings.tensor_parallel,
-            pipeline_parallel=settings.pipeline_parallel,
-            dtype=settings.dtype,
-            max_tokens_per_batch=settings.max_tokens_per_batch,
-        )
+        with working("loading the model"):
+            scorer = load_scorer(
+                settings.model,
+                backend=settings.backend,
+                tensor_parallel=settings.tensor_parallel,
+                pipeline_parallel=settings.pipeline_parallel,
+                dtype=settings.dtype,
+                max_tokens_per_batch=settings.max_tokens_per_batch,
+            )
         mine = missing[scorer.replica :: scorer.num_replicas]
         total = sum(tokens[k] for k in mine)
         with token_progress(total, replicas=scorer.num_replicas, show=is_main()) as advance:

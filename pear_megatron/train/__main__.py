@@ -17,6 +17,7 @@ from pear_megatron.ranks import is_main, report_error, run_ranks
 from pear_megatron.recipe import check_layout, load_recipe
 from pear_megatron.train.stop import EXIT_REQUEUE, StopRequest, remove_requeue_file
 from pear_megatron.train.weights_and_biases import check_wandb
+from pear_megatron.watch import working
 
 _EXAMPLE = """\
 example:
@@ -67,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         warnings.filterwarnings("ignore", category=category)
 
     try:
-        finished = _run(args, stop)
+        with working("training: starting"):
+            finished = _run(args, stop)
     except (PearError, ImportError) as error:
         report_error(error)
         sys.exit(1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pear_megatron.alignment import Alignment, alignment_sums, no_sums, read_alignment
+from pear_megatron.alignment import REFERENCE_APART, Alignment, alignment_sums, no_sums, read_alignment
 from pear_megatron.config import PearConfig
 from pear_megatron.data import AnyDataset, DataError, PackedBatch
 from pear_megatron.megatron.forward_step import LossOutput, PearForwardStep
@@ -26,8 +26,9 @@ _ENOUGH = 200  # decisions
 
 
 def _compared(pear: PearConfig) -> str:
-    """The column that the ratios are taken against."""
-    return "reference_logprobs" if pear.ratio == "reference" else "behavior_logprobs"
+    """The column that the ratios are taken against; without ratios, what else is read."""
+    by_reference = pear.ratio == "reference" or pear.variant == "none"
+    return "reference_logprobs" if by_reference else "behavior_logprobs"
 
 
 class _AlignmentStep(PearForwardStep):
@@ -50,7 +51,11 @@ class _AlignmentStep(PearForwardStep):
         mask = batch.loss_mask.flatten()
         given = getattr(batch, _compared(self.config)).flatten()
         sums = alignment_sums(logprobs, given, mask, batch.cu_seqlens)
-        return logprobs.sum(), mask.sum(dtype=torch.int32), {"alignment": sums}
+        apart = torch.zeros(2, dtype=torch.float64, device=logprobs.device)  # sum of differences, decisions
+        if self.config.needs_reference and batch.reference_logprobs is not None:
+            reference = batch.reference_logprobs.flatten()
+            apart = torch.stack([((logprobs - reference).abs() * mask).sum().double(), mask.sum().double()])
+        return logprobs.sum(), mask.sum(dtype=torch.int32), {"alignment": sums, "apart": apart}
 
 
 def check_alignment(
@@ -63,7 +68,8 @@ def check_alignment(
 ) -> None:
     """Compares the model's log-probs of the first step with those in the data, by forward passes alone.
 
-    Changes nothing: no gradients, no random numbers. Does nothing for plain SFT, where
+    Changes nothing: no gradients, no random numbers. A reference that is another model than this is warned of. Does
+    nothing where the loss reads no log-probs of the data, as plain SFT, where
     train.check_alignment is false, for fresh weights, which know nothing of the data, and under context
     parallelism, where a rank's neighbouring tokens are not neighbours. Every rank calls it.
 
@@ -80,14 +86,17 @@ def check_alignment(
             or two (see ``read_alignment``).
     """
     starts_from = recipe.model.hf or recipe.checkpoint.pretrained
-    wanted = recipe.train.check_alignment and recipe.pear.variant != "none" and layout.cp_size == 1
+    read = recipe.pear.variant != "none" or recipe.pear.needs_reference
+    wanted = recipe.train.check_alignment and read and layout.cp_size == 1
     if starts_from is None or not wanted:
         return
     held = list(batches)
-    sums = no_sums(layout.device)
+    sums, apart = no_sums(layout.device), torch.zeros(2, dtype=torch.float64, device=layout.device)
     for report in _forward(chunks, forward_step, held, layout):
         sums += report["alignment"]
+        apart += report["apart"]
     torch.distributed.all_reduce(sums)
+    torch.distributed.all_reduce(apart)
     alignment, name = read_alignment(sums), _compared(recipe.pear)
     if alignment.shift:
         indices = [int(i) for i in held[0].trajectory_index if i >= 0][:3]
@@ -95,6 +104,13 @@ def check_alignment(
         raise DataError([f"{dataset.meta['files'][0]} ({ids}, ...): {alignment.refusal(name)}"])
     if layout.is_main:
         _say(alignment, starts_from, name)
+        if float(apart[0]) > REFERENCE_APART * float(apart[1]):
+            log.warning(
+                "reference_logprobs differ from the log-probs of %s by %.2f on average; the reference is the model "
+                "before training: score the data again with it, `pear-megatron score --as reference`",
+                starts_from,
+                apart[0] / apart[1],
+            )
 
 
 def _forward(

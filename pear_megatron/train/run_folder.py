@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pear_megatron.recipe import Recipe, to_yaml
 from pear_megatron.storage import check_same_settings, read_settings, write_atomically
 from pear_megatron.train.weights_and_biases import WandbLog
+from pear_megatron.watch import now, said
 
 log = logging.getLogger("pear_megatron")
 
@@ -131,8 +132,10 @@ class RunFolder:
         self._progress.update(self._task, completed=step, status=status)
         if not self._interactive and (step % self.log_interval == 0 or step == self.total_steps):
             print(f"step {step}/{self.total_steps}  {status}", file=sys.stderr, flush=True)
+            said()
         if "validation/loss" in metrics:
             self._show_evaluation(metrics)
+        now(f"training: {step} of {self.total_steps} steps are done")
 
     def log_evaluation(self, step: int, metrics: dict[str, Any]) -> None:
         """Records an evaluation that no step of training came before: a row of its own."""

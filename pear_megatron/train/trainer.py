@@ -20,7 +20,7 @@ from pear_megatron.megatron.checkpoint.saver import CheckpointSaver
 from pear_megatron.megatron.forward_step import PearForwardStep
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.lora import add_adapters
-from pear_megatron.megatron.model import build_chunks, sync_parameters, wrap_ddp
+from pear_megatron.megatron.model import build_chunks, gpt_class, sync_parameters, wrap_ddp
 from pear_megatron.megatron.optimizer import build_optimizer, build_scheduler, optimizer_config
 from pear_megatron.megatron.output_chunks import require_output_processor
 from pear_megatron.megatron.userbuffers import start_userbuffers
@@ -43,6 +43,7 @@ from pear_megatron.train.run_folder import RunFolder
 from pear_megatron.train.start import start_model
 from pear_megatron.train.stop import StopRequest
 from pear_megatron.train.throughput import Throughput
+from pear_megatron.watch import now
 
 
 class Trainer:
@@ -60,6 +61,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, layout: Layout, stop: StopRequest | None = None) -> None:
         self.recipe, self.layout, self.stop = recipe, layout, stop or StopRequest()
         optimizer_config(recipe)  # refuses what this machine has not, before data are read
+        if recipe.train.output_chunk_tokens is not None:
+            require_output_processor(gpt_class())
         root = Path(recipe.output_dir) / "checkpoints"
         saved = resume.find(recipe, root)
         self.dataset = open_dataset(recipe)
@@ -90,8 +93,7 @@ class Trainer:
         if layout.tp_comm_overlap:
             start_userbuffers(recipe)
         chunks = build_chunks(recipe.model, layout, recipe.train)
-        if recipe.train.output_chunk_tokens is not None:
-            require_output_processor(chunks[0])
+        now("training: loading the weights")
         if not saved or recipe.lora:
             start_model(recipe, layout, chunks)
         if recipe.lora:
@@ -158,6 +160,7 @@ class Trainer:
         self.exports.begin(self.step, self.total_steps)
         if self.step >= self.total_steps:
             return True
+        now("training: the first step")
         if self.step == 0:
             check_alignment(
                 self.recipe,
@@ -221,6 +224,7 @@ class Trainer:
         if stop_asked and self.step < self.total_steps:
             return {}
         self.evaluated = True
+        now(f"training: evaluating after step {self.step}")
         return evaluation(self.model)
 
     def _stop_asked(self) -> bool:
@@ -308,6 +312,7 @@ class Trainer:
         return {f"source/{name}/epoch": number / size for name, number, size in passes}
 
     def _save(self, *, best: bool = False) -> None:
+        now(f"training: saving step {self.step}")
         sync_parameters(self.model)
         common = {
             "data": asdict(self.position),

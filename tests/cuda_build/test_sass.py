@@ -14,7 +14,7 @@ from pear_megatron.ops.library import with_cuda
 pytestmark = pytest.mark.skipif(not with_cuda, reason="built without CUDA (PEAR_MEGATRON_CUDA=1 builds it)")
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100", "sm_120"])
 def loops(request: pytest.FixtureRequest) -> list[Any]:
     folder = str(Path(__file__).parents[2] / "benchmarks")
     sys.path.insert(0, folder)
@@ -40,10 +40,12 @@ def test_every_row_kernel_has_a_loop_of_wide_loads(loops):
     assert min(loop.in_flight for loop in loops) >= 64 * 1024
 
 
-def test_memory_is_the_limit(loops):
+def test_memory_is_the_limit(loops, request):
+    # B200 has too few schedulers and exponential units for its bandwidth to leave as much room as the others.
+    most = 0.86 if "sm_100" in request.node.name else 0.6
     busiest = {
         f"{loop.kernel} {loop.dtype} {loop.threads} {loop.more}": shares
         for loop in loops
-        if max(shares := tuple(getattr(loop, pipe) for pipe in ("issue", "exp", "alu", "fma"))) > 0.6
+        if max(shares := tuple(getattr(loop, pipe) for pipe in ("issue", "exp", "alu", "fma"))) > most
     }
     assert busiest == {}

@@ -31,10 +31,15 @@ def test_an_extra_says_what_it_lacks() -> None:
         Requirement('pydantic>=99; extra == "old"'),
         Requirement('no-such-thing; extra == "absent"'),
         Requirement('rich; extra == "there"'),
+        Requirement('rich; extra == "older" and python_version < "3"'),
     ]
-    found = {finding.name: finding for finding in examine_extras(wanted, ["absent", "dev", "old", "there"])}
-    assert set(found) == {"absent", "old", "there"}
+    found = {
+        finding.name: finding
+        for finding in examine_extras(wanted, ["absent", "dev", "old", "older", "there"])
+    }
+    assert set(found) == {"absent", "old", "older", "there"}
     assert found["absent"].value == "missing no-such-thing: pip install 'pear-megatron[absent]'"
     assert found["absent"].fault is None
     assert "pydantic>=99" in str(found["old"].fault)
     assert (found["there"].value, found["there"].fault) == ("complete", None)
+    assert found["older"].value == "nothing for this Python"

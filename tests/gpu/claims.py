@@ -38,6 +38,7 @@ HOST_ONLY = {
     "logprob: a_target_outside_the_vocabulary_names_token_and_value": "a device-side assertion",
     "logprob: nothing_the_size_of_the_logits_is_allocated_but_an_asked_for_gradient": "asks the CPU's profiler",
     "logprob: rows_off_the_mask_are_zero_whatever_they_hold": "compares bits of rows aligned differently",
+    "logprob: the_kernels_of_every_instruction_set_equal_float64": "the host's kernels",
     "logprob: wrong_shapes_and_dtypes_are_named": "tensors made on the host, when the module is read",
     "logprob_tensor_parallel: a_target_outside_the_vocabulary_raises_on_every_rank_and_none_hangs": (
         "a device-side assertion"

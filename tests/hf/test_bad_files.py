@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pear_megatron.errors import CheckpointError, PearError
 from pear_megatron.hf.weights import HFWeights
@@ -17,6 +19,7 @@ from pear_megatron.megatron.checkpoint.export import export_checkpoint
 from pear_megatron.recipe import ModelConfig
 from pear_megatron.recipe.hf_config import model_keys
 from tests.distributed import run_ranks
+from tests.fuzz.values import damaged_bytes, examples, folder_alone
 from tests.hf.ranks import rank_convert
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -126,6 +129,36 @@ def test_damaged_checkpoint_is_refused_and_nothing_is_left(
     with pytest.raises(CheckpointError, match=r"parameter .* cannot be read"):
         export_checkpoint(checkpoint, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
+@examples(25)
+@given(data=st.data())
+def test_whatever_is_in_a_checkpoint_an_export_is_whole_or_not_there(
+    converted: dict[str, Path], data: st.DataObject
+) -> None:
+    root = converted["llama2-bf16"]
+    files = {path.name: path.read_bytes() for path in (root / "iter_0000000").iterdir()}
+    if data.draw(st.booleans()):
+        del files["files.json"]  # the damage is then found on the way
+    victim = data.draw(st.sampled_from(sorted(files)))
+    what = data.draw(st.sampled_from(["bytes", "bytes", "swapped", "missing"]))
+    if what == "missing":
+        del files[victim]
+    else:
+        other = files[data.draw(st.sampled_from(sorted(files)))]
+        files[victim] = other if what == "swapped" else data.draw(damaged_bytes(files[victim]))
+    with folder_alone() as folder:
+        checkpoint = folder / "checkpoint" / "iter_0000000"
+        checkpoint.mkdir(parents=True)
+        shutil.copy(root / "model.yaml", folder / "checkpoint")
+        for name, content in files.items():
+            (checkpoint / name).write_bytes(content)
+        try:
+            export_checkpoint(checkpoint, folder / "out")
+        except PearError:
+            assert not (folder / "out").exists()
+        else:
+            opened(folder / "out")
 
 
 def rank_on_a_full_disk(rank: int, task: str, source: Path, output: Path) -> str:

@@ -137,7 +137,7 @@ def test_negative_examples_are_judged_by_how_far_they_have_fallen(look: Inspect)
     open_ended = look(rows)
     verdict = open_ended.verdict("negatives that nothing stops")
     assert "59% of their decisions are more than 2 nats below" in verdict["text"]
-    assert verdict["change"].startswith("pear.negative_floor=0.5")
+    assert verdict["change"].startswith("Set pear.negative_floor=0.5")
     stopped = look(rows, "pear.negative_floor=1")
     assert "negatives that have stopped" in stopped.titles("warning")
     assert 0.5 < stopped.numbers["statistics"]["negative examples"]["negative_stopped"] < 0.7

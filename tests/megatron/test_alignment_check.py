@@ -105,6 +105,27 @@ def test_log_probs_of_other_text_are_warned_of(caplog: pytest.LogCaptureFixture)
     assert look(0.02, 50).startswith("INFO")  # too few to say
 
 
+def test_a_reference_that_is_another_model_is_warned_of(tmp_path: Path, policy: Path) -> None:
+    """Also where nothing but the reference is read: dft_policy=reference without ratios."""
+    rows = make_rows(40, seed=1)
+    for row in rows:
+        row["reference_logprobs"] = [None if x is None else x - 0.5 for x in row["behavior_logprobs"]]
+    data = write_rows(tmp_path / "reference.jsonl", rows)
+    run = ["pear.variant=none", "pear.dft_power=1", "pear.dft_policy=reference", "train.max_steps=1"]
+    small = ["model.num_layers=4", "model.hidden_size=32", "model.ffn_hidden_size=64"]
+    done = launch(
+        1,
+        f"data.train={data}",
+        f"output_dir={tmp_path / 'run'}",
+        *small,
+        *MODEL,
+        f"checkpoint.pretrained={policy}",
+        *run,
+    )
+    assert f"reference_logprobs differ from the log-probs of {policy} by" in done.stderr
+    assert "reference_logprobs and the model's correlate by" in done.stderr
+
+
 def test_the_check_changes_no_bit_of_a_run(tmp_path: Path, policy: Path, aligned: Path) -> None:
     pretrained = f"checkpoint.pretrained={policy}"
     layout = [

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pear_megatron import vocab_parallel_logprob
+from pear_megatron import _C, vocab_parallel_logprob
 from pear_megatron.ops import reference
+from pear_megatron.ops.library import ops
+from pear_megatron.ops.statistics import vocab_parallel_statistics
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -52,6 +54,32 @@ def check(logits: Tensor, target: Tensor, **kwargs) -> None:
 def test_values_and_gradients_equal_float64_at_every_width(dtype, columns):
     rows = 33 if columns < 50257 else 5
     check((4 * torch.randn(rows, columns)).to(dtype), torch.randint(columns, (rows,)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wanted", ["default", "avx2", "avx512"])
+def test_the_kernels_of_every_instruction_set_equal_float64(monkeypatch, wanted, dtype):
+    """torch's own environment variable chooses among those that the machine has."""
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", wanted)
+    if _C.cpu_instruction_set() != {"default": "baseline"}.get(wanted, wanted):
+        pytest.skip(f"this machine has no {wanted}")
+    for columns in (1, 15, 33, 2051, 4200):
+        logits, target = (4 * torch.randn(5, columns)).to(dtype), torch.randint(columns, (5,))
+        logits[1, : columns // 2] = -INF
+        target[1] = columns - 1
+        check(logits, target)
+        entropy = vocab_parallel_statistics(logits, target, entropy=True).entropy
+        expected = reference.entropy(logits, torch.ones(5, dtype=torch.bool))
+        torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_of_any_bits_stays_one(dtype):
+    ones = torch.full((2,), -1, dtype=torch.int32).view(torch.float32)  # a NaN that rounding up would wrap
+    logits, target, fine = torch.randn(2, 40).to(dtype), torch.tensor([3, 4]), torch.ones(2)
+    for lse, grad in ((ones, fine), (fine, ones)):
+        out = ops.logprob_backward(logits, target, None, lse, grad, 0, 40)
+        assert out.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

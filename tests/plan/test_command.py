@@ -31,6 +31,12 @@ def test_recipe_alone_gives_layout_memory_and_time_of_a_step() -> None:
         assert said in done.stdout
 
 
+def test_a_recipe_without_its_option_is_told_so() -> None:
+    done = plan("tiny.yaml", "train.max_steps=3")
+    assert done.exit_code == 1
+    assert "the recipe is missing: pear-megatron plan --config tiny.yaml" in done.stderr
+
+
 def test_too_few_nodes_are_refused_with_the_change_that_helps() -> None:
     done = plan("--config", FOLDER / "qwen2.5-32b.yaml", "--nodes", "1")
     assert done.exit_code == 1

@@ -22,6 +22,7 @@ from pear_megatron.megatron.checkpoint.stored import StoredParameters
 from pear_megatron.ranks import from_main, together
 from pear_megatron.recipe import RecipeError
 from pear_megatron.storage import partial_of, publish, remove
+from pear_megatron.watch import now
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -68,6 +69,7 @@ def export_checkpoint(
 
     def write_weights() -> None:
         for name in list(files)[rank::ranks]:
+            now(f"writing {name} ({len(files)} files in all)")
             write_file(partial / name, files[name], tensors.read(files[name]))
 
     def finish() -> None:

@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 
 from pear_megatron.errors import CheckpointError
+from pear_megatron.storage import is_name
 
 log = logging.getLogger("pear_megatron")
 
@@ -61,7 +62,7 @@ def damage(path: Path) -> str | None:
         return f"{FILES} cannot be read ({error})"
     for name, size in sizes.items():
         file = path / name
-        if not file.is_file():
+        if not is_name(name) or not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} of {size} bytes"

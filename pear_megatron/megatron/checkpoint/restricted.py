@@ -57,6 +57,8 @@ _OF_EXTRA_STATE = {
     ),
     ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"),
 }  # fmt: skip
+# How a pickle holds tensors; the second is what Megatron-Core 0.19 puts in the first one's place.
+_STORAGES = (("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes"))
 _ZIP = b"PK"
 
 
@@ -68,7 +70,7 @@ class _Unpickler(pickle.Unpickler):
         self._allowed = allowed
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if (module, name) in _STORAGES:
             return _tensors_alone
         found = getattr(torch, name, None) if module == "torch" else None
         if (module, name) in self._allowed or isinstance(found, torch.dtype):

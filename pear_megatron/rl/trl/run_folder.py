@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from pear_megatron.rl.trl.recipe import TrlRecipe
 from pear_megatron.storage import check_same_settings, digest, read_settings, remove, write_atomically
+from pear_megatron.watch import said
 
 # What may change when a run is continued; anything else makes it another run.
 _MAY_CHANGE = ("grpo.max_num_steps", "checkpointing.", "policy.train_micro_batch_size", "policy.model_name")
@@ -134,3 +135,4 @@ class WriteMetrics(TrainerCallback):
             file=sys.stderr,
             flush=True,
         )
+        said(f"grpo: {step} of {self._steps} steps are done")

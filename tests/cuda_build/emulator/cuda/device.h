@@ -231,6 +231,13 @@ inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline float exp2_approx(float x) { return exp2f(x); }
 
+constexpr bool kPolynomialExponentials = true;  // beside the others, so that both are tested
+inline float2 add(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+inline float2 multiply(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
+inline float2 multiply_add(float2 a, float2 b, float2 c) {
+  return {fmaf(a.x, b.x, c.x), fmaf(a.y, b.y, c.y)};
+}
+
 inline uint4 load_streaming(const uint4* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) throw std::runtime_error("misaligned address");
   return *p;
