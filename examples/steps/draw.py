@@ -1,4 +1,4 @@
-"""What one seed of a comparison in the steps world has of its own: offline data drawn from the teacher's pool, and problems.
+"""What a seed of a comparison in the steps world has of its own: draws from the teacher's pool, and problems.
 
     offline.parquet    trajectories drawn from the teacher's right solutions, with its log-probs
     negatives.parquet  trajectories drawn from its wrong ones, reward -1
@@ -38,11 +38,15 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--teacher", type=Path, required=True, metavar="DIR", help="of examples.steps.teacher")
+    parser.add_argument(
+        "--teacher", type=Path, required=True, metavar="DIR", help="of examples.steps.teacher"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: 0)")
     for name, default in (("offline", 3_000), ("negatives", 500), ("problems", 3_000)):
-        parser.add_argument(f"--num-{name}", type=int, default=default, metavar="N", help=f"default: {default}")
+        parser.add_argument(
+            f"--num-{name}", type=int, default=default, metavar="N", help=f"default: {default}"
+        )
     args = parser.parse_args(arguments)
     args.output.mkdir(parents=True, exist_ok=True)
     # A generator per file, so that the size of one changes nothing in the other.

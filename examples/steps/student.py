@@ -1,7 +1,7 @@
-"""The student of the steps world: a small Llama that learns plain solutions, kept at three points of its training.
+"""The student of the steps world: a small Llama that learns plain solutions, and is kept every hundred steps.
 
-From `run/checkpoints/iter_0000200`, which follows few steps, to `iter_0000800`, which follows most: the gap to the teacher that
-wrote the offline data. One student for all seeds of a comparison; the same command continues.
+The earlier the checkpoint, the fewer of its teacher's steps it can follow; the comparisons start from three of them.
+One student for all seeds; the same command continues.
 
 Example:
     python -m examples.steps.student --teacher results/steps/teacher --output results/steps/student
@@ -49,9 +49,13 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--teacher", type=Path, required=True, metavar="DIR", help="of examples.steps.teacher")
+    parser.add_argument(
+        "--teacher", type=Path, required=True, metavar="DIR", help="of examples.steps.teacher"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--num-solutions", type=int, default=56_000, help="that it learns from (default: 56000)")
+    parser.add_argument(
+        "--num-solutions", type=int, default=56_000, help="that it learns from (default: 56000)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of its training")
     args = parser.parse_args(arguments)
     make(args.teacher.resolve(), args.output.resolve(), args.num_solutions, args.overrides)

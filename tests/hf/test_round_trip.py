@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from pear_megatron.cli import app
 from pear_megatron.megatron.checkpoint.export import export_checkpoint
+from pear_megatron.recipe import RecipeError
 from tests.distributed import run_ranks
 from tests.hf.models import MODELS, hf_logprobs, tokens_for
 
@@ -44,6 +45,12 @@ def test_export_gives_back_every_tensor_bit_for_bit(
     assert_same_bits(tmp_path / "out", hf_models[name])
     tokens = tokens_for(name)
     assert torch.equal(hf_logprobs(tmp_path / "out", tokens), hf_logprobs(hf_models[name], tokens))
+
+
+def test_an_export_does_not_replace_the_runs_own_tokenizer(converted: dict[str, Path]) -> None:
+    root = converted["qwen3"]
+    with pytest.raises(RecipeError, match=r"hf is where the run keeps its tokenizer.*export"):
+        export_checkpoint(root, root / "hf")
 
 
 def test_export_in_shards_shared_by_ranks_gives_the_same(

@@ -47,6 +47,11 @@ def export_checkpoint(
             model, or the folder cannot be written.
     """
     root, folder = find_root(checkpoint), resolve(checkpoint)
+    if output.resolve() == (root / ASSETS).resolve():
+        raise RecipeError(
+            f"{output} is where the run keeps its tokenizer, which every export copies; name another folder, such as "
+            f"{root / 'export'}"
+        )
     model, stored_precision = read_model_file(root, adapters=True)
     config = config_json(model, precision or stored_precision, root / ASSETS)
     frozen = read_lora_file(root)
