@@ -14,7 +14,6 @@ namespace pear::cuda {
 namespace {
 
 constexpr int kTokensPerBlock = 8;
-constexpr int kBlocksPerMultiprocessor = 3;  // four would spill on sm_100 and sm_120
 
 struct CombineOut {
   float *logprob, *lse, *entropy, *kl, *log_pi, *terms;
@@ -51,7 +50,7 @@ struct Entries {
   }
 };
 
-__global__ void __launch_bounds__(kTokensPerBlock* kWarp, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kTokensPerBlock* kWarp)
     combine_statistics(const float* stats, int64_t ranks, int64_t T, int64_t width,
                        const bool* mask, const int32_t* ids, const float* logprobs, int k,
                        int64_t vocab_size, bool bucket, CombineOut out) {
