@@ -1,7 +1,7 @@
 """What a checkpoint's pickles may name: looked at before torch or Megatron-Core unpickle them, for it may be anybody's.
 
 .metadata    torch's index of the shards, which torch reads with pickle.load: a few classes of its own, nothing else
-common.pt    read with weights_only=True: plain values, tensors, and the classes on Megatron-Core's list; since 0.19 it is
+common.pt    read with weights_only=True: plain values, tensors, the classes on Megatron-Core's list; since 0.19 it is
              an object among the shards
 *.distcp     tensors are read with weights_only=True; objects, such as random states, are not, so they are tried first
 """
