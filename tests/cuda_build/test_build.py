@@ -21,7 +21,7 @@ INTENDED_THREADS = {
     "forward_rows": 1024,  # 64 KB of loads in flight
     "backward_rows": 1024,
     "combine_tokens": 2048,
-    "combine_statistics": 1024,
+    "combine_statistics": 768,  # bound to it, it would spill on sm_120
     "sum_segments": 512,  # cooperative: four blocks of 128 must be resident at once
     "scan_segments": 512,
     "weigh_pack": 512,
@@ -85,6 +85,7 @@ def test_registers_allow_the_intended_occupancy(report):
     too_many = {}
     for (kernel, arch), use in report.items():
         rounded = -(-use["registers"] // 8) * 8  # handed out to a warp in eights per thread
-        if rounded * INTENDED_THREADS[name_of(kernel)] > 65536:
+        threads = min(INTENDED_THREADS[name_of(kernel)], 1536 if arch == "sm_120" else 2048)
+        if rounded * threads > 65536:
             too_many[kernel, arch] = use["registers"]
     assert too_many == {}

@@ -81,6 +81,29 @@ def test_commands_beside_the_shards_are_not_run(tmp_path: Path, command: Any) ->
             read(folder)
 
 
+def test_what_stands_beside_the_shards_may_stand_among_them(tmp_path: Path, command: Any) -> None:
+    """Megatron-Core 0.19 writes no common.pt."""
+
+    def among(name: str, common: Any) -> Path:
+        folder = checkpoint(tmp_path / name)
+        (folder / "common.pt").unlink()
+        dcp.save(
+            {"common_state/shard_0_1": common},
+            storage_writer=dcp.FileSystemWriter(str(folder)),
+            planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
+            no_dist=True,
+        )
+        return folder
+
+    assert read_common(among("good", [{"step": 7}]))["step"] == 7
+    with pytest.raises(
+        CheckpointError, match=r"object common_state/shard_0_1 cannot be read: it names posix\.system"
+    ):
+        state.load(among("bad", [{"args": command}]), None)
+    with pytest.raises(CheckpointError, match=r"has neither common\.pt nor an object"):
+        read_common(among("odd", "x"))
+
+
 def test_commands_among_the_shards_are_not_run(tmp_path: Path, command: Any) -> None:
     folder = checkpoint(tmp_path / "a", extra=command)
     with pytest.raises(

@@ -1,7 +1,8 @@
 """What a checkpoint's pickles may name: looked at before torch or Megatron-Core unpickle them, for it may be anybody's.
 
 .metadata    torch's index of the shards, which torch reads with pickle.load: a few classes of its own, nothing else
-common.pt    read with weights_only=True: plain values, tensors, and the classes on Megatron-Core's list
+common.pt    read with weights_only=True: plain values, tensors, the classes on Megatron-Core's list; since 0.19 it is
+             an object among the shards
 *.distcp     tensors are read with weights_only=True; objects, such as random states, are not, so they are tried first
 """
 
@@ -23,6 +24,7 @@ from pear_megatron.storage import is_name
 
 INDEX = ".metadata"
 _COMMON = "common.pt"
+_COMMON_KEY = "common_state/shard_0_1"
 _DCP = "torch.distributed.checkpoint"
 _OF_AN_INDEX = {
     *(
@@ -124,13 +126,26 @@ def read_common(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} is in the format {kind[0]!r}; torch_dist is read here: have the program that wrote it save it so"
         )
+    path = folder / _COMMON
+    if not path.is_file():
+        return _common_among_shards(folder)
     try:
-        common = torch.load(folder / _COMMON, map_location="cpu", weights_only=True)
+        common = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{folder / _COMMON} cannot be read: {_why(error)}") from error
+        raise CheckpointError(f"{path} cannot be read: {_why(error)}") from error
     if not isinstance(common, dict):
-        raise CheckpointError(f"{folder / _COMMON} cannot be read: it holds a {type(common).__name__}")
+        raise CheckpointError(f"{path} cannot be read: it holds a {type(common).__name__}")
     return common
+
+
+def _common_among_shards(folder: Path) -> dict[str, Any]:
+    """The same of Megatron-Core 0.19, which keeps it as an object among the shards."""
+    found = _objects(folder, [_COMMON_KEY]).get(_COMMON_KEY)
+    if isinstance(found, io.BytesIO):
+        found = _tensors_alone(found.getvalue())
+    if not isinstance(found, list) or not found or not isinstance(found[0], dict):
+        raise CheckpointError(f"{folder} has neither {_COMMON} nor an object {_COMMON_KEY} of plain values")
+    return found[0]
 
 
 def check_objects(folder: Path, keys: Collection[str]) -> None:
@@ -143,6 +158,11 @@ def check_objects(folder: Path, keys: Collection[str]) -> None:
     Raises:
         CheckpointError: the index is wrong, or an object holds more than plain values and tensors.
     """
+    _objects(folder, keys)
+
+
+def _objects(folder: Path, keys: Collection[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     places = {
         entry.fqn: place for entry, place in read_index(folder).storage_data.items() if entry.fqn in keys
     }
@@ -151,10 +171,11 @@ def check_objects(folder: Path, keys: Collection[str]) -> None:
         try:
             with path.open("rb") as file:
                 file.seek(place.offset)
-                found = _tensors_alone(file.read(place.length))
-            _check_extra_state(found)
+                found[key] = _tensors_alone(file.read(place.length))
+            _check_extra_state(found[key])
         except Exception as error:
             raise CheckpointError(f"{path}: object {key} cannot be read: {_why(error)}") from error
+    return found
 
 
 def _check_extra_state(found: Any) -> None:
