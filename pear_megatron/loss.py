@@ -72,7 +72,6 @@ def topk_of(
     config: PearConfig,
     behavior_topk: TopK | None,
     *,
-    target: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> TopK | None:
     """The top-k, where the config's base loss takes one.
