@@ -72,7 +72,6 @@ def topk_of(
     config: PearConfig,
     behavior_topk: TopK | None,
     *,
-    target: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> TopK | None:
     """The top-k, where the config's base loss takes one.
@@ -98,7 +97,7 @@ def _check_mass(ids: Tensor, logprobs: Tensor, mask: Tensor) -> None:
     if logprobs.shape != ids.shape or ids.shape[:-1].numel() != mask.numel():
         return  # said by the op
     k = ids.shape[-1]
-    mass = (logprobs.detach().double().exp() * (ids >= 0)).reshape(-1, k).sum(dim=1)
+    mass = logprobs.detach().double().exp().masked_fill(ids < 0, 0.0).reshape(-1, k).sum(dim=1)
     heavy = (mass > 1 + _MASS_TOLERANCE) & mask.reshape(-1)
     if heavy.any():
         token = int(heavy.int().argmax())

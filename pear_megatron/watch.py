@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 SECONDS = 30.0
 
@@ -55,7 +55,8 @@ class _Watch:
             if work and now - self._quiet_since >= SECONDS:
                 self._quiet_since = now
                 what, since = work[0]
-                os.write(2, f"{what}; still at work after {duration(now - since)}\n".encode())
+                with suppress(OSError):  # standard error is closed, or full and not waited for
+                    os.write(2, f"{what}; still at work after {duration(now - since)}\n".encode())
 
 
 _watch = _Watch()

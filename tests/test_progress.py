@@ -47,14 +47,15 @@ def test_a_command_that_is_long_at_work_says_so(
         return look
 
     def slow() -> None:
-        until(says("pear-megatron slow; still at work after 0 s\n"))
+        until(says("pear-megatron eval-compare; still at work after 0 s\n"))
         with progress.working("loading"):
             until(says("loading; still at work after 0 s\n"))
             watch.now("loading: 50%")
             until(says("loading: 50%; still at work after"))
         del told[:]
-        until(says("pear-megatron slow; still"))
+        until(says("pear-megatron eval-compare; still"))
 
+    slow.__module__ = "pear_megatron.commands.eval_compare"
     say_errors(slow)()
     capfd.readouterr()
     time.sleep(0.1)

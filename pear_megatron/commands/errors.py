@@ -18,10 +18,12 @@ _Arguments = ParamSpec("_Arguments")
 def say_errors(command: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
     """The command, with errors of the user's making as one line on standard error, and exit code 1."""
 
+    name = command.__module__.rpartition(".")[2].replace("_", "-")  # the function of `eval` has another
+
     @functools.wraps(command)
     def run(*args: _Arguments.args, **options: _Arguments.kwargs) -> None:
         try:
-            with working(f"pear-megatron {command.__name__.replace('_', '-')}"):
+            with working(f"pear-megatron {name}"):
                 command(*args, **options)
         except (PearError, ImportError) as error:
             report_error(error)

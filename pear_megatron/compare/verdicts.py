@@ -113,7 +113,7 @@ def _differences(outcome: Outcome, table: Table) -> list[Verdict]:
                 "note",
                 f"differences from {baseline} whose intervals exclude 0",
                 f"{words}. These are {found} of {compared}; of twenty that mean nothing, one is expected to be among "
-                "them.",
+                "them. With † a difference stays clear when the number of arms is corrected for.",
                 "Trust what several measures agree on; repeat the rest with fresh seeds.",
             )
         ]

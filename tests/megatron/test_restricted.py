@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.checkpoint import state
@@ -21,6 +22,7 @@ from pear_megatron.megatron.checkpoint.restricted import check_objects, read_com
 from pear_megatron.megatron.checkpoint.stored import StoredParameters
 
 RNG = "rng_state/shard_0_1"
+EXTRA = "decoder.layers.mlp.linear_fc1._extra_state/shard_0_1"
 
 
 class Command:
@@ -41,11 +43,11 @@ def command(tmp_path: Path) -> Any:
     assert not marker.exists()
 
 
-def checkpoint(folder: Path, *, common: Any = None, extra: Any = None) -> Path:
+def checkpoint(folder: Path, *, common: Any = None, extra: Any = None, key: str = RNG) -> Path:
     """A checkpoint of one tensor and one object."""
     folder.mkdir()
     dcp.save(
-        {"embedding.x": torch.zeros(3), RNG: extra},
+        {"embedding.x": torch.zeros(3), key: extra},
         storage_writer=dcp.FileSystemWriter(str(folder)),
         planner=dcp.DefaultSavePlanner(flatten_state_dict=False),
         no_dist=True,
@@ -67,9 +69,9 @@ def test_commands_in_the_index_are_not_run(tmp_path: Path, command: Any) -> None
     (folder / ".metadata").write_bytes(pickle.dumps(command))
     for read in (
         read_index,
-        lambda path: StoredParameters(path, None),
+        lambda path: StoredParameters(path, None),  # type: ignore[arg-type]
         lambda path: check_objects(path, [RNG]),
-    ):  # type: ignore[arg-type]
+    ):
         with pytest.raises(CheckpointError, match=r"\.metadata cannot be read: .*it names posix\.system"):
             read(folder)
 
@@ -119,12 +121,72 @@ def as_bytes_in_a_tensor(content: Any) -> torch.Tensor:
 def test_commands_in_an_fp8_layers_own_state_are_not_run(tmp_path: Path, command: Any) -> None:
     hidden = io.BytesIO()
     torch.save(as_bytes_in_a_tensor(command), hidden)
-    wrapped = [as_bytes_in_a_tensor({"recipe": command}), io.BytesIO(pickle.dumps([command])), hidden]
+    by_oldest_protocol = pickle.dumps(command, protocol=0)
+    by_oldest_protocol += b" " * (-len(by_oldest_protocol) % 8)
+    wrapped = [
+        as_bytes_in_a_tensor({"recipe": command}),
+        hidden,
+        *(
+            torch.frombuffer(bytearray(by_oldest_protocol), dtype=dtype)
+            for dtype in (torch.uint8, torch.int8, torch.float32)
+        ),
+    ]
     for k, extra in enumerate(wrapped):
         with pytest.raises(CheckpointError, match=r"it names posix\.system"):
-            check_objects(checkpoint(tmp_path / f"{k}", extra=extra), [RNG])
+            check_objects(checkpoint(tmp_path / f"{k}", extra=[extra], key=EXTRA), [EXTRA])
+    legacy = io.BytesIO()  # four pickles, one after another; the command is in the last
+    torch.save(command, legacy, _use_new_zipfile_serialization=False)
+    for k, (file, said) in enumerate(
+        ((legacy, r"it names posix\.system"), (io.BytesIO(pickle.dumps([command])), r"it holds more than"))
+    ):
+        with pytest.raises(CheckpointError, match=rf"_extra_state/shard_0_1 cannot be read: {said}"):
+            check_objects(checkpoint(tmp_path / f"file-{k}", extra=[file], key=EXTRA), [EXTRA])
+    rows = {"a": as_bytes_in_a_tensor(command)}
+    with pytest.raises(CheckpointError, match="it is a dict; Megatron-Core stores a list"):
+        check_objects(checkpoint(tmp_path / "rows", extra=rows, key=EXTRA), [EXTRA])
     harmless = as_bytes_in_a_tensor(OrderedDict(scale=torch.ones(2), recipe=None))
-    check_objects(checkpoint(tmp_path / "harmless", extra=harmless), [RNG])
+    for k, extra in enumerate((harmless, torch.empty(0, dtype=torch.uint8), None)):
+        check_objects(checkpoint(tmp_path / f"harmless-{k}", extra=[extra], key=EXTRA), [EXTRA])
+
+
+class Shadowed:
+    """Pickled, an OrderedDict of these entries that says it has none."""
+
+    def __init__(self, entries: dict[Any, Any]) -> None:
+        self.entries = entries
+
+    def __reduce__(self) -> Any:
+        return (
+            OrderedDict,
+            (),
+            {"values": OrderedDict, "items": OrderedDict},
+            None,
+            iter(self.entries.items()),
+        )
+
+
+def test_an_index_cannot_show_one_object_here_and_another_to_torch(tmp_path: Path, command: Any) -> None:
+    folder = checkpoint(tmp_path / "a", extra="harmless")
+    torch.save(command, folder / "evil.distcp")
+    index = read_index(folder)
+    good = index.storage_data[MetadataIndex(RNG)]
+    evil = replace(
+        good, relative_path="evil.distcp", offset=0, length=(folder / "evil.distcp").stat().st_size
+    )
+    called_an_object = BytesStorageMetadata()
+    called_an_object.size = torch.Size([3])  # type: ignore[attr-defined] # which is all that Megatron-Core asks
+    as_object = {**index.state_dict_metadata, "embedding.x": called_an_object}
+    compressed = {MetadataIndex(RNG): replace(good, transform_descriptors=["stream.zstd/1"])}
+    twice = {MetadataIndex(RNG): evil, MetadataIndex(RNG, torch.Size([0])): good}
+    for changed, said in (
+        (replace(index, storage_data=twice), r"it names posix\.system"),
+        (replace(index, storage_data=Shadowed({MetadataIndex(RNG): evil})), "no plain dicts"),  # type: ignore[arg-type]
+        (replace(index, state_dict_metadata=as_object), r"calls embedding\.x an object"),
+        (replace(index, storage_data=compressed), "is compressed"),
+    ):
+        (folder / ".metadata").write_bytes(pickle.dumps(changed))
+        with pytest.raises(CheckpointError, match=said):
+            check_objects(folder, [RNG])
 
 
 def test_shards_outside_the_folder_are_not_read(tmp_path: Path) -> None:

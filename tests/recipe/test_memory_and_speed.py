@@ -19,7 +19,7 @@ DISTRIBUTED = {"use_distributed_optimizer": True}
     [
         ({"train": {"fp8": "e4m3"}}, "fp8 and fp8_recipe go together (they are e4m3 and None)"),
         ({"train": {**BLOCKWISE, "precision": "fp32"}}, "precision is fp32"),
-        ({"train": {**BLOCKWISE, "attention": "varlen"}}, "attention varlen; set precision=bf16 and attention=auto"),
+        ({"train": {**BLOCKWISE, "attention": "varlen"}}, "attention varlen; set attention=auto, or leave"),
         (
             {"train": BLOCKWISE, "cluster": {"gpu": "A100-80GB"}},
             "train.fp8_recipe blockwise does not run on cluster.gpu A100-80GB",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from pear_megatron.errors import CheckpointError
 from pear_megatron.storage import is_name
@@ -45,6 +45,7 @@ _OF_AN_INDEX = {
     ("pathlib", "PosixPath"),
 }  # fmt: skip
 # Of Transformer Engine's own state of an FP8 layer, which it unpickles by itself.
+_EXTRA_STATE = "_extra_state"
 _OF_EXTRA_STATE = {
     ("collections", "OrderedDict"),
     ("torch", "Size"),
@@ -61,7 +62,8 @@ _OF_EXTRA_STATE = {
 }  # fmt: skip
 # How a pickle holds tensors; the second is what Megatron-Core 0.19 puts in the first one's place.
 _STORAGES = (("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes"))
-_ZIP = b"PK"
+# A ShardedObject's unique key. No tensor's key is like it, so what is loaded as an object was tried as one.
+_OBJECT_KEY = re.compile(r".+/shard_[\d.]+_[\d.]+", re.DOTALL)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -98,6 +100,7 @@ def read_index(folder: Path) -> Metadata:
             index = _Unpickler(file, _OF_AN_INDEX).load()
         if not isinstance(index, Metadata):
             raise ValueError(f"it holds a {type(index).__name__}")
+        _check_index(index)
         files = {place.relative_path for place in index.storage_data.values()}
     except Exception as error:  # whatever unpickling a damaged file raises
         raise CheckpointError(f"{path} cannot be read: {error!r}") from error
@@ -107,6 +110,18 @@ def read_index(folder: Path) -> Metadata:
                 f"{path} names {name!r}, which is no file of that folder; nothing was read from it"
             )
     return index
+
+
+def _check_index(index: Metadata) -> None:
+    """Raises ValueError where torch might read something else by the index than what is tried here."""
+    if type(index.storage_data) is not dict or type(index.state_dict_metadata) is not dict:
+        raise ValueError("its tables are no plain dicts")  # whose methods a pickle cannot replace
+    for key, entry in index.state_dict_metadata.items():
+        if isinstance(entry, BytesStorageMetadata) and not _OBJECT_KEY.fullmatch(key):
+            raise ValueError(f"it calls {key} an object, which torch would unpickle in a tensor's place")
+    for place in index.storage_data.values():
+        if getattr(place, "transform_descriptors", None):  # torch before 2.7 has none
+            raise ValueError(f"{place.relative_path} is compressed, which Megatron-Core does not do")
 
 
 def read_common(folder: Path) -> dict[str, Any]:
@@ -162,41 +177,47 @@ def check_objects(folder: Path, keys: Collection[str]) -> None:
 
 
 def _objects(folder: Path, keys: Collection[str]) -> dict[str, Any]:
+    import megatron.core.dist_checkpointing  # noqa: F401 - its list of classes
+
     found: dict[str, Any] = {}
-    places = {
-        entry.fqn: place for entry, place in read_index(folder).storage_data.items() if entry.fqn in keys
-    }
-    for key, place in sorted(places.items()):  # Megatron-Core says what is missing
+    stored = read_index(folder).storage_data
+    for key in sorted(keys):
+        place = stored.get(MetadataIndex(key))  # as torch looks it up
+        if place is None:
+            continue  # Megatron-Core says what is missing
         path = folder / place.relative_path
         try:
             with path.open("rb") as file:
                 file.seek(place.offset)
                 found[key] = _tensors_alone(file.read(place.length))
-            _check_extra_state(found[key])
+            if _EXTRA_STATE in key:
+                _check_extra_states(found[key])
         except Exception as error:
             raise CheckpointError(f"{path}: object {key} cannot be read: {_why(error)}") from error
     return found
 
 
-def _check_extra_state(found: Any) -> None:
-    """What Megatron-Core hands on to Transformer Engine as bytes, in a tensor or a file in memory."""
-    if isinstance(found, io.BytesIO):
-        content = found.getvalue()
-    elif isinstance(found, torch.Tensor) and found.dtype == torch.uint8 and found.dim() == 1:
-        content = found.numpy().tobytes()
-    else:
-        return
-    if content[:2] == _ZIP:
-        _check_extra_state(_tensors_alone(content))
-    elif content[:1] == b"\x80":  # as every pickle since protocol 2 begins
+def _check_extra_states(found: Any) -> None:
+    if type(found) is not list:
+        raise ValueError(f"it is a {type(found).__name__}; Megatron-Core stores a list")
+    for state in found:
+        _check_extra_state(state)
+
+
+def _check_extra_state(state: Any) -> None:
+    """Bytes in a tensor of any dtype, which Transformer Engine unpickles, or a file in memory, which it torch.loads."""
+    if isinstance(state, io.BytesIO) and state.getvalue():
+        _check_extra_state(_tensors_alone(state.getvalue()))
+    elif isinstance(state, torch.Tensor) and state.numel():
+        content = state.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
         _Unpickler(io.BytesIO(content), _OF_EXTRA_STATE).load()
 
 
 def _why(error: Exception) -> str:
-    """Of torch's page of advice, the name of what it refused."""
-    refused = re.search(
-        r"unsupported (?:global|operand|class)\W[^\n]*?((?:\w+\.)+\w+)", str(error), re.IGNORECASE
-    )
+    """Of torch's page of advice, which tells to run it all the same, the name of what it refused."""
+    refused = re.search(r"unsupported (?:global: )?GLOBAL (\S+)", str(error), re.IGNORECASE)
     if refused:
         return f"it names {refused[1]}, which is neither a plain value nor a tensor; nothing was run"
+    if "weights_only" in str(error):
+        return "it holds more than plain values and tensors; nothing was run"
     return str(error).partition("\n")[0] or repr(error)
