@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("reasoning_gym", reason="needs the extra rl")
 
-from examples.steps import draw, rows, teacher, world
+from examples.steps import draw, rows, starts, teacher, world
 from examples.steps.grader import grade
 
 
@@ -91,3 +91,21 @@ def test_a_teacher_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -
     (tmp_path / "settings.json").write_text('{"plain": 0.5}')
     with pytest.raises(SystemExit, match="choose another --output"):
         teacher.main(["--output", str(tmp_path), "--num-training", "10"])
+
+
+def test_the_table_of_starts_shows_differences_from_sft_that_are_clear_of_zero() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0.0, 0.01, (3, 50))
+
+    def cells(mean: float) -> list[dict[str, list[float]]]:
+        return [dict.fromkeys(("plain share", "pass@1", "pass@4"), (mean + row).tolist()) for row in noise]
+
+    lines = starts.table(
+        {"300": {"SFT": cells(0.2), "token": cells(0.2), "sequence": cells(0.4)}}
+    ).splitlines()
+    assert len(lines) == 5
+    assert "**" not in lines[2]
+    assert "**" not in lines[3]
+    assert lines[4].startswith("| 300 steps | sequence | 0.4")
+    assert lines[4].count("<br>**+0.200 [") == 3
+    assert lines[4].count("†**") == 3
