@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("reasoning_gym", reason="needs the extra rl")
 
+from examples.launch import REPOSITORY
 from examples.steps import draw, rows, starts, teacher, world
 from examples.steps.grader import grade
 
@@ -109,3 +110,8 @@ def test_the_table_of_starts_shows_differences_from_sft_that_are_clear_of_zero()
     assert lines[4].startswith("| 300 steps | sequence | 0.4")
     assert lines[4].count("<br>**+0.200 [") == 3
     assert lines[4].count("†**") == 3
+
+
+def test_the_studys_table_is_that_of_its_numbers() -> None:
+    results = json.loads((REPOSITORY / "docs" / "study" / "steps_starts.json").read_text())
+    assert starts.table(results) in (REPOSITORY / "docs" / "study.md").read_text()
