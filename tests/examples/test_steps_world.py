@@ -113,5 +113,5 @@ def test_the_table_of_starts_shows_differences_from_sft_that_are_clear_of_zero()
 
 
 def test_the_studys_table_is_that_of_its_numbers() -> None:
-    results = json.loads((REPOSITORY / "docs" / "study" / "steps_starts.json").read_text())
+    results = json.loads((REPOSITORY / "docs" / "study" / "steps" / "starts.json").read_text())
     assert starts.table(results) in (REPOSITORY / "docs" / "study.md").read_text()
