@@ -214,7 +214,10 @@ PAGES = {
 
 
 def kind(path: Path) -> str:
-    return next(name for name in TABLES if path.stem.startswith(name))
+    found = next((name for name in TABLES if path.stem.startswith(name)), None)
+    if found is None:
+        raise SystemExit(f"{path}: a results file's name begins with what it measures: {', '.join(TABLES)}")
+    return found
 
 
 def committed() -> list[Path]:
