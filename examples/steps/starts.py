@@ -73,15 +73,19 @@ def table(results: dict[str, dict[str, list[dict[str, list[float]]]]]) -> str:
             arm: {m: np.array([cell[m] for cell in cells]) for m in measures} for arm, cells in arms.items()
         }
         others = [arm for arm in values if arm != "SFT"]
+        changes = {(arm, m): values[arm][m] - values["SFT"][m] for arm in others for m in measures}
+        corrected = {
+            m: dict(zip(others, holm([p_value(changes[arm, m]) for arm in others]), strict=True))
+            for m in measures
+        }
         for arm, found in values.items():
             cells = []
             for m in measures:
                 text = str(interval(found[m], bounds=(0.0, 1.0)))
                 if arm != "SFT":
-                    difference = interval(found[m] - values["SFT"][m], bounds=(-1.0, 1.0))
-                    corrected = holm([p_value(values[other][m] - values["SFT"][m]) for other in others])
+                    difference = interval(changes[arm, m], bounds=(-1.0, 1.0))
                     if difference.low > 0.0 or difference.high < 0.0:
-                        mark = " †" if corrected[others.index(arm)] < 0.05 else ""
+                        mark = " †" if corrected[m][arm] < 0.05 else ""
                         text += f"<br>**{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]{mark}**"
                 cells.append(text)
             lines.append(f"| {student} steps | {arm} | {' | '.join(cells)} |")

@@ -106,12 +106,8 @@ def over_runs(values: np.ndarray, *, bounds: tuple[float, float], confidence: fl
     mean = float(values.mean())
     if len(values) < 2:
         return Estimate(mean, *bounds)
-    half = (
-        _scipy_stats().t.ppf(0.5 + confidence / 2.0, len(values) - 1)
-        * values.std(ddof=1)
-        / np.sqrt(len(values))
-    )
-    return Estimate(mean, max(mean - float(half), bounds[0]), min(mean + float(half), bounds[1]))
+    low, high = _over_runs_and_problems(values[:, None], (1.0 - confidence) / 2.0)
+    return Estimate(mean, max(low, bounds[0]), min(high, bounds[1]))
 
 
 def p_value(values: np.ndarray) -> float:
