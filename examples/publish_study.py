@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from examples.launch import REPOSITORY
+from examples.steps.styles import plain_steps
 from examples.stretches import weigh
 from pear_megatron.compare.markdown import markdown_table
 from pear_megatron.compare.recipe import folder_name
@@ -47,7 +48,23 @@ def tuning_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def styles(folder: Path, results: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+def steps_styles(folder: Path, results: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """What the answers of the steps world are like, for each arm and measure a number a seed."""
+    heldout = REPOSITORY / "results" / "steps" / "teacher" / "heldout.jsonl"
+    found: dict[str, dict[str, list[float]]] = {}
+    for arm in results["arms"]:
+        cells = [folder / f"seed{seed}" / folder_name(arm) for seed in results["seeds"]]
+        before = np.round([plain_steps(cell / "before", heldout) for cell in cells], 5)
+        after = np.round([plain_steps(cell / "after", heldout) for cell in cells], 5)
+        found[arm] = {
+            "plain share before RL": before[:, 0].tolist(),
+            "plain steps that are right, before RL": before[:, 1].tolist(),
+            "plain share after RL": after[:, 0].tolist(),
+        }
+    return found
+
+
+def stretches_styles(folder: Path, results: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     """What the answers of the stretches world are like, for each arm and measure a number a seed."""
     recipe = results["recipe"]
     prepared = Path(recipe["prepared_dir"]) if recipe["prepared_dir"] else folder / "prepared"
@@ -136,8 +153,9 @@ def main(arguments: list[str] | None = None) -> None:
         for part in ("offline", "rl"):  # resolved paths are of the machine that ran it
             _, _, below = results["recipe"][part]["recipe"].rpartition("/recipes/")
             results["recipe"][part]["recipe"] = f"recipes/{below}"
-        if name.startswith("stretches"):
-            results["styles"] = styles(folder, results)
+        for world, styles in (("stretches", stretches_styles), ("steps", steps_styles)):
+            if name.startswith(world):
+                results["styles"] = styles(folder, results)
         NUMBERS.mkdir(exist_ok=True)
         write_atomically(NUMBERS / f"{name}.json", json.dumps(results, separators=(",", ":")) + "\n")
         for picture in ("curves", "seeds"):

@@ -1,7 +1,8 @@
 """The student of the steps world: a small Llama that learns plain solutions, and is kept every hundred steps.
 
 The earlier the checkpoint, the fewer of its teacher's steps it can follow; the comparisons start from three of them.
-One student for all seeds; the same command continues.
+One student for all seeds; the same command continues. With --unanswered it learns the steps and never an answer, `#3`:
+no reward without an offline phase.
 
 Example:
     python -m examples.steps.student --teacher results/steps/teacher --output results/steps/student
@@ -22,7 +23,7 @@ SEED = 3_000_000  # of reasoning-gym: other sums than the teacher's
 PLAIN = 0.9
 
 
-def make(teacher: Path, output: Path, num_solutions: int, overrides: list[str]) -> None:
+def make(teacher: Path, output: Path, num_solutions: int, answered: bool, overrides: list[str]) -> None:
     """Trains it, if that is not done."""
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / ".lock"):
@@ -32,7 +33,9 @@ def make(teacher: Path, output: Path, num_solutions: int, overrides: list[str]) 
         rows.write_rows(
             output / "plain.jsonl",
             (
-                rows.trajectory(f"plain-{i:06d}", p.prompt, world.write_solution(rng, p, PLAIN))
+                rows.trajectory(
+                    f"plain-{i:06d}", p.prompt, world.write_solution(rng, p, PLAIN, answered=answered)
+                )
                 for i, p in enumerate(world.problems(SEED, num_solutions))
             ),
         )
@@ -56,9 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--num-solutions", type=int, default=56_000, help="that it learns from (default: 56000)"
     )
+    parser.add_argument("--unanswered", action="store_true", help="solutions end before the answer")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of its training")
     args = parser.parse_args(arguments)
-    make(args.teacher.resolve(), args.output.resolve(), args.num_solutions, args.overrides)
+    make(
+        args.teacher.resolve(), args.output.resolve(), args.num_solutions, not args.unanswered, args.overrides
+    )
 
 
 if __name__ == "__main__":

@@ -39,8 +39,10 @@ def problems(seed: int, count: int) -> list[Problem]:
     return [Problem(entry["metadata"]["expression"].replace(" ", ""), entry["answer"]) for entry in entries]
 
 
-def write_solution(rng: np.random.Generator, problem: Problem, plain: float) -> str:
-    """A right solution: plain with probability ``plain``, otherwise terse."""
+def write_solution(
+    rng: np.random.Generator, problem: Problem, plain: float, *, answered: bool = True
+) -> str:
+    """A right solution: plain with probability ``plain``, otherwise terse; ``answered`` gives the answer at its end."""
     largest = 1 if rng.random() < plain else LARGEST_STEP
     first, *rest = re.findall(r"[+-]?\d", problem.prompt)
     value, text = int(first), ""
@@ -49,7 +51,7 @@ def write_solution(rng: np.random.Generator, problem: Problem, plain: float) -> 
         taken, rest = rest[:size], rest[size:]
         value += sum(map(int, taken))
         text += f"{''.join(taken)}={value};"
-    return f"{text}#{problem.answer}"
+    return f"{text}#{problem.answer}" if answered else text
 
 
 def steps(problem: Problem, solution: str) -> list[tuple[int, bool]]:

@@ -12,8 +12,7 @@ import pytest
 
 pytest.importorskip("reasoning_gym", reason="needs the extra rl")
 
-from examples.launch import REPOSITORY
-from examples.steps import draw, rows, starts, teacher, world
+from examples.steps import draw, rows, styles, teacher, world
 from examples.steps.grader import grade
 
 
@@ -25,6 +24,7 @@ def test_programs_write_right_solutions(plain: float) -> None:
         solution = world.write_solution(rng, problem, plain)
         assert grade(solution, problem.answer, {}) == 1.0
         assert len(solution) < world.LONGEST
+        assert "#" not in world.write_solution(rng, problem, plain, answered=False)
         assert set(problem.prompt + solution) <= set(world.TOKENS)
         steps = world.steps(problem, solution)
         assert sum(size for size, _ in steps) == world.TERMS - 1
@@ -94,24 +94,11 @@ def test_a_teacher_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -
         teacher.main(["--output", str(tmp_path), "--num-training", "10"])
 
 
-def test_the_table_of_starts_shows_differences_from_sft_that_are_clear_of_zero() -> None:
-    rng = np.random.default_rng(0)
-    noise = rng.normal(0.0, 0.01, (3, 50))
-
-    def cells(mean: float) -> list[dict[str, list[float]]]:
-        return [dict.fromkeys(("plain share", "pass@1", "pass@4"), (mean + row).tolist()) for row in noise]
-
-    lines = starts.table(
-        {"300": {"SFT": cells(0.2), "token": cells(0.2), "sequence": cells(0.4)}}
-    ).splitlines()
-    assert len(lines) == 5
-    assert "**" not in lines[2]
-    assert "**" not in lines[3]
-    assert lines[4].startswith("| 300 steps | sequence | 0.4")
-    assert lines[4].count("<br>**+0.200 [") == 3
-    assert lines[4].count("†**") == 3
-
-
-def test_the_studys_table_is_that_of_its_numbers() -> None:
-    results = json.loads((REPOSITORY / "docs" / "study" / "steps" / "starts.json").read_text())
-    assert starts.table(results) in (REPOSITORY / "docs" / "study.md").read_text()
+def test_the_plain_share_counts_operations_and_judges_their_steps(tmp_path: Path) -> None:
+    heldout = tmp_path / "heldout.jsonl"
+    rows.write_problems(heldout, [world.Problem("3+4-7+2-9+5-1+6", "3")])
+    answers = ("+4=7;-7+2-9=-7;+5-1=-3;+6=4;#4", "+4-7=0;+2-9=-7;+5-1+6=3;#3")  # two plain steps, one right
+    rows.write_rows(
+        tmp_path / "samples.jsonl", ({"id": "heldout-00000", "response": answer} for answer in answers)
+    )
+    assert styles.plain_steps(tmp_path, heldout) == (pytest.approx(1 / 7), 0.5)
