@@ -28,8 +28,10 @@ class PearConfig(StrictModel):
         baseline: ``sequence_mean`` subtracts the trajectory's mean log ratio before clipping.
         normalize: ``sequence`` divides the weights by their mean over the trajectory's decisions.
         control: ``shuffled`` puts the weights of a micro-batch's decisions on other decisions of it, at random:
-            the control experiment that keeps how the weights are distributed and takes away what they mean. Factors
-            (DFT, entropy, negatives that have stopped) stay on their own decisions.
+            the control experiment that keeps how the weights are distributed and takes away what they mean.
+            ``shuffled_by_place`` does so among decisions that are as far from the end of their responses, and keeps how
+            weights fall with the place too; a micro-batch then needs many responses. Factors (DFT, entropy, negatives
+            that have stopped) stay on their own decisions.
         negative_scale: factor on the reward of trajectories whose reward is below zero, >= 0.
         negative_floor: a decision of such a trajectory weighs 0 once its log-prob has fallen more than this below the
             reference's (or the behaviour policy's, where there is no reference), > 0; None = never.
@@ -62,7 +64,7 @@ class PearConfig(StrictModel):
     baseline: Literal["none", "sequence_mean"] = "none"
     normalize: Literal["none", "sequence"] = "none"
     negative_scale: float = Field(default=1.0, ge=0.0)
-    control: Literal["none", "shuffled"] = "none"
+    control: Literal["none", "shuffled", "shuffled_by_place"] = "none"
     negative_floor: float | None = Field(default=None, gt=0.0)
     ratio: Literal["behavior", "reference"] = "behavior"
     sequence_scale: Literal["sum", "mean"] = "sum"

@@ -278,10 +278,21 @@ def _weigh(pack: _Pack, factor: Tensor | None, cu: Tensor, config: PearConfig) -
     if factor is not None:
         weights, _ = pear_weights(lp, base, mask, cu, config)
     seed = int(base[mask].double().sum().abs() * 1e6) % 2**31
-    order = torch.randperm(int(mask.sum()), generator=torch.Generator().manual_seed(seed))
-    shuffled = weights.clone()
-    shuffled[mask] = weights[mask][order.to(weights.device)]
+    order = torch.randperm(int(mask.sum()), generator=torch.Generator().manual_seed(seed)).to(weights.device)
+    own = weights[mask]
+    chosen = own[order]
+    if config.control == "shuffled_by_place":
+        place = _distance_to_the_end(mask, cu)[mask]
+        chosen = torch.empty_like(own)
+        chosen[place.argsort(stable=True)] = own[order[place[order].argsort(stable=True)]]
+    shuffled = weights.masked_scatter(mask, chosen)
     return shuffled if factor is None else (shuffled * factor).where(mask, 0.0), stats
+
+
+def _distance_to_the_end(mask: Tensor, cu: Tensor) -> Tensor:
+    """[T] int64: how many decisions of its trajectory come after each token."""
+    upto = torch.nn.functional.pad(mask.cumsum(0), (1, 0))  # [T + 1]
+    return upto[cu[1:]].repeat_interleave(cu.diff(), output_size=mask.numel()) - upto[1:]
 
 
 def _by_source(

@@ -60,7 +60,7 @@ def test_lists_and_numbers_from_yaml_are_taken():
         ({"baseline": "mean"}, "Input should be 'none' or 'sequence_mean'"),
         ({"normalize": "batch"}, "Input should be 'none' or 'sequence'"),
         ({"negative_scale": -0.1}, "Input should be greater than or equal to 0"),
-        ({"control": "shuffle"}, "Input should be 'none' or 'shuffled'"),
+        ({"control": "shuffle"}, "Input should be 'none', 'shuffled' or 'shuffled_by_place'"),
         (
             {"log_ratio_clip": (0.3, -0.08)},
             "log_ratio_clip must be (low, high) with low < high, got (0.3, -0.08)",

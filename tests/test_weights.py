@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -403,7 +404,8 @@ def test_lengths_that_ranks_cannot_share_are_refused_on_every_rank():
 
 
 SHUFFLED = [
-    PearConfig(variant=variant, baseline=baseline, control="shuffled")
+    PearConfig(variant=variant, baseline=baseline, control=control)
+    for control in ("shuffled", "shuffled_by_place")
     for variant in ("token", "block", "sequence")
     for baseline in ("none", "sequence_mean")
 ]
@@ -421,6 +423,24 @@ def test_shuffled_weights_are_the_same_weights_on_other_decisions(config):
     assert torch.equal(again, shuffled)
     for name, value in stats.items():  # of the weights as PEAR made them
         assert torch.equal(shuffled_stats[name], value)
+
+
+@pytest.mark.parametrize("baseline", ["none", "sequence_mean"])
+def test_weights_shuffled_by_place_stay_as_far_from_the_end(baseline):
+    pack = make_pack([40, 0, 17, 9, 30], spread=0.5)
+    plain, _ = importance_weights(*pack.inputs(), PearConfig(baseline=baseline))
+    config = PearConfig(baseline=baseline, control="shuffled_by_place")
+    shuffled, _ = importance_weights(*pack.inputs(), config)
+    found: dict[int, tuple[list[float], list[float]]] = {}
+    bounds = pack.cu_seqlens.tolist()
+    for start, end in itertools.pairwise(bounds):
+        decisions = [t for t in range(start, end) if pack.mask[t]]
+        for place, t in enumerate(reversed(decisions)):
+            before, after = found.setdefault(place, ([], []))
+            before.append(float(plain[t]))
+            after.append(float(shuffled[t]))
+    assert all(sorted(before) == sorted(after) for before, after in found.values())
+    assert any(before != after for before, after in found.values())
 
 
 def test_the_order_of_shuffling_is_the_datas_and_not_the_models():
