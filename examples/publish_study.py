@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_atomically(NUMBERS / f"{name}.json", json.dumps(results, separators=(",", ":")) + "\n")
         for picture in ("curves", "seeds"):
             shutil.copyfile(folder / f"{picture}.png", IMAGES / f"study_{name}_{picture}.png")
-        if set(_ARMS) <= set(results.get("styles", {})):
+        if name == "stretches":
             write_png(starts_figure(results), IMAGES / f"study_{name}_starts.png")
             write_dark_twin(IMAGES / f"study_{name}_starts.png")
         write_atomically(STUDY, fill(STUDY.read_text(), name, results))
