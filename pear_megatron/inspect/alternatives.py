@@ -56,6 +56,11 @@ class Alternative:
         return self.overrides or "as given"
 
     @property
+    def fall(self) -> float:
+        """How many times the weights of the last quarter those of the first are; below 1 they rise."""
+        return self.first_quarter / max(self.last_quarter, 1e-30)
+
+    @property
     def at_bounds(self) -> int:
         """Share of weights at the floor or the ceiling, in percent."""
         return round(100 * (self.statistics["weight_at_floor"] + self.statistics["weight_at_ceiling"]))
@@ -79,7 +84,7 @@ def alternatives(pack: Pack, given: PearConfig) -> list[Alternative]:
     relative = (pack.position + 0.5) / pack.num_decisions[pack.segment]
     rows, seen = [], set()
     methods = _methods(pack, given)
-    for change in ({}, *_changes(given), *methods):
+    for change in ({}, *_changes(given), *_level(pack, given), *methods):
         try:
             config = PearConfig.model_validate(given.model_dump() | change)
         except ValidationError:  # variant=sequence with normalize=sequence, or what needs another variant
@@ -115,6 +120,22 @@ def _changes(given: PearConfig) -> tuple[dict[str, Any], ...]:
         centred | {"log_ratio_clip": even},
         {"normalize": "sequence"},
     )
+
+
+def _level(pack: Pack, given: PearConfig) -> list[dict[str, Any]]:
+    """A wide, centred clip with the discount at which a token's weight does not depend on its place.
+
+    Each decision adds its clipped log ratio and log(gamma): where these are 0 on average, weights neither rise nor fall.
+    """
+    if given.variant not in ("token", "block"):
+        return []
+    low, high = min(given.log_ratio_clip[0], _LOW), max(given.log_ratio_clip[1], -_LOW)
+    mean = np.bincount(pack.segment, pack.log_ratio) / np.maximum(pack.num_decisions, 1)
+    drift = float(np.clip(pack.log_ratio - mean[pack.segment], low, high).mean())
+    if drift <= 0.0:  # gamma is at most 1
+        return []
+    gamma = round(float(np.exp(-drift)), 3)
+    return [{"baseline": "sequence_mean", "log_ratio_clip": (low, high), "gamma": gamma}]
 
 
 def _methods(pack: Pack, given: PearConfig) -> list[dict[str, Any]]:

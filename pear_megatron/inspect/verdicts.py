@@ -10,6 +10,8 @@ from pear_megatron.inspect.sample import Sample
 from pear_megatron.pages.verdict import Verdict
 
 _FAR = 2.0  # nats: a token that is 7 times less likely
+_UNEVEN = 4.0  # times: the median weight of the first quarter and of the last; docs/study.md, Verdict
+_CONTENT = 0.35  # docs/study.md, Verdict
 
 
 def about_data(sample: Sample, ends: float | None) -> list[Verdict]:
@@ -186,6 +188,8 @@ def about_weights(measured: Weights, alternatives: list[Alternative]) -> list[Ve
                 _better(alternatives, "weight_at_ceiling", "at the ceiling"),
             )
         )
+    if not found:
+        found += _place_and_content(alternatives)
     if s["weight"] > 3 and measured.config.normalize == "none":
         size = weight_text(s["weight"])
         found.append(
@@ -198,6 +202,54 @@ def about_weights(measured: Weights, alternatives: list[Alternative]) -> list[Ve
             )
         )
     return found
+
+
+def _place_and_content(alternatives: list[Alternative]) -> list[Verdict]:
+    """Weights that differ by their place in a response, or that hardly differ otherwise."""
+    given = alternatives[0]
+    if not 1 / _UNEVEN < given.fall < _UNEVEN:
+        little = "end" if given.fall > 1 else "beginning"
+        return [
+            Verdict(
+                "warning",
+                "weights that depend on the place",
+                f"The median weight is {weight_text(given.first_quarter)} in the first quarter of the responses and "
+                f"{weight_text(given.last_quarter)} in the last: their {little} hardly trains. In our study such a fall "
+                "delayed RL, whatever else the weights said.",
+                _says_more(alternatives),
+            )
+        ]
+    if given.content < _CONTENT:
+        return [
+            Verdict(
+                "note",
+                "weights that say little",
+                f"Their content is {given.content:.2f}: tokens at the same place weigh nearly the same. In our study no "
+                "setting of so little could be told from plain SFT after RL.",
+                _says_more(alternatives),
+            )
+        ]
+    return []
+
+
+def _says_more(alternatives: list[Alternative]) -> str:
+    """The setting of most content among those that treat all of a response alike."""
+    level = [
+        setting
+        for setting in alternatives[1:]
+        if setting.remedy and setting.at_bounds <= 5 and 0.5 <= setting.fall <= 2.0 and setting.content >= _CONTENT
+    ]
+    if not level:
+        return (
+            "No setting of the table has content without a fall. Try a pear.gamma at which the last two columns agree, "
+            "a narrower pear.log_ratio_clip, or plain SFT."
+        )
+    best = max(level, key=lambda setting: setting.content)
+    return (
+        f"{best.overrides} has a content of {best.content:.2f}, and {weight_text(best.first_quarter)} and "
+        f"{weight_text(best.last_quarter)} in the first and last quarter. Compare it with plain SFT before a long run "
+        "(docs/study.md)."
+    )
 
 
 def _about_reference(apart: float) -> list[Verdict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +80,17 @@ def test_alternatives_begin_with_the_given_settings_and_are_what_they_say() -> N
         config = PearConfig.model_validate(given.model_dump() | values)
         assert config != given
         assert weigh(pack, config).statistics == setting.statistics
+
+
+def test_the_level_discount_leaves_no_drift() -> None:
+    made, policy = trajectories()
+    rng = np.random.default_rng(1)
+    pack = make_pack(made, [lp - 2.0 * (rng.random(len(lp)) < 0.2).astype(np.float32) for lp in policy])
+    (level,) = (setting for setting in alternatives(pack, PearConfig()) if "pear.gamma" in setting.overrides)
+    mean = np.bincount(pack.segment, pack.log_ratio) / pack.num_decisions
+    clipped = np.clip(pack.log_ratio - mean[pack.segment], -0.3, 0.3)
+    gamma = float(re.search(r"pear.gamma=([\d.]+)", level.overrides)[1])
+    assert gamma == pytest.approx(np.exp(-clipped.mean()), abs=5e-4)
 
 
 def with_reference(pack: Pack) -> Pack:

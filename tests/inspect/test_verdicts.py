@@ -39,6 +39,29 @@ def test_weights_that_see_only_the_place_are_called_so(look: Inspect) -> None:
     assert "pear.baseline=sequence_mean" in verdict["change"]
 
 
+def sometimes_unlikely(lb: float, rng: random.Random) -> float:
+    return lb - (2.0 if rng.random() < 0.25 else 0.0)
+
+
+def test_weights_that_fall_towards_the_end_are_warned_of_and_levelled(look: Inspect) -> None:
+    rows = scored(sometimes_unlikely, tokens=40)
+    found = look(rows, "pear.baseline=sequence_mean", "pear.log_ratio_clip=[-0.3,0.2]")
+    verdict = found.verdict("weights that depend on the place")
+    assert verdict["level"] == "warning"
+    assert "their end hardly trains" in verdict["text"]
+    overrides = verdict["change"].split(" has a content ")[0].split()
+    level = look(rows, "pear.baseline=sequence_mean", "pear.log_ratio_clip=[-0.3,0.2]", *overrides)
+    assert "weights that depend on the place" not in level.titles()
+
+
+def test_weights_that_hardly_differ_are_called_so(look: Inspect) -> None:
+    rows = scored(sometimes_unlikely, tokens=24)
+    found = look(rows, "pear.log_ratio_clip=[-0.02,0.02]")
+    verdict = found.verdict("weights that say little")
+    assert verdict["level"] == "note"
+    assert "pear.gamma=" in verdict["change"]
+
+
 def test_weights_at_their_ceiling_are_warned_of(look: Inspect) -> None:
     found = look(
         scored(lambda lb, rng: lb - 1 + rng.gauss(0, 1), tokens=300, count=8), "pear.baseline=sequence_mean"
