@@ -23,7 +23,9 @@ def plain_steps(evaluation: Path, heldout: Path) -> tuple[float, float]:
     }
     operations, right = [], []
     for row in map(json.loads, (evaluation / "samples.jsonl").read_text().splitlines()):
-        plain = [is_right for size, is_right in world.steps(problems[row["id"]], row["response"]) if size == 1]
+        plain = [
+            is_right for size, is_right in world.steps(problems[row["id"]], row["response"]) if size == 1
+        ]
         operations.append(len(plain) / (world.TERMS - 1))
         right += plain
     return float(np.mean(operations)), float(np.mean(right)) if right else 0.0

@@ -39,9 +39,7 @@ def problems(seed: int, count: int) -> list[Problem]:
     return [Problem(entry["metadata"]["expression"].replace(" ", ""), entry["answer"]) for entry in entries]
 
 
-def write_solution(
-    rng: np.random.Generator, problem: Problem, plain: float, *, answered: bool = True
-) -> str:
+def write_solution(rng: np.random.Generator, problem: Problem, plain: float, *, answered: bool = True) -> str:
     """A right solution: plain with probability ``plain``, otherwise terse; ``answered`` gives the answer at its end."""
     largest = 1 if rng.random() < plain else LARGEST_STEP
     first, *rest = re.findall(r"[+-]?\d", problem.prompt)

@@ -237,7 +237,10 @@ def _says_more(alternatives: list[Alternative]) -> str:
     level = [
         setting
         for setting in alternatives[1:]
-        if setting.remedy and setting.at_bounds <= 5 and 0.5 <= setting.fall <= 2.0 and setting.content >= _CONTENT
+        if setting.remedy
+        and setting.at_bounds <= 5
+        and 0.5 <= setting.fall <= 2.0
+        and setting.content >= _CONTENT
     ]
     if not level:
         return (
