@@ -125,7 +125,7 @@ def _changes(given: PearConfig) -> tuple[dict[str, Any], ...]:
 def _level(pack: Pack, given: PearConfig) -> list[dict[str, Any]]:
     """A wide, centred clip with the discount at which a token's weight does not depend on its place.
 
-    Each decision adds its clipped log ratio and log(gamma): where these are 0 on average, weights neither rise nor fall.
+    Each decision adds its clipped log ratio and log(gamma): where that is 0 on average, weights neither rise nor fall.
     """
     if given.variant not in ("token", "block"):
         return []

@@ -214,8 +214,8 @@ def _place_and_content(alternatives: list[Alternative]) -> list[Verdict]:
                 "warning",
                 "weights that depend on the place",
                 f"The median weight is {weight_text(given.first_quarter)} in the first quarter of the responses and "
-                f"{weight_text(given.last_quarter)} in the last: their {little} hardly trains. In our study such a fall "
-                "delayed RL, whatever else the weights said.",
+                f"{weight_text(given.last_quarter)} in the last: their {little} hardly trains, and what stands there "
+                "alone, an answer's format say, is hardly learned. It delayed RL in one world of our study.",
                 _says_more(alternatives),
             )
         ]
@@ -224,7 +224,7 @@ def _place_and_content(alternatives: list[Alternative]) -> list[Verdict]:
             Verdict(
                 "note",
                 "weights that say little",
-                f"Their content is {given.content:.2f}: tokens at the same place weigh nearly the same. In our study no "
+                f"Their content is {given.content:.2f}: tokens at the same place weigh nearly alike. In our study no "
                 "setting of so little could be told from plain SFT after RL.",
                 _says_more(alternatives),
             )
