@@ -52,3 +52,12 @@ def test_the_picture_of_readme_shows_each_seed_against_sft_on_the_same_seed() ->
     took_off = [results["arms"][arm]["take_off"] for arm in ("SFT", "sequence")]
     assert drawn[-1] == [ours - sft for sft, ours in zip(*took_off, strict=True)]
     assert (IMAGES / "study_stretches_starts.png").stat().st_size > 5000
+
+
+def test_the_tuning_runs_of_the_student_that_cannot_answer_are_those_of_the_page() -> None:
+    text, rates = STUDY.read_text(), ("0.00025", "0.0005", "0.001")
+    runs = json.loads((NUMBERS / "tuning" / "steps_unanswered.json").read_text())
+    for student, arms in runs.items():
+        for arm, tried in arms.items():
+            means = (f"{sum(tried[r]) / len(tried[r]):.3f}" if r in tried else "-" for r in rates)
+            assert f"| {student} steps | {arm} | {' | '.join(means)} |" in text
