@@ -225,7 +225,7 @@ def _place_and_content(alternatives: list[Alternative]) -> list[Verdict]:
                 "note",
                 "weights that say little",
                 f"Their content is {given.content:.2f}: tokens at the same place weigh nearly alike. In our study no "
-                "setting of so little could be told from plain SFT after RL.",
+                "setting of so little brought RL's start forward.",
                 _says_more(alternatives),
             )
         ]
