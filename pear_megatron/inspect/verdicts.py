@@ -10,8 +10,8 @@ from pear_megatron.inspect.sample import Sample
 from pear_megatron.pages.verdict import Verdict
 
 _FAR = 2.0  # nats: a token that is 7 times less likely
-_UNEVEN = 4.0  # times: the median weight of the first quarter and of the last; docs/study.md, Verdict
-_CONTENT = 0.35  # docs/study.md, Verdict
+_UNEVEN = 4.0  # times: the median weight of the first quarter and of the last
+_CONTENT = 0.35  # docs/study.md, How to tell beforehand
 
 
 def about_data(sample: Sample, ends: float | None) -> list[Verdict]:
