@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from examples.launch import REPOSITORY
-from examples.steps.styles import plain_steps
+from examples.steps.styles import plain_steps, read_problems
 from examples.stretches import weigh
 from pear_megatron.compare.markdown import markdown_table
 from pear_megatron.compare.recipe import folder_name
@@ -50,12 +50,12 @@ def tuning_table(results: dict[str, Any]) -> str:
 
 def steps_styles(folder: Path, results: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     """What the answers of the steps world are like, for each arm and measure a number a seed."""
-    heldout = REPOSITORY / "results" / "steps" / "teacher" / "heldout.jsonl"
+    problems = read_problems(REPOSITORY / "results" / "steps" / "teacher" / "heldout.jsonl")
     found: dict[str, dict[str, list[float]]] = {}
     for arm in results["arms"]:
         cells = [folder / f"seed{seed}" / folder_name(arm) for seed in results["seeds"]]
-        before = np.round([plain_steps(cell / "before", heldout) for cell in cells], 5)
-        after = np.round([plain_steps(cell / "after", heldout) for cell in cells], 5)
+        before = np.round([plain_steps(cell / "before", problems) for cell in cells], 5)
+        after = np.round([plain_steps(cell / "after", problems) for cell in cells], 5)
         found[arm] = {
             "plain share before RL": before[:, 0].tolist(),
             "plain steps that are right, before RL": before[:, 1].tolist(),
@@ -153,14 +153,15 @@ def main(arguments: list[str] | None = None) -> None:
         for part in ("offline", "rl"):  # resolved paths are of the machine that ran it
             _, _, below = results["recipe"][part]["recipe"].rpartition("/recipes/")
             results["recipe"][part]["recipe"] = f"recipes/{below}"
-        for world, styles in (("stretches", stretches_styles), ("steps", steps_styles)):
-            if name.startswith(world):
-                results["styles"] = styles(folder, results)
+        if name.startswith("stretches"):
+            results["styles"] = stretches_styles(folder, results)
+        elif name.startswith("steps"):
+            results["styles"] = steps_styles(folder, results)
         NUMBERS.mkdir(exist_ok=True)
         write_atomically(NUMBERS / f"{name}.json", json.dumps(results, separators=(",", ":")) + "\n")
         for picture in ("curves", "seeds"):
             shutil.copyfile(folder / f"{picture}.png", IMAGES / f"study_{name}_{picture}.png")
-        if name == "stretches":
+        if name.startswith("stretches") and set(_ARMS) <= set(results["styles"]):
             write_png(starts_figure(results), IMAGES / f"study_{name}_starts.png")
             write_dark_twin(IMAGES / f"study_{name}_starts.png")
         write_atomically(STUDY, fill(STUDY.read_text(), name, results))

@@ -26,6 +26,29 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_atomically(path, "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """What ``write_rows`` and ``pear-megatron eval`` write."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def is_made(output: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether ``mark_made`` was called for this folder; SystemExit if that was with other settings."""
+    done = output / "settings.json"
+    if not done.exists():
+        return False
+    if (found := done.read_text()) != (wanted := json.dumps(settings)):
+        raise SystemExit(
+            f"error: {output} holds what was made with {found}, and {wanted} is asked for; "
+            "choose another --output, or remove that folder"
+        )
+    return True
+
+
+def mark_made(output: Path, settings: Mapping[str, Any]) -> None:
+    """The last step of making a folder."""
+    write_atomically(output / "settings.json", json.dumps(settings))
+
+
 def write_problems(path: Path, problems: Iterable[world.Problem]) -> None:
     """A problem set, and its grader beside it (.py)."""
     write_rows(

@@ -25,9 +25,10 @@ PLAIN = 0.9
 
 def make(teacher: Path, output: Path, num_solutions: int, answered: bool, overrides: list[str]) -> None:
     """Trains it, if that is not done."""
+    settings = {"solutions": num_solutions, "answered": answered, "train": overrides}
     output.mkdir(parents=True, exist_ok=True)
     with FileLock(output / ".lock"):
-        if (output / "done").exists():
+        if rows.is_made(output, settings):
             return
         rng = np.random.default_rng(SEED)
         rows.write_rows(
@@ -42,7 +43,7 @@ def make(teacher: Path, output: Path, num_solutions: int, answered: bool, overri
         announce(f"the student learns from {num_solutions} solutions")
         data = [f"data.train={output / 'plain.jsonl'}", f"data.tokenizer={teacher / 'tokenizer'}"]
         train(RECIPES / "steps_student.yaml", output / "run", [*data, *overrides], processes=1)
-        (output / "done").touch()
+        rows.mark_made(output, settings)
 
 
 def main(arguments: list[str] | None = None) -> None:

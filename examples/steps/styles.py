@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from examples.steps import world
+from examples.steps.rows import read_rows
 
 
-def plain_steps(evaluation: Path, heldout: Path) -> tuple[float, float]:
+def read_problems(path: Path) -> dict[str, world.Problem]:
+    """The problems of a file of ``write_problems``, by id."""
+    return {row["id"]: world.Problem(row["prompt"], row["answer"]) for row in read_rows(path)}
+
+
+def plain_steps(evaluation: Path, problems: dict[str, world.Problem]) -> tuple[float, float]:
     """The share of operations that answers take one to a step, and the share of those steps that are right.
 
     Args:
         evaluation: the output folder of ``pear-megatron eval``.
-        heldout: the problems that it asked, as JSONL.
+        problems: that it asked, by id.
     """
-    problems = {
-        row["id"]: world.Problem(row["prompt"], row["answer"])
-        for row in map(json.loads, heldout.read_text().splitlines())
-    }
     operations, right = [], []
-    for row in map(json.loads, (evaluation / "samples.jsonl").read_text().splitlines()):
+    for row in read_rows(evaluation / "samples.jsonl"):
         plain = [
             is_right for size, is_right in world.steps(problems[row["id"]], row["response"]) if size == 1
         ]

@@ -19,7 +19,6 @@ Example:
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,6 @@ from filelock import FileLock
 
 from examples.launch import RECIPES, announce, command, train
 from examples.steps import rows, world
-from pear_megatron.storage import write_atomically
 
 HELDOUT_SEED = 1_000_003  # of no run: every run is asked the same held-out problems
 TRAINING_SEED, POOL_SEED = 1_000_000, 2_000_000  # of reasoning-gym; a student's seeds are small numbers
@@ -38,22 +36,15 @@ def make(
 ) -> None:
     """Every step whose result is not there yet."""
     output.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps(
-        {
-            "plain": plain,
-            "training": num_training,
-            "asked": num_asked,
-            "heldout": num_heldout,
-            "train": overrides,
-        }
-    )
+    settings = {
+        "plain": plain,
+        "training": num_training,
+        "asked": num_asked,
+        "heldout": num_heldout,
+        "train": overrides,
+    }
     with FileLock(output / ".lock"):
-        if (done := output / "settings.json").exists():
-            if done.read_text() != settings:
-                raise SystemExit(
-                    f"error: {output} holds a teacher made with {done.read_text()}, and {settings} is asked for; "
-                    "choose another --output, or remove that folder"
-                )
+        if rows.is_made(output, settings):
             return
         rows.save_tokenizer(output / "tokenizer")
         rng = np.random.default_rng(0)
@@ -84,13 +75,13 @@ def make(
                 output, "score", "--model", output / "teacher", "--data", output / f"{name}.jsonl",
                 "--output", output / f"{name}.parquet", "--max-tokens-per-batch", "16384", "--top-k", "14",
             )  # fmt: skip
-        write_atomically(done, settings)
+        rows.mark_made(output, settings)
 
 
 def write_solutions(output: Path, name: str, reward: float) -> None:
     """The teacher's whole solutions that were graded right, or wrong, as trajectories."""
-    prompts = {row["id"]: row["prompt"] for row in _read(output / "asked.jsonl")}
-    samples = [row for row in _read(output / "asked" / "samples.jsonl") if not row["truncated"]]
+    prompts = {row["id"]: row["prompt"] for row in rows.read_rows(output / "asked.jsonl")}
+    samples = [row for row in rows.read_rows(output / "asked" / "samples.jsonl") if not row["truncated"]]
     rows.write_rows(
         output / f"{name}.jsonl",
         (
@@ -99,10 +90,6 @@ def write_solutions(output: Path, name: str, reward: float) -> None:
             if (row["score"] >= 1.0) == (reward > 0.0)
         ),
     )
-
-
-def _read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def main(arguments: list[str] | None = None) -> None:

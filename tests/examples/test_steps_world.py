@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("reasoning_gym", reason="needs the extra rl")
 
-from examples.steps import draw, rows, styles, teacher, world
+from examples.steps import draw, rows, student, styles, teacher, world
 from examples.steps.grader import grade
 
 
@@ -94,6 +94,14 @@ def test_a_teacher_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -
         teacher.main(["--output", str(tmp_path), "--num-training", "10"])
 
 
+def test_a_student_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    rows.mark_made(tmp_path, {"solutions": 56_000, "answered": True, "train": []})
+    given = ["--teacher", str(tmp_path), "--output", str(tmp_path)]
+    student.main(given)
+    with pytest.raises(SystemExit, match="choose another --output"):
+        student.main([*given, "--unanswered"])
+
+
 def test_the_plain_share_counts_operations_and_judges_their_steps(tmp_path: Path) -> None:
     heldout = tmp_path / "heldout.jsonl"
     rows.write_problems(heldout, [world.Problem("3+4-7+2-9+5-1+6", "3")])
@@ -101,4 +109,4 @@ def test_the_plain_share_counts_operations_and_judges_their_steps(tmp_path: Path
     rows.write_rows(
         tmp_path / "samples.jsonl", ({"id": "heldout-00000", "response": answer} for answer in answers)
     )
-    assert styles.plain_steps(tmp_path, heldout) == (pytest.approx(1 / 7), 0.5)
+    assert styles.plain_steps(tmp_path, styles.read_problems(heldout)) == (pytest.approx(1 / 7), 0.5)
