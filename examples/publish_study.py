@@ -160,7 +160,9 @@ def main(arguments: list[str] | None = None) -> None:
         NUMBERS.mkdir(exist_ok=True)
         write_atomically(NUMBERS / f"{name}.json", json.dumps(results, separators=(",", ":")) + "\n")
         for picture in ("curves", "seeds"):
-            shutil.copyfile(folder / f"{picture}.png", IMAGES / f"study_{name}_{picture}.png")
+            copy = f"study_{name}_{picture}.png"
+            if copy in STUDY.read_text():  # others nobody would see
+                shutil.copyfile(folder / f"{picture}.png", IMAGES / copy)
         if name.startswith("stretches") and set(_ARMS) <= set(results["styles"]):
             write_png(starts_figure(results), IMAGES / f"study_{name}_starts.png")
             write_dark_twin(IMAGES / f"study_{name}_starts.png")

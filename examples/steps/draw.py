@@ -2,7 +2,7 @@
 
     offline.parquet    trajectories drawn from the teacher's right solutions, with its log-probs
     negatives.parquet  trajectories drawn from its wrong ones, reward -1
-    problems.jsonl     sums for RL, and their grader (.py)
+    problems.jsonl     sums for RL, or lists to sort, and their grader (.py)
 
 Example:
     python -m examples.steps.draw --teacher results/steps/teacher --output results/steps/seed0 --seed 0
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from examples.steps import rows, world
+from examples.steps import rows, sorting, world
 
 
 def draw(source: Path, output: Path, rng: np.random.Generator, count: int) -> None:
@@ -47,13 +47,15 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(
             f"--num-{name}", type=int, default=default, metavar="N", help=f"default: {default}"
         )
+    parser.add_argument("--sorting", action="store_true", help="problems are lists to sort instead of sums")
     args = parser.parse_args(arguments)
     args.output.mkdir(parents=True, exist_ok=True)
     # A generator per file, so that the size of one changes nothing in the other.
     offline, negatives = (np.random.default_rng(c) for c in np.random.SeedSequence(args.seed).spawn(2))
     draw(args.teacher / "right.parquet", args.output / "offline.parquet", offline, args.num_offline)
     draw(args.teacher / "wrong.parquet", args.output / "negatives.parquet", negatives, args.num_negatives)
-    rows.write_problems(args.output / "problems.jsonl", world.problems(args.seed, args.num_problems))
+    problems = (sorting if args.sorting else world).problems(args.seed, args.num_problems)
+    rows.write_problems(args.output / "problems.jsonl", problems)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("reasoning_gym", reason="needs the extra rl")
 
-from examples.steps import draw, rows, student, styles, teacher, world
+from examples.steps import draw, rows, sorting, student, styles, teacher, world
 from examples.steps.grader import grade
 
 
@@ -31,6 +31,21 @@ def test_programs_write_right_solutions(plain: float) -> None:
         assert all(right for _, right in steps)
         sizes |= {size for size, _ in steps}
     assert sizes == ({1} if plain else {1, 2, 3, 4})
+
+
+def test_programs_sort_both_ways() -> None:
+    problems = sorting.problems(seed=1, count=100)
+    assert {problem.prompt[0] for problem in problems} == {"+", "-"}
+    for problem in problems:
+        digits = problem.prompt[1:].split(";")
+        assert problem.answer == "".join(sorted(digits, reverse=problem.prompt[0] == "-"))
+        solution = sorting.write_solution(problem)
+        assert set(problem.prompt + solution) <= set(world.TOKENS)
+        assert grade(solution, problem.answer, {}) == 1.0
+        assert len(solution) < world.LONGEST
+    assert sorting.write_solution(sorting.Problem("-5;3;9;1;7;2", "975321")) == (
+        "=5=53=953=9531=97531=975321;#975321"
+    )
 
 
 def test_steps_are_judged_by_the_step_before() -> None:
@@ -71,6 +86,17 @@ def test_offline_data_are_drawn_without_putting_back(tmp_path: Path) -> None:
         draw.draw(source, output, np.random.default_rng(0), 30)
 
 
+@pytest.mark.parametrize("sorts", [False, True])
+def test_a_seed_has_problems_of_the_family_asked_for(tmp_path: Path, sorts: bool) -> None:
+    for name in ("right", "wrong"):
+        pq.write_table(pa.table({"id": ["a", "b"]}), tmp_path / f"{name}.parquet")
+    counts = [f"--num-{name}=2" for name in ("offline", "negatives", "problems")]
+    draw.main(["--teacher", str(tmp_path), "--output", str(tmp_path), *counts, *(["--sorting"] * sorts)])
+    family = sorting if sorts else world
+    found = [(row["prompt"], row["answer"]) for row in rows.read_rows(tmp_path / "problems.jsonl")]
+    assert found == [(p.prompt, p.answer) for p in family.problems(0, 2)]
+
+
 def test_the_teachers_right_and_wrong_solutions_go_to_their_files(tmp_path: Path) -> None:
     rows.write_problems(tmp_path / "asked.jsonl", [world.Problem("1+2", "3")] * 3)
     (tmp_path / "asked").mkdir()
@@ -95,11 +121,12 @@ def test_a_teacher_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -
 
 
 def test_a_student_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    rows.mark_made(tmp_path, {"solutions": 56_000, "answered": True, "train": []})
+    rows.mark_made(tmp_path, {"solutions": 56_000, "answered": True, "sorting": False, "train": []})
     given = ["--teacher", str(tmp_path), "--output", str(tmp_path)]
     student.main(given)
-    with pytest.raises(SystemExit, match="choose another --output"):
-        student.main([*given, "--unanswered"])
+    for other in ("--unanswered", "--sorting"):
+        with pytest.raises(SystemExit, match="choose another --output"):
+            student.main([*given, other])
 
 
 def test_the_plain_share_counts_operations_and_judges_their_steps(tmp_path: Path) -> None:
