@@ -1,7 +1,7 @@
 """Puts comparisons' results into docs/study: numbers as JSON, pictures, and the tables of docs/study.md.
 
-Tables stand between `<!-- table NAME -->` and `<!-- end -->`; `<!-- tuning NAME -->` and `<!-- styles NAME -->`
-likewise.
+Tables stand between `<!-- table NAME -->` and `<!-- end -->`; `<!-- tuning NAME -->`, `<!-- styles NAME -->` and
+`<!-- lengths NAME -->` likewise.
 
 Example:
     python -m examples.publish_study results/compare/stretches results/compare/stretches_rare
@@ -98,6 +98,27 @@ def styles_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def lengths_table(results: dict[str, Any]) -> str:
+    """What a shorter RL would have given: a row an arm, the mean reward of the ten steps up to some lengths.
+
+    Differences from the baseline on the same seeds, in bold, where their 95 % interval does not contain 0.
+    """
+    rewards = {arm: np.array(found["rewards"]) for arm, found in results["arms"].items()}
+    longest = next(iter(rewards.values())).shape[1]
+    lengths = [n for n in (20, 40, 60, 80, 120, 200) if n <= longest]
+    lines = [f"| RL steps | {' | '.join(map(str, lengths))} |", "| --- |" + " ---: |" * len(lengths)]
+    for arm, found in rewards.items():
+        cells = []
+        for n in lengths:
+            at, base = (curve[:, n - 10 : n].mean(axis=1) for curve in (found, rewards[results["baseline"]]))
+            cells.append(f"{at.mean():.3f}")
+            d = over_runs(at - base, bounds=(-1.0, 1.0))
+            if d.low > 0.0 or d.high < 0.0:
+                cells[-1] += f" **{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]**"
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 _ARMS = ("SFT", "shuffled", "token", "sequence")  # of README's picture
 
 
@@ -134,6 +155,8 @@ def fill(text: str, name: str, results: dict[str, Any]) -> str:
         tables["tuning"] = tuning_table(results)
     if "styles" in results:
         tables["styles"] = styles_table(results)
+    if f"<!-- lengths {name} -->" in text:
+        tables["lengths"] = lengths_table(results)
     for kind, table in tables.items():
         pattern = re.compile(rf"(<!-- {kind} {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda match, table=table: f"{match[1]}{table}{match[2]}", text)

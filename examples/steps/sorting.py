@@ -21,7 +21,9 @@ def problems(seed: int, count: int) -> list[Problem]:
     )  # fmt: skip
     made = []
     for facts in (entry["metadata"] for entry in entries):
-        given, wanted = ([str(int(float(n))) for n in facts[f"{key}_numbers"]] for key in ("original", "sorted"))
+        given, wanted = (
+            [str(int(float(n))) for n in facts[f"{key}_numbers"]] for key in ("original", "sorted")
+        )
         sign = "+" if facts["direction"] == "ascending" else "-"
         made.append(Problem(sign + ";".join(given), "".join(wanted)))
     return made

@@ -2,8 +2,8 @@
 
 The earlier the checkpoint, the fewer of its teacher's steps it can follow; the comparisons start from three of them.
 One student for all seeds; the same command continues. With --unanswered it learns the steps and never an answer, `#3`:
-no reward without an offline phase. With --sorting it also learns to sort, as many lists as sums (examples/steps/sorting.py):
-RL on those is RL on another task than the offline data's; its folder gets the held-out lists.
+no reward without an offline phase. With --sorting it also learns to sort, as many lists as sums, so that RL can be on
+another task than the offline data's; its folder gets the held-out lists.
 
 Example:
     python -m examples.steps.student --teacher results/steps/teacher --output results/steps/student

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.publish_study import IMAGES, NUMBERS, STUDY, fill, starts_figure
+from examples.publish_study import IMAGES, NUMBERS, STUDY, fill, lengths_table, starts_figure
 
 PUBLISHED = sorted(NUMBERS.glob("*.json"))
 
@@ -41,6 +41,15 @@ def test_a_table_is_put_where_its_marks_are_and_nowhere_else() -> None:
     assert "| SFT | 0.250 [0.100, 0.400] |" in filled
     assert "| token | 0.250 [0.100, 0.400]<br>**+0.250 [+0.100, +0.400]** |" in filled
     assert fill(filled, "x", results | {"tuning": {}}) == filled
+
+
+def test_a_shorter_rl_is_read_off_the_curves() -> None:
+    flat, early = [[0.5] * 40, [0.3] * 40], [[0.5] * 10 + [0.7] * 30, [0.3] * 10 + [0.5] * 20 + [0.3] * 10]
+    results = {"baseline": "SFT", "arms": {"SFT": {"rewards": flat}, "token": {"rewards": early}}}
+    header, _, sft, token = lengths_table(results).splitlines()
+    assert header == "| RL steps | 20 | 40 |"
+    assert sft == "| SFT | 0.400 | 0.400 |"
+    assert token == "| token | 0.600 **+0.200 [+0.200, +0.200]** | 0.500 |"  # at 40, 0.2 and 0 of two seeds
 
 
 def test_the_picture_of_readme_shows_each_seed_against_sft_on_the_same_seed() -> None:
