@@ -303,8 +303,8 @@ def about_negatives(pack: Pack, config: PearConfig) -> list[Verdict]:
                 "Training pushes the tokens of negative examples down for as long as it sees them, and their mass "
                 f"moves to tokens that no example speaks for. {below:.0%} of their decisions are more than {_FAR:g} "
                 f"nats below {begin} log-probs already.",
-                f"Set pear.negative_floor={SUGGESTED_NEGATIVE_FLOOR:g}: in our study negatives did harm without a "
-                "floor, and none with this one (docs/weights.md).",
+                f"Set pear.negative_floor={SUGGESTED_NEGATIVE_FLOOR:g}: in one world of our study negatives "
+                "did harm without a floor, and none with this one (docs/weights.md).",
             )
         ]
     if floor is not None and below > 0.5:

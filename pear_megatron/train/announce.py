@@ -61,8 +61,8 @@ def announce_negatives(pear: PearConfig, rewards: np.ndarray) -> None:
     if count := int((rewards < 0).sum()):
         if pear.negative_floor is None and pear.negative_scale:
             log.warning(
-                "%d of %d trajectories have a reward below zero, and nothing stops their push, which did harm in our "
-                "study; pear.negative_floor=%g did none (docs/weights.md)",
+                "%d of %d trajectories have a reward below zero, and nothing stops their push, which did harm in one "
+                "world of our study; pear.negative_floor=%g did none (docs/weights.md)",
                 count,
                 len(rewards),
                 SUGGESTED_NEGATIVE_FLOOR,
