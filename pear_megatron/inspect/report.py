@@ -20,6 +20,7 @@ from pear_megatron.inspect.verdicts import (
     about_weights,
     about_what_is_not_shown,
     all_is_well,
+    is_on_policy,
 )
 from pear_megatron.pages.verdict import Verdict, in_order
 
@@ -129,7 +130,9 @@ def make_report(
         ratios = Ratios(weights, pack.alignment(), alternatives(pack, config), pick(pack, weights))
         found = about_policies(pack, ratios.alignment, config)
         if not ratios.alignment.shift:
-            found += about_weights(weights, ratios.alternatives) + about_negatives(pack, config)
+            on_policy = is_on_policy(pack, config)
+            found += about_weights(weights, ratios.alternatives, on_policy=on_policy)
+            found += about_negatives(pack, config)
             found += about_what_is_not_shown(config)
         verdicts += found or [all_is_well(weights)]
     return Report(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from pear_megatron.data import DataError
@@ -102,12 +101,21 @@ def _print(report: Report, console: Console) -> None:
         console.print(line, soft_wrap=not console.is_terminal)
     if report.ratios is None or report.ratios.alignment.shift:
         return
-    table = Table(
-        title="On the same trajectories:", title_justify="left", title_style="", box=None, pad_edge=False
-    )
-    table.add_column("setting", overflow="fold")
-    for name in Alternative.COLUMNS:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in report.ratios.alternatives:
-        table.add_row(row.name, *row.cells(), style=None if row.overrides else "bold")
-    console.print(table)
+    for line in table_lines(report.ratios.alternatives, console.width):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def table_lines(alternatives: list[Alternative], width: int) -> list[str]:
+    """The table of settings: a line each where ``width`` characters hold it, otherwise two, the numbers below."""
+    rows = [Alternative.COLUMNS, *(row.cells() for row in alternatives)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numbers = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    names = ["setting", *(row.name for row in alternatives)]
+    longest = max(map(len, names))
+    lines = ["On the same trajectories:"]
+    for name, values in zip(names, numbers, strict=True):
+        if longest + 2 + len(values) <= width:
+            lines.append(f"{name:{longest}}  {values}")
+        else:
+            lines += [name, f"  {values}"]
+    return lines

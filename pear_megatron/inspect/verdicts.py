@@ -70,6 +70,11 @@ def about_data(sample: Sample, ends: float | None) -> list[Verdict]:
     return found
 
 
+def is_on_policy(pack: Pack, config: PearConfig) -> bool:
+    """Whether the policy itself wrote the data, so that no setting could tell their tokens apart."""
+    return config.ratio == "behavior" and float(abs(pack.lp - pack.lb).mean()) < 0.02
+
+
 def about_policies(pack: Pack, alignment: Alignment, config: PearConfig) -> list[Verdict]:
     """Findings about the two policies' log-probs."""
     found = []
@@ -88,8 +93,8 @@ def about_policies(pack: Pack, alignment: Alignment, config: PearConfig) -> list
         return found
     if config.needs_reference and pack.lr is not None:
         found += _about_reference(float(abs(pack.lp - pack.lr).mean()))
-    spread = float(abs(raw).mean())
-    if spread < 0.02 and config.ratio == "behavior":
+    if is_on_policy(pack, config):
+        spread = float(abs(raw).mean())
         found.append(
             Verdict(
                 "note",
@@ -138,8 +143,8 @@ def about_policies(pack: Pack, alignment: Alignment, config: PearConfig) -> list
     return found
 
 
-def about_weights(measured: Weights, alternatives: list[Alternative]) -> list[Verdict]:
-    """Findings about the weights under the given settings."""
+def about_weights(measured: Weights, alternatives: list[Alternative], *, on_policy: bool) -> list[Verdict]:
+    """Findings about the weights under the given settings; of on-policy data it is known that they say little."""
     if measured.config.variant == "none":
         if measured.config.has_factors:
             return []
@@ -188,7 +193,7 @@ def about_weights(measured: Weights, alternatives: list[Alternative]) -> list[Ve
                 _better(alternatives, "weight_at_ceiling", "at the ceiling"),
             )
         )
-    if not found:
+    if not found and not on_policy:
         found += _place_and_content(alternatives)
     if s["weight"] > 3 and measured.config.normalize == "none":
         size = weight_text(s["weight"])

@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from pear_megatron.cli import app
 from pear_megatron.data import load_tokenizer, tokenizer_hash
+from pear_megatron.inspect.alternatives import Alternative
+from pear_megatron.inspect.run import table_lines
 from tests.byte_tokenizer import CHATML, save_byte_tokenizer
 from tests.inspect.scored_rows import Inspect, scored
 from tests.megatron.runs import TINY
@@ -214,3 +216,19 @@ def test_text_rows_take_the_template_and_turns_of_the_command_line(inspect: Insp
     wrong = inspect(*common, "--chat-template-kwargs", "shout")
     assert wrong.exit_code == 1
     assert "--chat-template-kwargs" in wrong.stderr
+
+
+def test_the_table_of_settings_is_readable_in_a_narrow_terminal() -> None:
+    statistics = {
+        "weight": 1.5, "effective_sample_size": 0.5, "weight_at_floor": 0.25, "weight_at_ceiling": 0.0,
+        "ratio_clipped_low": 0.125,
+    }  # fmt: skip
+    long = "pear.log_ratio_clip=[-0.08,0.08] pear.baseline=sequence_mean"
+    rows = [Alternative(name, statistics, 0.4, 0.9, 1.1) for name in ("", long)]
+    wide = table_lines(rows, 150)
+    assert [line.split("  ")[0].strip() for line in wide[1:]] == ["setting", "as given", long]
+    assert len({len(line) for line in wide[1:]}) == 1
+    narrow = table_lines(rows, 80)
+    assert narrow[1::2] == ["setting", "as given", long]
+    assert max(map(len, narrow)) <= 80
+    assert narrow[4].split() == ["1.5", "50%", "0.40", "25%", "0%", "12%", "0.9", "1.1"]

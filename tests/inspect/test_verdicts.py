@@ -88,6 +88,7 @@ def test_on_policy_data_gain_nothing_and_their_weights_will_grow(look: Inspect) 
     rows = scored(lambda lb, rng: lb + rng.gauss(0, 0.005))
     found = look(rows)
     assert found.exit_code == 0
+    assert "weights that say little" not in found.titles()  # the verdict on the data has said it
     assert "pear.variant=none" in found.verdict("on-policy data")["change"]
     assert "pear.normalize=sequence" in found.verdict("weights that will grow")["change"]
     bounded = look(rows, "pear.normalize=sequence").verdict("weights that will grow")
