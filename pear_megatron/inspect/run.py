@@ -101,8 +101,8 @@ def _print(report: Report, console: Console) -> None:
         console.print(line, soft_wrap=not console.is_terminal)
     if report.ratios is None or report.ratios.alignment.shift:
         return
-    for line in table_lines(report.ratios.alternatives, console.width):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    lines = table_lines(report.ratios.alternatives, console.width)
+    console.print("\n".join(lines), soft_wrap=True, highlight=False, markup=False)
 
 
 def table_lines(alternatives: list[Alternative], width: int) -> list[str]:
