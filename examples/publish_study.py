@@ -25,6 +25,7 @@ from examples.steps.styles import plain_steps, read_problems
 from examples.stretches import weigh
 from pear_megatron.compare.markdown import markdown_table
 from pear_megatron.compare.recipe import folder_name
+from pear_megatron.compare.table import show
 from pear_megatron.evaluate.statistics import over_runs
 from pear_megatron.pages.figures import INK, line_style, new_figure, tidy, write_dark_twin, write_png
 from pear_megatron.storage import write_atomically
@@ -112,9 +113,11 @@ def lengths_table(results: dict[str, Any]) -> str:
         for n in lengths:
             at, base = (curve[:, n - 10 : n].mean(axis=1) for curve in (found, rewards[results["baseline"]]))
             cells.append(f"{at.mean():.3f}")
-            d = over_runs(at - base, bounds=(-1.0, 1.0))
-            if d.low > 0.0 or d.high < 0.0:
-                cells[-1] += f" **{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]**"
+            difference = show(
+                over_runs(at - base, bounds=(-1.0, 1.0)), "mean_reward", signed=True, known=True
+            )
+            if difference.clear:
+                cells[-1] += f" **{difference}**"
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -21,7 +21,7 @@ from examples.launch import RECIPES, announce, train
 from examples.steps import rows, sorting, world
 
 SEED = 3_000_000  # of reasoning-gym: other sums than the teacher's
-HELDOUT_SEED, NUM_HELDOUT = 1_000_003, 300
+NUM_HELDOUT = 300  # lists
 PLAIN = 0.9
 
 
@@ -46,7 +46,7 @@ def make(
                 rows.trajectory(f"sorted-{i:06d}", p.prompt, sorting.write_solution(p))
                 for i, p in enumerate(sorting.problems(SEED, num_solutions))
             ]
-            rows.write_problems(output / "heldout.jsonl", sorting.problems(HELDOUT_SEED, NUM_HELDOUT))
+            rows.write_problems(output / "heldout.jsonl", sorting.problems(world.HELDOUT_SEED, NUM_HELDOUT))
         rows.write_rows(output / "plain.jsonl", solved)
         announce(f"the student learns from {len(solved)} solutions")
         data = [f"data.train={output / 'plain.jsonl'}", f"data.tokenizer={teacher / 'tokenizer'}"]

@@ -27,7 +27,6 @@ from filelock import FileLock
 from examples.launch import RECIPES, announce, command, train
 from examples.steps import rows, world
 
-HELDOUT_SEED = 1_000_003  # of no run: every run is asked the same held-out problems
 TRAINING_SEED, POOL_SEED = 1_000_000, 2_000_000  # of reasoning-gym; a student's seeds are small numbers
 
 
@@ -56,7 +55,7 @@ def make(
                 for i, p in enumerate(taught)
             ),
         )
-        rows.write_problems(output / "heldout.jsonl", world.problems(HELDOUT_SEED, num_heldout))
+        rows.write_problems(output / "heldout.jsonl", world.problems(world.HELDOUT_SEED, num_heldout))
         rows.write_problems(output / "asked.jsonl", world.problems(POOL_SEED, num_asked))
         if not (output / "teacher").is_dir():
             announce(f"the teacher learns from {num_training} solutions")

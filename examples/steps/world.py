@@ -21,6 +21,7 @@ LARGEST_STEP = 4  # operations in a step of a terse solution
 TOKENS = ["<end>", *"0123456789+-=;#"]
 END = 0
 LONGEST = 64  # characters of a solution, its end included
+HELDOUT_SEED = 1_000_003  # of reasoning-gym, and of no run: every run is asked the same held-out problems
 
 
 @dataclass(frozen=True)
