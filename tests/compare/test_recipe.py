@@ -112,7 +112,12 @@ def test_the_recipes_of_the_repository_are_whole() -> None:
 @pytest.mark.parametrize("name", ["methods", "puzzles_methods"])
 def test_arms_that_are_called_by_a_method_are_that_method(name: str) -> None:
     recipe = load_compare_recipe(tiny.RECIPES / "compare" / f"{name}.yaml", ["seeds=[0]"])
-    known = settings_of_methods() | {"token": PearConfig()}
+    known = settings_of_methods() | {
+        "token": PearConfig(),
+        "centred, wider clip": PearConfig(
+            baseline="sequence_mean", log_ratio_clip=(-0.3, 0.3)
+        ),  # puzzles.yaml's own
+    }
     assert len(recipe.arms) > 5
     for cell in cells_of(recipe, {}):
         ours = replace(cell, chosen=("model.hf=null",)).offline.pear  # the model is made by prepare
