@@ -99,11 +99,13 @@ class Comparison:
     def _count_cores(self) -> None:
         import torch
 
-        self._cores, ranks = len(os.sched_getaffinity(0)), self.recipe.offline.processes  # those we may use
-        cores = self._cores
+        cores, ranks = len(os.sched_getaffinity(0)), self.recipe.offline.processes  # those we may use
         if self.jobs is None:
             self.jobs = 1 if torch.cuda.is_available() else max(1, cores // ranks)
-        self._threads = max(1, cores // (self.jobs * ranks))
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        most = max(1, int(asked)) if asked.isdigit() else cores
+        self._threads = min(most, max(1, cores // (self.jobs * ranks)))
+        self._threads_alone = min(most, max(1, cores // self.jobs))  # of a stage of one process
 
     def _prepare(self, seed: int) -> None:
         folder = self.recipe.prepared_root / f"seed{seed}"
@@ -130,7 +132,7 @@ class Comparison:
                     function,
                     *arguments,
                     log=cell.folder / f"{name}.log",
-                    threads=self._threads if name == stages.RUN else max(1, self._cores // (self.jobs or 1)),
+                    threads=self._threads if name == stages.RUN else self._threads_alone,
                     ranks=ranks,
                     running=self._running,
                     stopped=self._stopped,

@@ -107,13 +107,19 @@ def about_policies(pack: Pack, alignment: Alignment, config: PearConfig) -> list
         if config.variant != "none":
             found.append(_growth(config))
         return found
+    certain = float((pack.lb > -0.01).mean())
     if r < 0.1 and alignment.decisions >= 200:
+        right_for = "a model with fresh weights only"
+        if (
+            certain > 0.5
+        ):  # a program, or a temperature near 0: log-probs that hardly vary correlate with nothing
+            right_for = f"a model with fresh weights, or a writer as certain as this one ({certain:.0%} of its tokens)"
         found.append(
             Verdict(
                 "warning",
                 "log-probs that have nothing to do with each other",
-                f"The two policies' log-probs correlate by {r:.2f}. That is right for a model with fresh weights "
-                "only; otherwise one of them was computed over other tokens: another tokenizer, another chat "
+                f"The two policies' log-probs correlate by {r:.2f}. That is right for {right_for}; "
+                "otherwise one of them was computed over other tokens: another tokenizer, another chat "
                 "template, or another row.",
                 "Score the data again with the policy's own tokenizer: `pear-megatron score`.",
             )

@@ -150,6 +150,7 @@ def _say(alignment: Alignment, starts_from: str, name: str) -> None:
         log.warning(
             "%s have nothing to do with the log-probs of %s (correlation %.2f over %d "
             "decisions): were they computed over other tokens, with another tokenizer or chat template? "
+            "(A writer that is certain of nearly every token, such as a program, looks like this too.) "
             "`pear-megatron inspect` shows more",
             name,
             starts_from,

@@ -189,6 +189,23 @@ def test_tuning_takes_the_value_with_the_highest_mean_reward_over_rl_for_each_ar
     assert chosen == {"SFT": ("optimizer.lr=0.002",), "token": ("optimizer.lr=0.001",)}  # a tie: the first
 
 
+@pytest.mark.parametrize(
+    ("asked", "jobs", "of_ranks", "alone"), [("", 1, 4, 8), ("1", 1, 1, 1), ("6", 1, 4, 6), ("3", 4, 1, 2)]
+)
+def test_a_process_takes_its_share_of_the_cores_and_no_more_than_omp_num_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, jobs: int, of_ranks: int, alone: int
+) -> None:
+    from pear_megatron.compare.run import Comparison
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    base = made.recipe(tmp_path)
+    recipe = base.model_copy(update={"offline": base.offline.model_copy(update={"processes": 2})})
+    comparison = Comparison(recipe, jobs)
+    comparison._count_cores()
+    assert (comparison._threads, comparison._threads_alone) == (of_ranks, alone)
+
+
 def test_verdicts_say_what_the_numbers_do_not(tmp_path: Path) -> None:
     def titles(rewards: dict[str, list[list[float]]], **changes: object) -> list[str]:
         recipe = made.recipe(

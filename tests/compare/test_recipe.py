@@ -114,9 +114,8 @@ def test_arms_that_are_called_by_a_method_are_that_method(name: str) -> None:
     recipe = load_compare_recipe(tiny.RECIPES / "compare" / f"{name}.yaml", ["seeds=[0]"])
     known = settings_of_methods() | {
         "token": PearConfig(),
-        "centred, wider clip": PearConfig(
-            baseline="sequence_mean", log_ratio_clip=(-0.3, 0.3)
-        ),  # puzzles.yaml's own
+        # puzzles.yaml's own
+        "centred, wider clip": PearConfig(baseline="sequence_mean", log_ratio_clip=(-0.3, 0.3)),
     }
     assert len(recipe.arms) > 5
     for cell in cells_of(recipe, {}):

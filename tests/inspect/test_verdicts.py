@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,15 @@ def test_log_probs_of_other_tokens_are_suspected(look: Inspect) -> None:
     found = look(scored(lambda lb, rng: -8 + rng.gauss(0, 1)))
     assert "another tokenizer" in found.verdict("log-probs that have nothing to do with each other")["text"]
     assert found.exit_code == 0  # so it is with fresh weights
+    rng = random.Random(1)
+    rows = scored(lambda lb, rng: -8 + rng.gauss(0, 1))
+    for row in rows:
+        certain = [
+            None if lb is None else (0.0 if rng.random() < 0.9 else -2.0) for lb in row["behavior_logprobs"]
+        ]
+        row["behavior_logprobs"] = certain
+    text = look(rows).verdict("log-probs that have nothing to do with each other")["text"]
+    assert re.search(r"a writer as certain as this one \((89|90|91)% of its tokens\)", text)
 
 
 def test_half_precision_is_noticed(look: Inspect) -> None:
