@@ -75,13 +75,17 @@ def stretches_styles(folder: Path, results: dict[str, Any]) -> dict[str, dict[st
         before = [float(weigh.careful_shares(cell / "before").mean()) for _, cell in cells]
         after = [float(weigh.careful_shares(cell / "after").mean()) for _, cell in cells]
         problems = [prepared / f"seed{seed}" / "data" / "heldout.jsonl" for seed, _ in cells]
-        right = [
-            weigh.careful_ends_right(cell / "before", path)
-            for (_, cell), path in zip(cells, problems, strict=True)
-        ]
+        right = np.round(
+            [
+                weigh.ends_right(cell / "before", path)
+                for (_, cell), path in zip(cells, problems, strict=True)
+            ],
+            5,
+        )
         found[arm] = {
             "careful share before RL": np.round(before, 5).tolist(),
-            "careful stretches that end right, before RL": np.round(right, 5).tolist(),
+            "careful stretches that end right, before RL": right[:, 0].tolist(),
+            "first stretches that end right, before RL": right[:, 1].tolist(),
             "careful share after RL": np.round(after, 5).tolist(),
         }
     return found

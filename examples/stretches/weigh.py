@@ -58,8 +58,10 @@ def careful_shares(evaluation: Path) -> np.ndarray:
     return np.array([world.careful_stretches(answers).mean() for answers in _answers(evaluation).values()])
 
 
-def careful_ends_right(evaluation: Path, problems: Path) -> float:
-    """The share of an evaluation's careful stretches that end in the right value; nan where there are none.
+def ends_right(evaluation: Path, problems: Path) -> tuple[float, float]:
+    """What an evaluation's stretches end in: the shares of its careful ones and of its first ones that are right.
+
+    A careful stretch can follow a wrong one; what a first one starts from is given. nan where there are none.
 
     Args:
         evaluation: its folder.
@@ -67,12 +69,13 @@ def careful_ends_right(evaluation: Path, problems: Path) -> float:
     """
     rows = map(json.loads, problems.read_text().splitlines())
     ends = {row["id"]: [world.TOKENS.index(value) for value in row["answer"].split()] for row in rows}
-    careful, right = [], []
-    for problem, answers in _answers(evaluation).items():
-        careful.append(world.careful_stretches(answers))  # [K, 4]
-        right.append(world.at_ends(answers) == np.array(ends[problem]))
-    chosen = np.concatenate(careful)
-    return float(np.concatenate(right)[chosen].mean()) if chosen.any() else float("nan")
+    answers = _answers(evaluation)
+    careful = np.concatenate([world.careful_stretches(symbols) for symbols in answers.values()])  # [N, 4]
+    right = np.concatenate(
+        [world.at_ends(symbols) == np.array(ends[problem]) for problem, symbols in answers.items()]
+    )
+    of_careful = float(right[careful].mean()) if careful.any() else float("nan")
+    return of_careful, float(right[:, 0].mean())
 
 
 def _answers(evaluation: Path) -> dict[str, np.ndarray]:

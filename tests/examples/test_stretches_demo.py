@@ -91,3 +91,8 @@ def test_the_careful_share_reads_the_style_of_answers_cut_short_too(tmp_path: Pa
     ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert weigh.careful_shares(tmp_path).tolist() == [0.75, 0.0]
+    ends = [world.TOKENS[symbol] for symbol in world.at_ends(careful.responses)[0]]
+    problems = [{"id": name, "answer": " ".join(ends)} for name in ("a", "b")]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    # Six careful stretches, all right; of three first stretches the empty answer's is wrong.
+    assert weigh.ends_right(tmp_path, tmp_path / "problems.jsonl") == (1.0, pytest.approx(2 / 3))
