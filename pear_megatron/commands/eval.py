@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+
+from pear_megatron.commands.text_options import ChatTemplateKwargsOption, text_settings
 
 EPILOG = (
     "Example: pear-megatron eval --model results/run/export --problems problems.jsonl --grader grader.py "
@@ -45,6 +47,7 @@ def evaluate(
         int, typer.Option(help="of the samples; two checkpoints are compared under the same")
     ] = 0,
     right_at: Annotated[float, typer.Option(help="score from which a response is right")] = 1.0,
+    chat_template_kwargs: ChatTemplateKwargsOption = None,
     batch_size: Annotated[int, typer.Option(help="prompts at once; changes no sample beyond rounding")] = 32,
     engine: Annotated[str, typer.Option(help="transformers, or vllm (not tested yet)")] = "transformers",
     dtype: Annotated[
@@ -61,7 +64,7 @@ def evaluate(
     from pear_megatron.problems.load import load_problems, read_problems_config
     from pear_megatron.storage import write_atomically
 
-    settings: dict[str, Any] = {"dtype": dtype} if dtype else {}
+    settings = text_settings(None, None, chat_template_kwargs) | ({"dtype": dtype} if dtype else {})
     results = run(
         model,
         load_problems(read_problems_config(problems, grader)),

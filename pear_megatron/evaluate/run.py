@@ -43,7 +43,8 @@ def evaluate(
         ks: of pass@k.
         right_at: the score from which a response is right.
         batch_size: prompts at once.
-        settings: of EvalSettings: num_samples, max_new_tokens, temperature, top_p, seed, engine, dtype.
+        settings: of EvalSettings: num_samples, max_new_tokens, temperature, top_p, seed, engine, dtype,
+            chat_template_kwargs.
 
     Raises:
         EvalError: the model cannot be used, a setting is wrong, or the folder holds another evaluation.
@@ -66,7 +67,7 @@ def evaluate(
     except (OSError, ValueError) as error:
         raise EvalError(f"{folder / 'config.json'} cannot be read: {error}") from error
     limit = getattr(config, "max_position_embeddings", None)
-    prompts = encode_prompts(tokenizer, problems, chosen.max_new_tokens, limit)
+    prompts = encode_prompts(tokenizer, problems, chosen.max_new_tokens, limit, chosen.chat_template_kwargs)
     named = (
         GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
     )

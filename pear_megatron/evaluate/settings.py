@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -29,6 +29,7 @@ class EvalSettings(StrictModel):
         num_samples: responses to each problem.
         temperature, top_p, max_new_tokens: see Sampling.
         seed: of the samples.
+        chat_template_kwargs: arguments of the chat template.
         engine, dtype: see ``engines.load_engine``.
     """
 
@@ -41,6 +42,7 @@ class EvalSettings(StrictModel):
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int = Field(ge=1)
     seed: int = Field(default=0, ge=0)
+    chat_template_kwargs: dict[str, Any] | None = None
     engine: Literal["transformers", "vllm"] = "transformers"
     dtype: Literal["bf16", "fp32"] = "fp32"
 

@@ -7,6 +7,7 @@ lora.yaml    of a LoRA run, whose checkpoints hold adapters alone: the settings,
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -90,7 +91,13 @@ def read_model_file(root: Path, *, adapters: bool = False) -> tuple[ModelConfig,
 
 
 def write_model_files(
-    root: Path, model: ModelConfig, precision: str, *, source: Path | None, tokenizer: str | None = None
+    root: Path,
+    model: ModelConfig,
+    precision: str,
+    *,
+    source: Path | None,
+    tokenizer: str | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Writes hf/ and then model.yaml into a checkpoint's root; each appears whole.
 
@@ -100,6 +107,7 @@ def write_model_files(
         precision: of the weights, ``bf16`` or ``fp32``.
         source: folder that the small files come from: a Hugging Face checkpoint or another root's hf/.
         tokenizer: name or folder of the tokenizer, where it is not the source's own.
+        chat_template: its text, where it is not the tokenizer's own.
 
     Raises:
         DataError: the tokenizer cannot be loaded. OSError: a file cannot be read or written.
@@ -111,6 +119,8 @@ def write_model_files(
         copy_assets(source, partial)
     if tokenizer is not None:
         _save_tokenizer(tokenizer, partial)
+    if chat_template is not None and (partial / "tokenizer.json").is_file():
+        _put_chat_template(chat_template, partial)
     if partial.is_dir():
         remove(final)
         os.replace(partial, final)
@@ -147,6 +157,17 @@ def _save_tokenizer(tokenizer: str, target: Path) -> None:
     from pear_megatron.data.tokenizer import load_tokenizer
 
     load_tokenizer(tokenizer).save_pretrained(target)
+
+
+def _put_chat_template(text: str, folder: Path) -> None:
+    """Makes it the one that the tokenizer has, wherever it kept another."""
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    if config.is_file():
+        kept = json.loads(config.read_text(encoding="utf-8"))
+        if kept.pop("chat_template", None) is not None:
+            config.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

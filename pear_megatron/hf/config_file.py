@@ -133,3 +133,28 @@ def generation_json(config: dict[str, Any]) -> dict[str, Any]:
     """A generation_config.json for a checkpoint that came without: config.json's special tokens."""
     ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {"_from_model_config": True} | {key: value for key, value in ids.items() if value is not None}
+
+
+def name_end_of_turn(folder: Path) -> None:
+    """Adds the chat template's end of turn to ``eos_token_id`` of generation_config.json, where it is not there.
+
+    What serves the folder stops at those (transformers, vLLM, TRL); the tokenizer's EOS may be another token.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return
+    from pear_megatron.data.chat.end_of_turn import end_of_turn
+    from pear_megatron.data.errors import RowProblem
+    from pear_megatron.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(folder))
+    try:
+        end = end_of_turn(tokenizer)
+    except RowProblem:  # a template for other rows than plain questions
+        return
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text())
+    named = config.get("eos_token_id", tokenizer.eos_token_id)
+    ids = [i for i in (named if isinstance(named, list) else [named]) if i is not None]
+    if end is not None and end not in ids:
+        config["eos_token_id"] = [*ids, end]
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pear_megatron.data.errors import DataError, Problems
+from pear_megatron.data.chat.end_of_turn import end_of_turn
+from pear_megatron.data.errors import DataError, Problems, RowProblem
 from pear_megatron.errors import EvalError
 from pear_megatron.problems.problem import Messages, Problem
 
@@ -28,7 +29,11 @@ def as_tokenizer_takes_it(tokenizer: Any, problem: Problem) -> str | Messages:
 
 
 def encode_prompts(
-    tokenizer: Any, problems: Sequence[Problem], max_new_tokens: int, limit: int | None
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    max_new_tokens: int,
+    limit: int | None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """Token ids of each problem's prompt, up to where the response begins.
 
@@ -37,6 +42,7 @@ def encode_prompts(
         problems: what to encode.
         max_new_tokens: room that must be left for the response.
         limit: tokens that a prompt and its response may have; None = any number.
+        chat_template_kwargs: arguments of the chat template.
 
     Raises:
         DataError: the chat template refuses a prompt, or prompts are too long; each with its place.
@@ -52,7 +58,11 @@ def encode_prompts(
                 ids = tokenizer(prompt)["input_ids"]
             else:
                 ids = tokenizer.apply_chat_template(
-                    prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+                    prompt,
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                    **(chat_template_kwargs or {}),
                 )["input_ids"]
         except TemplateError as error:
             wrong.add(
@@ -77,14 +87,18 @@ def encode_prompts(
 
 
 def end_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
-    """Ids that end a response: the tokenizer's EOS and those that generation_config.json names.
+    """Ids that end a response: the tokenizer's EOS, the chat template's end of turn, generation_config.json's.
 
     Raises:
         EvalError: there are none.
     """
+    try:
+        by_template = end_of_turn(tokenizer)
+    except RowProblem:  # a template for other rows than plain questions
+        by_template = None
     named = getattr(generation_config, "eos_token_id", None)
     ids = named if isinstance(named, list) else [named]
-    found = sorted({i for i in [tokenizer.eos_token_id, *ids] if i is not None})
+    found = sorted({i for i in [tokenizer.eos_token_id, by_template, *ids] if i is not None})
     if not found:
         raise EvalError(
             "the model has no end token: neither its tokenizer nor generation_config.json names one"

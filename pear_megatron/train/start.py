@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pear_megatron.data.tokenizer import read_chat_template
 from pear_megatron.hf.assets import (
     ASSETS,
     LoraBase,
@@ -63,8 +65,20 @@ def start_model(recipe: Recipe, layout: Layout, model: Any) -> None:
             write_lora_file(Path(recipe.output_dir), LoraBase(str(frozen.absolute()), digest, recipe.lora))
         own = recipe.data.tokenizer if recipe.data.tokenizer != recipe.model.hf else None
         write_model_files(
-            Path(recipe.output_dir), recipe.model, recipe.train.precision, source=source, tokenizer=own
+            Path(recipe.output_dir),
+            recipe.model,
+            recipe.train.precision,
+            source=source,
+            tokenizer=own,
+            chat_template=read_chat_template(recipe.data.chat_template),
         )
+        if recipe.data.chat_template_kwargs:
+            log.warning(
+                "data.chat_template_kwargs %s are no part of an exported tokenizer: what samples from the model "
+                "needs them too (eval --chat-template-kwargs, policy.tokenizer.chat_template_kwargs of a GRPO recipe, "
+                "a server's own)",
+                json.dumps(recipe.data.chat_template_kwargs),
+            )
 
     from_main(write)
 

@@ -22,7 +22,7 @@ from pear_megatron.evaluate.sampling import Sampling
 from pear_megatron.evaluate.transformers_engine import TransformersEngine
 from pear_megatron.problems.load import load_problems, read_problems_config
 from tests.distributed import run_ranks
-from tests.evaluate.words import GRADER, WORDS, save_word_model, write_problems
+from tests.evaluate.words import GRADER, WORDS, save_word_model, word_tokenizer, write_problems
 
 END = len(WORDS) - 1
 
@@ -114,6 +114,38 @@ def test_every_end_token_of_the_generation_config_ends_a_response(word_model: Pa
         assert not any(ends[:-1])
         assert row["truncated"] == (not ends[-1])
         assert len(row["tokens"]) == 6 or not row["truncated"]
+
+
+def _with_template(model: Path, folder: Path, template: str) -> Path:
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_the_chat_template_s_end_of_turn_ends_a_response_too(word_model: Path, tmp_path: Path) -> None:
+    turn = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %} .{% endif %} {% endfor %}"
+    )
+    model = _with_template(word_model, tmp_path / "model", turn)
+    tokenizer = word_tokenizer(WORDS, end="c")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["."]})
+    tokenizer.save_pretrained(model)
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": 2}))
+    run(model, write_problems(tmp_path), tmp_path / "out")
+    last = [row["tokens"][-1] for row in samples(tmp_path / "out") if not row["truncated"]]
+    assert set(last) == {2, END}
+
+
+def test_arguments_of_the_chat_template_reach_it(word_model: Path, tmp_path: Path) -> None:
+    template = "{% if loud %}b {% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    model = _with_template(word_model, tmp_path / "model", template)
+    problems = write_problems(tmp_path)
+    run(model, problems, tmp_path / "plain")
+    run(model, problems, tmp_path / "loud", chat_template_kwargs={"loud": True})
+    assert samples(tmp_path / "plain") != samples(tmp_path / "loud")
+    with pytest.raises(EvalError, match=r"chat_template_kwargs None -> \{'loud': True\}"):
+        run(model, problems, tmp_path / "plain", chat_template_kwargs={"loud": True})
 
 
 # Kills its own process at the 13th grade, once: what the kernel does to a job that is out of memory.

@@ -168,3 +168,28 @@ def test_a_fresh_model_is_exported_with_a_config_of_its_own(world: World, tmp_pa
     model = AutoModelForCausalLM.from_pretrained(out)
     assert (model.config.model_type, model.generation_config.eos_token_id) == ("llama", 257)
     assert AutoTokenizer.from_pretrained(out).eos_token == "<|end|>"
+
+
+def test_the_exports_template_and_end_tokens_are_those_of_the_training(tmp_path: Path) -> None:
+    """A base model's tokenizer: another EOS than the template's end of turn, and another template than the run's."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path / "plain"))
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "Hi", "response": "Hello"}\n' * 8)
+    run = [f"data.train={rows}", f"data.tokenizer={tmp_path / 'tokenizer'}", f"data.chat_template={template}",
+           f"output_dir={tmp_path / 'run'}", "pear.variant=none", "train.max_steps=1"]  # fmt: skip
+    assert run_ranks(1, rank_train, TINY, [run])[0] == [""]
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert exported.chat_template == template.read_text()
+    assert exported.eos_token == "<|endoftext|>"
+    ends = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id
+    assert exported.convert_ids_to_tokens(ends) == ["<|endoftext|>", "<|im_end|>"]

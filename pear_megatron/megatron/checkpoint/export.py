@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from pear_megatron.hf.assets import ASSETS, copy_assets, find_root, read_lora_file, read_model_file
-from pear_megatron.hf.config_file import config_json, generation_json, rename_tokenizer_class
+from pear_megatron.hf.config_file import (
+    config_json,
+    generation_json,
+    name_end_of_turn,
+    rename_tokenizer_class,
+)
 from pear_megatron.hf.lora import PEFT_CONFIG, PEFT_WEIGHTS, lora_parameters, peft_config
 from pear_megatron.hf.mapping import Parameter, parameters
 from pear_megatron.hf.safetensors_files import TensorSize, index_of, plan_files, write_file
@@ -84,6 +89,7 @@ def export_checkpoint(
         _write_json(partial / "config.json", config)
         if not (partial / "generation_config.json").exists():
             _write_json(partial / "generation_config.json", generation_json(config))
+        name_end_of_turn(partial)
         _write_json(partial / INDEX, index_of(files))  # also of a single file: readers then need one way only
         publish(output)
 

@@ -199,20 +199,15 @@ def _has_chat_template(folder: Path) -> bool:
 def stop_token_ids(tokenizer_folder: str) -> list[int] | None:
     """The tokens that end an answer, where the tokenizer's EOS alone does not; None where it does.
 
-    NeMo-RL stops at the tokenizer's EOS. Base models' tokenizers have ``<|endoftext|>`` there, while their chat
-    template ends a turn with another token, ``<|im_end|>``: a model trained on chats would write on after it.
+    NeMo-RL stops at the tokenizer's EOS (see ``end_of_turn``).
 
     Raises:
         ImportError: transformers is missing. DataError: the tokenizer cannot be loaded.
-        RowProblem: the chat template refuses a plain question and answer.
+        RowProblem: see ``end_of_turn``.
     """
-    from pear_megatron.data.chat import ChatEncoder, Conversation
+    from pear_megatron.data.chat.end_of_turn import end_of_turn
     from pear_megatron.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)
-    if not tokenizer.chat_template:
-        return None
-    encoder = ChatEncoder(tokenizer)
-    (encoded,) = encoder.encode(Conversation(prompt="1 + 1?", response="2"))
-    end, eos = encoded.input_ids[-1], tokenizer.eos_token_id
-    return None if end == eos or end not in encoder.special_ids else [*([] if eos is None else [eos]), end]
+    end, eos = end_of_turn(tokenizer), tokenizer.eos_token_id
+    return None if end is None or end == eos else [*([] if eos is None else [eos]), end]

@@ -17,7 +17,7 @@ from pear_megatron.errors import RecipeError
 from pear_megatron.megatron.checkpoint.model_folder import check_model_folder
 from pear_megatron.problems.load import load_problems
 from pear_megatron.problems.problem import ProblemSet
-from pear_megatron.problems.prompts import as_tokenizer_takes_it, encode_prompts
+from pear_megatron.problems.prompts import as_tokenizer_takes_it, encode_prompts, end_tokens
 from pear_megatron.rl.trl.recipe import DataConfig, TrlRecipe
 
 
@@ -112,7 +112,7 @@ def _trainer(recipe: TrlRecipe, model: Path, problems: ProblemSet, folder: Any) 
     prompts = [as_tokenizer_takes_it(tokenizer, problem) for problem in problems]
     asked: list[int] = []
     trainer = GRPOTrainer(
-        model=_load(model),
+        model=_load(model, tokenizer),
         reward_funcs=reward_function(problems, asked),
         args=_arguments(recipe, new_tokens, folder.checkpoints),
         train_dataset=Dataset.from_dict({"prompt": [prompts[i] for i in order], "problem": order}),
@@ -124,22 +124,26 @@ def _trainer(recipe: TrlRecipe, model: Path, problems: ProblemSet, folder: Any) 
     return trainer
 
 
-def _load(folder: Path) -> Any:
+def _load(folder: Path, tokenizer: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{folder} cannot be loaded: {error}") from error
+    ends = end_tokens(tokenizer, model.generation_config)  # TRL stops at these
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    return model
 
 
 def _max_new_tokens(recipe: TrlRecipe, tokenizer: Any, problems: ProblemSet) -> int:
     """The longest response there may be; DataError where a prompt leaves no room for it."""
     total, wanted = recipe.policy.max_total_sequence_length, recipe.policy.generation.max_new_tokens
-    prompts = encode_prompts(tokenizer, problems, wanted or 1, total)
+    kwargs = recipe.policy.tokenizer.chat_template_kwargs
+    prompts = encode_prompts(tokenizer, problems, wanted or 1, total, kwargs)
     return wanted or total - max(map(len, prompts))
 
 
@@ -170,6 +174,7 @@ def _arguments(recipe: TrlRecipe, max_new_tokens: int, checkpoints: Path) -> Any
         gradient_accumulation_steps=recipe.rollouts // updates // policy.train_micro_batch_size,
         shuffle_dataset=False,  # prompt_order has shuffled it
         max_completion_length=max_new_tokens,
+        chat_template_kwargs=policy.tokenizer.chat_template_kwargs,
         temperature=policy.generation.temperature,
         top_p=policy.generation.top_p,
         beta=loss.reference_policy_kl_penalty,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -74,6 +74,16 @@ class OptimizerConfig(StrictModel):
     kwargs: OptimizerKwargs = OptimizerKwargs()
 
 
+class TokenizerConfig(StrictModel):
+    """How prompts are rendered.
+
+    Attributes:
+        chat_template_kwargs: arguments of the chat template, those that the offline phase rendered with.
+    """
+
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
 class PolicyConfig(StrictModel):
     """The model and its training.
 
@@ -94,6 +104,7 @@ class PolicyConfig(StrictModel):
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     max_grad_norm: float = Field(default=1.0, gt=0)
     activation_checkpointing: bool = False
+    tokenizer: TokenizerConfig = TokenizerConfig()
     generation: GenerationConfig = GenerationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
