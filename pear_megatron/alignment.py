@@ -17,7 +17,7 @@ ACCUSED = (-2, -1, 1, 2)  # the shifts that off-by-one mistakes make
 FURTHEST = 8  # shifts up to here show how large a correlation the data give by themselves
 _SHIFTS = tuple(range(-FURTHEST, FURTHEST + 1))
 _SUMS = 6
-_MIN_PAIRS = 200
+MIN_PAIRS = 200  # of decisions: a shift is told from no fewer
 REFERENCE_APART = 0.1  # nats on average: more than rounding and another kernel make
 # (correlation, margin over every other shift, standard errors of the gain over shift 0): one is enough.
 _CONCLUSIVE = ((0.65, 0.45, 6.0), (0.95, 0.1, 3.0))
@@ -130,7 +130,7 @@ def read_alignment(sums: Tensor) -> Alignment:
     comparable = pairs >= pairs[best] / 2  # short trajectories leave the far shifts too few
     comparable[best] = False
     margin = r[best] - r[comparable].max() if comparable.any() else 0.0
-    conclusive = pairs[best] >= _MIN_PAIRS and any(
+    conclusive = pairs[best] >= MIN_PAIRS and any(
         r[best] >= least and margin >= lead and sigmas[best] >= errors for least, lead, errors in _CONCLUSIVE
     )
     found = best if conclusive else FURTHEST

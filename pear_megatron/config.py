@@ -84,6 +84,12 @@ class PearConfig(StrictModel):
             low, high = getattr(self, name)
             if not low < high:
                 raise ValueError(f"{name} must be (low, high) with low < high, got ({low}, {high})")
+        low, high = self.log_ratio_clip
+        if not low <= 0 <= high:
+            raise ValueError(
+                f"log_ratio_clip ({low:g}, {high:g}) does not contain 0, the logarithm of a ratio of 1: bounds are "
+                "logarithms (a ratio of 0.92 is -0.083), and the lower one is below 0"
+            )
         if self.log_weight_clip[1] > _MAX_LOG_WEIGHT:
             raise ValueError(
                 f"log_weight_clip: the upper bound {self.log_weight_clip[1]} overflows float32 after exp; "

@@ -66,6 +66,8 @@ def test_lists_and_numbers_from_yaml_are_taken():
             "log_ratio_clip must be (low, high) with low < high, got (0.3, -0.08)",
         ),
         ({"log_ratio_clip": (0.3,)}, "Field required"),
+        ({"log_ratio_clip": (0.92, 1.35)}, "does not contain 0, the logarithm of a ratio of 1"),
+        ({"log_ratio_clip": (0.08, 0.3)}, "the lower one is below 0"),
         (
             {"log_weight_clip": (1.0, 1.0)},
             "log_weight_clip must be (low, high) with low < high, got (1.0, 1.0)",

@@ -46,6 +46,17 @@ def about_data(sample: Sample, ends: float | None) -> list[Verdict]:
                 "Mark such rows with truncated=true; let loss_mask include the end-of-turn token.",
             )
         )
+    idle = int((sample.rewards == 0).sum())
+    if idle:
+        found.append(
+            Verdict(
+                "warning",
+                "rewards of 0",
+                f"{idle:,} of {len(sample.rewards):,} trajectories have reward 0: they train nothing, and their tokens "
+                "count in the mean all the same, so that steps are smaller.",
+                "Leave them out, or make them negative examples by a reward below zero (pear.negative_floor).",
+            )
+        )
     half = sample.counts["half_precision"]
     if half:
         found.append(

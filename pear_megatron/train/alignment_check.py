@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pear_megatron.alignment import REFERENCE_APART, Alignment, alignment_sums, no_sums, read_alignment
+from pear_megatron.alignment import (
+    MIN_PAIRS,
+    REFERENCE_APART,
+    Alignment,
+    alignment_sums,
+    no_sums,
+    read_alignment,
+)
 from pear_megatron.config import PearConfig
 from pear_megatron.data import AnyDataset, DataError, PackedBatch
 from pear_megatron.megatron.forward_step import LossOutput, PearForwardStep
@@ -22,7 +29,6 @@ from pear_megatron.recipe import Recipe
 log = logging.getLogger("pear_megatron")
 
 _UNRELATED = 0.1  # a correlation below this says that the policies have nothing in common
-_ENOUGH = 200  # decisions
 
 
 def _compared(pear: PearConfig) -> str:
@@ -146,7 +152,7 @@ def _forward(
 
 def _say(alignment: Alignment, starts_from: str, name: str) -> None:
     r, count = alignment.correlations[0], alignment.decisions
-    if r < _UNRELATED and count >= _ENOUGH:
+    if r < _UNRELATED and count >= MIN_PAIRS:
         log.warning(
             "%s have nothing to do with the log-probs of %s (correlation %.2f over %d "
             "decisions): were they computed over other tokens, with another tokenizer or chat template? "
@@ -158,4 +164,5 @@ def _say(alignment: Alignment, starts_from: str, name: str) -> None:
             count,
         )
     else:
-        log.info("%s and the model's correlate by %.2f over %d decisions; no shift", name, r, count)
+        shift = "no shift found" if count >= MIN_PAIRS else "too few to tell a shift"
+        log.info("%s and the model's correlate by %.2f over %d decisions; %s", name, r, count, shift)

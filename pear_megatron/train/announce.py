@@ -36,7 +36,7 @@ def announce(trainer: Trainer) -> None:
         step,
         total_steps,
     )
-    announce_negatives(recipe.pear, trainer.dataset.rewards)
+    announce_rewards(recipe.pear, trainer.dataset.rewards)
     _announce_sources(recipe, trainer.dataset, trainer.plan, total_steps)
     if trainer.evaluation is not None:
         log.info("evaluations on %d held-out trajectories", len(trainer.evaluation.dataset))
@@ -56,8 +56,15 @@ def _method(pear: PearConfig) -> str:
     return "SFT with factors" if pear.has_factors else "plain SFT"
 
 
-def announce_negatives(pear: PearConfig, rewards: np.ndarray) -> None:
-    """Warns of negative examples that nothing stops, or of settings for them where rewards [N] have none."""
+def announce_rewards(pear: PearConfig, rewards: np.ndarray) -> None:
+    """Warns of rewards [N] of 0, of negative examples that nothing stops, and of settings that find none."""
+    if count := int((rewards == 0).sum()):
+        log.warning(
+            "%d of %d trajectories have reward 0: they train nothing, and their tokens count in the mean all the same, "
+            "so that steps are smaller; leave them out, or make them negative examples by a reward below zero",
+            count,
+            len(rewards),
+        )
     if count := int((rewards < 0).sum()):
         if pear.negative_floor is None and pear.negative_scale:
             log.warning(

@@ -21,9 +21,17 @@ def open_dataset(recipe: Recipe) -> AnyDataset:
     """Prepares ``data.train`` on rank 0 and opens it on every rank; an error there is an error everywhere.
 
     Raises:
-        DataError: what is wrong with the data, file and line.
+        DataError: what is wrong with the data, file and line; or every reward is 0.
     """
-    return _open(recipe, recipe.data.train_sources)
+    dataset = _open(recipe, recipe.data.train_sources)
+    if not dataset.rewards.any():
+        raise DataError(
+            [
+                f"{', '.join(dataset.meta['files'][:3])}: every trajectory has reward 0, so that nothing would be "
+                "trained; leave `reward` out (1 is the default), or grade the rows"
+            ]
+        )
+    return dataset
 
 
 def open_validation(recipe: Recipe, train: AnyDataset) -> AnyDataset | None:

@@ -118,6 +118,13 @@ def test_log_probs_of_other_tokens_are_suspected(look: Inspect) -> None:
     assert re.search(r"a writer as certain as this one \((89|90|91)% of its tokens\)", text)
 
 
+def test_rewards_of_0_are_counted(look: Inspect) -> None:
+    rows = scored(lambda lb, rng: lb + rng.gauss(0, 0.2))
+    for row in rows[:12]:
+        row["reward"] = 0
+    assert "12 of 30 trajectories have reward 0" in look(rows).verdict("rewards of 0")["text"]
+
+
 def test_half_precision_is_noticed(look: Inspect) -> None:
     import numpy as np
 

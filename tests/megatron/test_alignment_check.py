@@ -102,7 +102,9 @@ def test_log_probs_of_other_text_are_warned_of(caplog: pytest.LogCaptureFixture)
     assert look(0.02, 5000).startswith("WARNING")
     assert "nothing to do with the log-probs of path/to/model (correlation 0.02" in look(0.02, 5000)
     assert look(0.8, 5000).startswith("INFO")
-    assert look(0.02, 50).startswith("INFO")  # too few to say
+    assert "no shift found" in look(0.8, 5000)
+    assert look(0.02, 50).startswith("INFO")
+    assert "too few to tell a shift" in look(0.8, 50)
 
 
 def test_a_reference_that_is_another_model_is_warned_of(tmp_path: Path, policy: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pear_megatron import PearConfig
-from pear_megatron.train.announce import announce_negatives
+from pear_megatron.train.announce import announce_rewards
 
 SETTINGS = {"negative_floor": 2.0, "negative_scale": 0.5}
 IDLE = "does nothing: no trajectory has a reward below zero"
@@ -17,7 +17,8 @@ IDLE = "does nothing: no trajectory has a reward below zero"
 @pytest.mark.parametrize(
     ("settings", "rewards", "said"),
     [
-        (SETTINGS, [1.0, 0.0], [f"pear.negative_floor=2 {IDLE}", f"pear.negative_scale=0.5 {IDLE}"]),
+        (SETTINGS, [1.0, 0.5], [f"pear.negative_floor=2 {IDLE}", f"pear.negative_scale=0.5 {IDLE}"]),
+        ({}, [1.0, 0.0, 0.0], ["2 of 3 trajectories have reward 0: they train nothing"]),
         (SETTINGS, [1.0, -0.1], []),
         ({}, [1.0], []),
         (
@@ -30,7 +31,7 @@ IDLE = "does nothing: no trajectory has a reward below zero"
 )
 def test_what_is_said_of_negative_examples(settings, rewards, said, caplog):
     with caplog.at_level(logging.WARNING, logger="pear_megatron"):
-        announce_negatives(PearConfig(**settings), np.array(rewards))
+        announce_rewards(PearConfig(**settings), np.array(rewards))
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == len(said)
     assert all(message.startswith(begin) for message, begin in zip(messages, said, strict=True))
