@@ -24,10 +24,32 @@ class StrictModel(BaseModel):
             return values
         for key in values:
             if key not in cls.model_fields:
-                near = difflib.get_close_matches(str(key), list(cls.model_fields), n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(cls.model_fields)}"
+                known = list(cls.model_fields)
+                near = _places(cls, _OTHER_NAMES.get(key, key)) or difflib.get_close_matches(
+                    str(key), known, n=1, cutoff=0.5
+                )
+                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
                 raise ValueError(f"unknown key {key!r}; {hint}")
         return values
+
+
+_OTHER_NAMES = {
+    "learning_rate": "lr",
+    "num_train_epochs": "num_epochs",
+    "epochs": "num_epochs",
+}  # other trainers
+
+
+def _places(model: type[BaseModel], key: Any) -> list[str]:
+    """Where the key is one of the model or of a section in it, as dotted keys."""
+    if key in model.model_fields:
+        return [str(key)]
+    sections = [(name, field.annotation) for name, field in model.model_fields.items()]
+    return [
+        f"{name}.{key}"
+        for name, kind in sections
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and key in kind.model_fields
+    ]
 
 
 def describe(error: ValidationError, what: str = "recipe") -> str:

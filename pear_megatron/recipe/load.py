@@ -113,14 +113,24 @@ def _apply_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
     """Hydra's override grammar: ``key=value``, ``+key=value``, ``~key``."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
 
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides=overrides)
-        OmegaConf.set_struct(config, False)  # unknown keys are named by validation, with a suggestion
-        ConfigLoaderImpl._apply_overrides_to_config(parsed, config)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise RecipeError(f"override {' '.join(overrides)}: {error}") from error
+    parser = OverridesParser.create()
+    OmegaConf.set_struct(config, False)  # unknown keys are named by validation, with a suggestion
+    for text in overrides:
+        try:
+            (override,) = parser.parse_overrides(overrides=[text])
+            if override.is_sweep_override():
+                raise RecipeError(f"override {text}: a list is written in brackets, key=[a,b]")
+            ConfigLoaderImpl._apply_overrides_to_config([override], config)
+        except OverrideParseException as error:
+            said = str(error).partition("\n")[0]
+            raise RecipeError(
+                f"override {text}: {said}; write key=value, a list as key=[a,b], and quote a value with other signs in "
+                "it, for the shell and once more: 'key=\"a=b\"'"
+            ) from error
+        except (HydraException, OmegaConfBaseException) as error:
+            raise RecipeError(f"override {text}: {error}") from error
     return config
 
 

@@ -49,6 +49,10 @@ def test_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
     [
         (["data.train=x", "train.max_step=5"], "train: unknown key 'max_step'; did you mean 'max_steps'?"),
         (["data.train=x", "modle.num_layers=5"], "unknown key 'modle'; did you mean 'model'?"),
+        (["data.train=x", "lr=1e-5"], "unknown key 'lr'; did you mean 'optimizer.lr'?"),
+        (["data.train=x", "optimizer.learning_rate=1e-5"], "unknown key 'learning_rate'; did you mean 'lr'?"),
+        (["data.train=a,b"], "override data.train=a,b: a list is written in brackets, key=[a,b]"),
+        (["train.max_steps=5", "data.train=x=y"], "override data.train=x=y: mismatched input '='"),
         ([], "data.train: this key is required"),
         (
             ["data.train=x", "train.precision=fp8"],
