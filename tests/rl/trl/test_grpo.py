@@ -214,9 +214,11 @@ def test_trl_and_eval_give_a_model_the_same_prompt_tokens(word_model: Path, tmp_
 
     chat = shutil.copytree(word_model, tmp_path / "chat")
     (chat / "chat_template.jinja").write_text(
-        "{% for m in messages %}a {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}b{% endif %}"
+        "{% for m in messages %}{{ first or 'a' }} {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}b{% endif %}"
     )
-    recipe = load_trl_recipe(write_recipe(tmp_path))
+    path = write_recipe(tmp_path)
+    recipe = load_trl_recipe(path)
     problems = load_problems(recipe.data.train)
     for model in (word_model, chat):
         trainer = _trainer(recipe, model, problems, TrlRunFolder(tmp_path / model.name, recipe, "w"))
@@ -225,6 +227,9 @@ def test_trl_and_eval_give_a_model_the_same_prompt_tokens(word_model: Path, tmp_
         assert trainer._tokenize_prompts(rows["prompt"][:])[0] == [encoded[i] for i in rows["problem"]]
     assert encoded[0][0] == 0
     assert encoded[0][-1] == 1
+    given = load_trl_recipe(path, ["policy.tokenizer.chat_template_kwargs.first=c"])
+    trainer = _trainer(given, chat, problems, TrlRunFolder(tmp_path / "given", given, "w"))
+    assert {ids[0] for ids in trainer._tokenize_prompts(trainer.train_dataset["prompt"][:])[0]} == {2}
 
 
 def test_bad_problems_and_grades_stop_the_run_by_name(word_model: Path, tmp_path: Path) -> None:
