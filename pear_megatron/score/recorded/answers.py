@@ -8,6 +8,7 @@ from typing import Any
 
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import get_integers, get_mask, short
+from pear_megatron.score.recorded.beside import CARRIED
 from pear_megatron.score.recorded.request import CONTEXT_FIELDS, Request
 from pear_megatron.score.recorded.tokens import RECORD_IDS, Tokens, id_in
 from pear_megatron.score.recorded.top import ENTRIES, Entries
@@ -94,6 +95,7 @@ def whole_row(
     if whole.tokens is not None:
         tokens.check(ids, whole.tokens, whole.place)
     found = {"input_ids": ids, "loss_mask": mask, "behavior_logprobs": whole.logprobs, ENTRIES: whole.entries}
+    found |= {name: fields[name] for name in CARRIED if name in fields}
     return found | own_fields(fields), notes_of(fields)
 
 

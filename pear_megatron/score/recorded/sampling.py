@@ -98,6 +98,14 @@ def check_sampling(fields: Mapping[str, Any], *, raw: bool, engine: str | None =
         )
 
 
+def is_of_sampling(name: str) -> bool:
+    """Whether `check_sampling` reads a field of this name."""
+    return (
+        name in (*_PLACES, *_NEUTRAL, *_FORBIDDING, *_BEFORE_LOGGING, "top_k", "do_sample", "use_beam_search")
+        or name == _TRACE_OF_TOP_P
+    )
+
+
 def _places(fields: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield name, fields
     for key in _PLACES:

@@ -21,6 +21,8 @@ from pear_megatron.score.recorded.request import Request
 from pear_megatron.score.recorded.tokens import Tokens
 from pear_megatron.score.recorded.top import of_pairs
 
+FIELDS = ("text", "output_ids", "meta_info", "index", "input_ids", "loss_mask", "rewards")
+
 
 def is_answer(body: Any) -> bool:
     """Whether it is an answer of /generate, or the list of several (n > 1)."""
