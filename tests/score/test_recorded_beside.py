@@ -12,6 +12,7 @@ import pytest
 
 from pear_megatron.data import DataError
 from pear_megatron.data.errors import RowProblem
+from pear_megatron.score.rows import RowReader
 from tests.score.jobs import score_rows
 from tests.score.recorded_cases import LOGPROBS, RESPONSE, case, check_tokens, prompt_ids, read, reader
 from tests.score.test_recorded import message_log, train_data
@@ -96,6 +97,12 @@ def test_what_belongs_beside_the_answer_is_not_lost_within_it() -> None:
     assert read(row)[0].trajectory.reward == -1
 
 
+def unread(rows: RowReader) -> dict[str, int]:
+    """The notes on fields that nobody reads."""
+    return {note: count for note, count in rows.notes.items() if note.startswith(UNREAD)}
+
+
+UNREAD = "rows with fields that are not read ("
 OTHER_WORDS = ("reward_model", "raw_reward", "prompt_id", "response_text", "forward", "token_masks", "labels")
 
 
@@ -105,9 +112,8 @@ def test_other_fields_are_taken_and_named_once(name: str) -> None:
     rows = reader()
     for _ in range(2):
         assert read({**ANSWERS[name], **others}, by=rows)
-    ((note, count),) = rows.notes.items()
+    ((note, count),) = unread(rows).items()
     assert count == 2
-    assert note.startswith("rows with fields that are not read (")
     read_there = ("reward_model",) if name == "verl" else ()
     assert [word for word in OTHER_WORDS if word not in note] == list(read_there)
 
@@ -118,7 +124,7 @@ def test_what_generators_write_is_not_spoken_of(name: str) -> None:
     row = copy.deepcopy(ANSWERS[name])
     row |= row.pop("response") if isinstance(row.get("response"), dict) else {}
     read({**row, "metadata": {"anything": 1}, "max_tokens": 5, "top_p": 1}, by=rows)
-    assert not rows.notes
+    assert not unread(rows)
 
 
 def test_the_command_names_file_line_and_field(tmp_path: Path) -> None:
@@ -128,3 +134,75 @@ def test_the_command_names_file_line_and_field(tmp_path: Path) -> None:
     score_rows(tmp_path, [{**case("vllm_offline"), "advantage": -0.5}], None, backend="import")
     counts = (pq.read_schema(tmp_path / "out.parquet").metadata)[b"pear_megatron.score"].decode()
     assert "rows with fields that are not read (advantage;" in counts
+
+
+def without_end(name: str) -> dict[str, Any]:
+    """An answer that a stop string ended: its last token is none that ends a turn."""
+    row = case(name) if name != "chat" else chat_with_ids()
+    if name == "sglang":
+        meta = row["response"]["meta_info"]
+        meta["output_token_logprobs"].pop()
+        row["response"]["output_ids"].pop()
+        meta |= {"completion_tokens": 10, "finish_reason": {"type": "stop", "matched": "\u00ef"}}
+    elif name == "vllm_offline":
+        output = row["outputs"][0]
+        output |= {"token_ids": RESPONSE[:-1], "logprobs": output["logprobs"][:-1], "stop_reason": "\u00ef"}
+    else:
+        choice = row["response"]["choices"][0]
+        choice["logprobs"]["content"].pop()
+        choice |= {"token_ids": RESPONSE[:-1], "stop_reason": "\u00ef"}
+        row["response"]["usage"]["completion_tokens"] = 10
+    return row
+
+
+def chat_with_ids() -> dict[str, Any]:
+    row = case("temp_body")
+    return {"messages": row["body"]["messages"], "response": row["response"]["body"]}
+
+
+ENDLESS = "responses that do not end with an end token"
+UNFINISHED = "responses marked truncated because they have no finish_reason"
+
+
+def notes_after(row: dict[str, Any], **options: Any) -> tuple[list[bool | None], list[str]]:
+    """(the rows' marks, the starts of the notes)."""
+    rows = reader(**options)
+    marks = [found.truncated for found in read(row, by=rows)]
+    known = [start for note in rows.notes for start in (ENDLESS, UNFINISHED) if note.startswith(start)]
+    assert len(known) == len(rows.notes)
+    return marks, known
+
+
+@pytest.mark.parametrize("name", ["sglang", "vllm_offline", "chat"])
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_responses_that_a_stop_string_ended_are_counted(name: str, with_tokenizer: bool) -> None:
+    row = without_end(name)
+    assert notes_after(row, with_tokenizer=with_tokenizer) == ([None], [ENDLESS])
+    assert notes_after({**row, "truncated": True}, with_tokenizer=with_tokenizer) == ([True], [])
+
+
+@pytest.mark.parametrize("name", ["slime", "verl"])
+def test_responses_of_rollouts_that_do_not_end_are_counted(name: str) -> None:
+    row = copy.deepcopy(ANSWERS[name])
+    assert notes_after(row) == ([None], [])
+    mask = "loss_mask" if name == "slime" else "response_mask"
+    assert notes_after({**row, mask: [1] * 10 + [0]}) == ([None], [ENDLESS])
+
+
+def test_an_answer_without_a_finish_reason_is_whole_only_with_an_end_token() -> None:
+    row = chat_with_ids()
+    row["response"]["choices"][0]["finish_reason"] = None
+    assert notes_after(row) == ([None], [])
+    assert notes_after(row, with_tokenizer=False) == ([True], [UNFINISHED])
+    assert notes_after({**row, "truncated": False}, with_tokenizer=False) == ([False], [])
+    row = without_end("chat")
+    row["response"]["choices"][0] |= {"finish_reason": None, "stop_reason": None}
+    assert notes_after(row) == ([True], [UNFINISHED])
+    assert notes_after({**row, "truncated": False}) == ([False], [ENDLESS])
+    row = without_end("sglang")
+    row["response"]["meta_info"]["finish_reason"] = None
+    assert notes_after(row) == ([True], [UNFINISHED])
+    row = case("n2")
+    for choice in row["response"]["choices"]:
+        choice["finish_reason"] = None
+    assert notes_after(row) == ([None, None], [])

@@ -6,16 +6,26 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import check_names, short
 from pear_megatron.score.recorded import nemo_rl, openai, responses, sglang, slime, verl, vllm
-from pear_megatron.score.recorded.answers import Recorded
+from pear_megatron.score.recorded.answers import UNFINISHED, Recorded
 from pear_megatron.score.recorded.beside import CARRIED, Remarks, check_inside, unread_fields
 from pear_megatron.score.recorded.sampling import check_sampling
 from pear_megatron.score.recorded.tokens import Tokens
 from pear_megatron.score.recorded.top import ENTRIES, topk_fields
 
 _ENGINES = (sglang, vllm, responses, openai)
+_NO_END = (
+    "responses that do not end with an end token, so that nothing in them teaches the model to stop (a stop string "
+    'or the length limit ended them, or their end was not recorded; "truncated": true in a row has training drop it)'
+)
+_NOT_FINISHED = (
+    "responses marked truncated because they have no finish_reason, as servers write before they have finished, and no "
+    'end token that is known (where they are whole, write "truncated": false or name the --tokenizer)'
+)
 _CHECKED = (
     "policy_logprobs",
     "temperature",
@@ -53,6 +63,8 @@ def ordinary_fields(
         for found, notes in _read(fields, tokens, raw_logprobs, remarks):
             entries = found.pop(ENTRIES, None)
             topk = topk_fields(found, entries, top_k) if top_k else {}
+            if "behavior_logprobs" not in fields:
+                _remark_end(found, notes, tokens, remarks)
             rows.append((hashed | found | topk, notes))
         return rows
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
@@ -62,6 +74,18 @@ def ordinary_fields(
             f"the recorded log-probs are not in the form they should have ({type(error).__name__}: {error}); "
             "write the generator's answer as it came"
         ) from error
+
+
+def _remark_end(found: Mapping[str, Any], notes: Mapping[str, Any], tokens: Tokens, remarks: Remarks) -> None:
+    """Say of a response that the policy did not end itself what becomes of it."""
+    if notes.get(UNFINISHED):
+        remarks.counts[_NOT_FINISHED] += 1
+    decisions: np.ndarray = np.flatnonzero(found["loss_mask"])
+    if found.get("truncated") or not len(decisions):
+        return
+    ends = tokens.is_end(int(found["input_ids"][decisions[-1]]))
+    if ends is False or (ends is None and isinstance(notes.get("stop_reason"), str)):
+        remarks.counts[_NO_END] += 1
 
 
 def _read(fields: Mapping[str, Any], tokens: Tokens, raw: bool, remarks: Remarks) -> list[Recorded]:

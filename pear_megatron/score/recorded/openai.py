@@ -72,6 +72,7 @@ def _answer(body: Mapping[str, Any], choice: Mapping[str, Any], name: str, count
         message=message,
         text=choice.get("text"),
         finish_reason=choice.get("finish_reason"),
+        stop=choice.get("stop_reason", choice.get("matched_stop")),  # vLLM's name and SGLang's
         context_ids=None if context is None else _ids({"prompt_token_ids": context}, "prompt_token_ids"),
         counts=(
             ("usage.prompt_tokens", usage.get("prompt_tokens")),

@@ -57,6 +57,7 @@ def _answer(body: Mapping[str, Any], name: str) -> Answer:
     prompt_count = meta.get("prompt_tokens")
     if prompt_count is None:
         raise RowProblem(f"{name}meta_info.prompt_tokens is missing; write the answer as it came")
+    finish_reason = meta.get("finish_reason")
     context = None
     if meta.get("input_token_logprobs"):
         _, context = _entries(meta["input_token_logprobs"], f"{name}meta_info.input_token_logprobs")
@@ -69,7 +70,8 @@ def _answer(body: Mapping[str, Any], name: str) -> Answer:
         logprobs=logprobs,
         ids=ids,
         text=body.get("text"),
-        finish_reason=meta.get("finish_reason"),
+        finish_reason=finish_reason,
+        stop=finish_reason.get("matched") if isinstance(finish_reason, Mapping) else None,
         context_ids=context,
         counts=(
             (f"{name}meta_info.prompt_tokens", prompt_count),

@@ -141,6 +141,15 @@ class Tokens:
             if found is not None and found != token_id:
                 self._refuse(name, i, f"of token {found}", token_id)
 
+    def is_end(self, token: int | str) -> bool | None:
+        """Whether an id, or a token's text, is one that ends a turn or a text; None without a tokenizer."""
+        if self._tokenizer is None or self.encoder is None:
+            return None
+        if isinstance(token, str):
+            found = id_in(token)
+            token = self._tokenizer.convert_tokens_to_ids(token) if found is None else found
+        return token in self.encoder.special_ids
+
     def _refuse(self, name: str, i: int, found: str, token_id: int) -> NoReturn:
         raise RowProblem(
             f"{name}[{i}] is {found}, but the token there is {self._shown(token_id)}: the log-probs are shifted or "

@@ -64,6 +64,7 @@ def _answer(output: Mapping[str, Any], context: list[int], name: str) -> Answer:
         ids=ids,
         text=output.get("text"),
         finish_reason=output.get("finish_reason"),
+        stop=output.get("stop_reason"),
         context_ids=context,
         reward=output.get("reward"),
     )
