@@ -252,6 +252,14 @@ def test_tools_of_the_request_are_in_the_prompt() -> None:
     assert len(with_tools.trajectory.input_ids) > len(plain.trajectory.input_ids)
     in_body = {"response": answer["response"], "body": {"messages": MESSAGES, "tools": TOOLS}}
     assert read(in_body)[0].trajectory.input_ids.tolist() == with_tools.trajectory.input_ids.tolist()
+    for place in ("request", "request_params"):
+        in_extra = {
+            "response": answer["response"],
+            place: {"messages": MESSAGES, "extra_body": {"tools": TOOLS}},
+        }
+        assert read(in_extra)[0].trajectory.input_ids.tolist() == with_tools.trajectory.input_ids.tolist()
+    with pytest.raises(RowProblem, match="chat_template_kwargs: the chat template does not read 'enable'"):
+        read({**answer, "request": {"extra_body": {"chat_template_kwargs": {"enable": 1}}}})
     with pytest.raises(RowProblem, match="chat_template_kwargs: the chat template does not read 'enable'"):
         read({**answer, "chat_template_kwargs": {"enable": 1}})
 
