@@ -67,7 +67,7 @@ def ordinary_fields(
                 _remark_end(found, notes, tokens, remarks)
             rows.append((hashed | found | topk, notes))
         return rows
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         if isinstance(error, RowProblem):
             raise
         raise RowProblem(

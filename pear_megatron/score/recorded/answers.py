@@ -219,7 +219,18 @@ def _tokens_of(
             response = tokens.of_text(answer.text, answer.tokens or [], truncated=truncated)
         else:
             response = tokens.of_message(request, answer.message, answer.tokens or [], truncated=truncated)
+    else:
+        tokens.check_said(context, response, _said(answer))
     return list(context), list(response)
+
+
+def _said(answer: Answer) -> dict[str, Any]:
+    """All that the policy said, as the generator parsed it."""
+    if answer.message is None:
+        return {"text": answer.text}
+    calls = [call.get("function") or {} for call in answer.message.get("tool_calls") or []]
+    names = {f"tool call {k}": function.get("name") for k, function in enumerate(calls)}
+    return {"reasoning": _reasoning(answer.message), "text": answer.message.get("content"), **names}
 
 
 def _ends(answer: Answer, tokens: Tokens) -> bool:
