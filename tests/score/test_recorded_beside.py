@@ -65,7 +65,9 @@ def test_other_names_that_matter_are_not_misread_either(misspelt: str, meant: st
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_columns_of_tokens_that_the_row_does_not_say_are_refused(name: str) -> None:
-    with pytest.raises(RowProblem, match="token_weights beside a recorded answer: .* add it to the file"):
+    with pytest.raises(
+        RowProblem, match="token_weights beside a recorded answer cannot be placed .* add it to the file"
+    ):
         read({**ANSWERS[name], "token_weights": [1.0] * 47})
     with pytest.raises(RowProblem, match="the row has its log-probs twice"):
         read({**ANSWERS[name], "behavior_logprobs": [-1.0] * 47})

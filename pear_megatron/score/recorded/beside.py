@@ -74,8 +74,8 @@ def unread_fields(
                 "behavior_logprobs beside a recorded answer: the row has its log-probs twice; keep one of the two"
             )
         raise RowProblem(
-            f"{name} beside a recorded answer: the row does not say which tokens it belongs to; leave it out here, and "
-            "add it to the file that `score` writes, which has input_ids"
+            f"{name} beside a recorded answer cannot be placed at its tokens; leave it out here, and add it to the "
+            "file that `score` writes, which has the input_ids that it belongs to"
         )
     known = {*read, *OWN, *_PER_TOKEN}
     return [name for name in fields if name not in known and not is_of_sampling(name)]
