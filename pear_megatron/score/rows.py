@@ -16,6 +16,7 @@ from pear_megatron.data.files import Row
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.data.validate import Validator
 from pear_megatron.score.recorded import ordinary_fields
+from pear_megatron.score.recorded.beside import Remarks
 from pear_megatron.score.recorded.tokens import Tokens
 
 Purpose = Literal["behavior", "policy", "reference", "import"]
@@ -97,6 +98,7 @@ class RowReader:
         self._overlong = overlong
         self._origin = dict(origin or {})
         self._counts = counts
+        self._remarks = Remarks()
         self._raw_logprobs, self._top_k = raw_logprobs, top_k
 
     @property
@@ -106,8 +108,8 @@ class RowReader:
 
     @property
     def notes(self) -> Mapping[str, int]:
-        """What became of text rows that the user should know, and how many times it happened."""
-        return self._validator.notes
+        """What became of rows that the user should know, and how many times it happened."""
+        return {**self._validator.notes, **self._remarks.notes}
 
     def __call__(self, row: Row) -> list[ScoreRow]:
         """The row's ScoreRows, one per trajectory, none if they are dropped; RowProblem if the row is wrong."""
@@ -116,7 +118,13 @@ class RowReader:
             return list(
                 self._rows(row, {name: row.fields[name] for name in _TEXT_FIELDS if name in row.fields})
             )
-        found = ordinary_fields(row.fields, self._tokens, raw_logprobs=self._raw_logprobs, top_k=self._top_k)
+        found = ordinary_fields(
+            row.fields,
+            self._tokens,
+            remarks=self._remarks,
+            raw_logprobs=self._raw_logprobs,
+            top_k=self._top_k,
+        )
         own = {"metadata": row.fields["metadata"]} if "metadata" in row.fields else {}
         written: list[ScoreRow] = []
         for k, (fields, notes) in enumerate(found):

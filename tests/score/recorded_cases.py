@@ -42,15 +42,20 @@ def tokenizer() -> Any:
     return loaded
 
 
-@functools.cache
-def _reader(raw: bool, with_tokenizer: bool) -> RowReader:
+def reader(raw: bool = False, with_tokenizer: bool = True) -> RowReader:
+    """A new one, with no notes yet."""
     return RowReader("import", Counter(), tokenizer=tokenizer() if with_tokenizer else None, raw_logprobs=raw)
 
 
-def read(row: dict[str, Any], *, raw: bool = False, with_tokenizer: bool = True) -> list[ScoreRow]:
+_reader = functools.cache(reader)
+
+
+def read(
+    row: dict[str, Any], *, raw: bool = False, with_tokenizer: bool = True, by: RowReader | None = None
+) -> list[ScoreRow]:
     """The rows of the output; RowProblem if the row is wrong."""
     plain = {name: value for name, value in json.loads(json.dumps(row)).items() if value is not None}
-    return _reader(raw, with_tokenizer)(Row("in.jsonl:1", plain, 1))
+    return (by or _reader(raw, with_tokenizer))(Row("in.jsonl:1", plain, 1))
 
 
 def check_tokens(row: ScoreRow) -> None:

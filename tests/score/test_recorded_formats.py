@@ -252,6 +252,14 @@ def test_tools_of_the_request_are_in_the_prompt() -> None:
     assert len(with_tools.trajectory.input_ids) > len(plain.trajectory.input_ids)
     in_body = {"response": answer["response"], "body": {"messages": MESSAGES, "tools": TOOLS}}
     assert read(in_body)[0].trajectory.input_ids.tolist() == with_tools.trajectory.input_ids.tolist()
+    for place in ("request", "request_params"):
+        in_extra = {
+            "response": answer["response"],
+            place: {"messages": MESSAGES, "extra_body": {"tools": TOOLS}},
+        }
+        assert read(in_extra)[0].trajectory.input_ids.tolist() == with_tools.trajectory.input_ids.tolist()
+    with pytest.raises(RowProblem, match="chat_template_kwargs: the chat template does not read 'enable'"):
+        read({**answer, "request": {"extra_body": {"chat_template_kwargs": {"enable": 1}}}})
     with pytest.raises(RowProblem, match="chat_template_kwargs: the chat template does not read 'enable'"):
         read({**answer, "chat_template_kwargs": {"enable": 1}})
 
@@ -260,3 +268,68 @@ def test_another_stop_token_than_the_templates_is_kept() -> None:
     other = tokenizer().decode([0])
     (found,) = read(answer_of("Blue" + other, content="Blue"))
     assert found.trajectory.input_ids[-1] == 0
+
+
+def with_ids(sampled: str, **message: Any) -> dict[str, Any]:
+    """The answer with its token ids."""
+    row = answer_of(sampled, **message)
+    ids = tokenizer()(sampled, add_special_tokens=False)["input_ids"]
+    row["response"]["choices"][0]["token_ids"] = ids
+    return row
+
+
+CALL = {"type": "function", "function": {"name": "find", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("text", {"content": "Red it is"}),
+        ("text", {"content": "is it Blue"}),
+        ("reasoning", {"content": "Blue it is", "reasoning_content": "hm"}),
+        ("reasoning", {"content": "Blue it is", "reasoning": "hm"}),
+        ("tool call 0", {"content": None, "tool_calls": [CALL]}),
+    ],
+)
+def test_what_token_ids_do_not_say_is_refused(what: str, message: dict[str, Any]) -> None:
+    with pytest.raises(
+        RowProblem, match=f"the answer's {what} .* is not among its tokens, which say 'Blue it is"
+    ):
+        read(with_ids("Blue it is<|im_end|>", **message))
+
+
+@pytest.mark.parametrize(
+    ("sampled", "message"),
+    [
+        ("<think>\nwell\n</think>\n\nBlue<|im_end|>", {"content": "Blue", "reasoning_content": "\nwell\n"}),
+        ("a<|im_start|>b c<|im_end|>", {"content": "ab  c"}),
+        ("Blue, \u00dcn<|im_end|>", {"content": "Blue, \ufffd\ufffdn"}),
+        ("one two\nStop:", {"content": "one two"}),
+        ("well</think>Blue<|im_end|>", {"content": "assistant\nwell</think>Blue"}),
+        ("x<tool_call>{'name': 'find'}<|im_end|>", {"content": "x", "tool_calls": [CALL]}),
+        ("Blue<|im_end|>", {"content": None}),
+    ],
+)
+def test_what_servers_parse_and_leave_out_is_taken(sampled: str, message: dict[str, Any]) -> None:
+    (found,) = read(with_ids(sampled, **message))
+    assert tokenizer().decode(found.trajectory.input_ids[found.trajectory.loss_mask]) == sampled
+
+
+def test_the_texts_of_vllm_offline_and_sglang_belong_to_their_tokens() -> None:
+    offline, sglang = case("vllm_offline"), case("sglang")
+    offline["outputs"][0]["text"] = sglang["response"]["text"] = "Red"
+    for row in (offline, sglang):
+        with pytest.raises(RowProblem, match="the answer's text 'Red' is not among its tokens"):
+            read(row)
+
+
+@pytest.mark.parametrize("wrong", [1 << 40, -1])
+def test_a_number_that_is_no_token_id_is_named(wrong: int) -> None:
+    row = with_ids("Blue<|im_end|>", content="Blue")
+    row["response"]["choices"][0]["token_ids"][0] = wrong
+    with pytest.raises(RowProblem, match=f"token id {wrong} is outside the vocabulary"):
+        read(row)
+    sample = case("slime")
+    sample["tokens"][-1] = wrong
+    with pytest.raises(RowProblem, match=f"{wrong}"):
+        read(sample)

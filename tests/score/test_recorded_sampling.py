@@ -29,6 +29,16 @@ PLACES = {
     "manifest.temperature": {"manifest": {"temperature": 1.2}},
     "response.body.temperature": {"response": {"body": {"temperature": 0.2}}},
     "meta_info.temperature": {"meta_info": {"temperature": 0.6}},
+    "request_params.temperature": {"request_params": {"temperature": 0.7}},
+    "sampling.top_p": {"sampling": {"top_p": 0.8}},
+    "config.temperature": {"config": {"temperature": 0.7}},
+    "generation_params.top_k": {"generation_params": {"top_k": 40}},
+    "sampling_args.min_p": {"sampling_args": {"min_p": 0.1}},
+    "generate_kwargs.repetition_penalty": {"generate_kwargs": {"repetition_penalty": 0.5}},
+    "metadata.sampling.temperature": {"metadata": {"sampling": {"temperature": 0.7}}},
+    "body.options.temperature": {"body": {"options": {"temperature": 0.7}}},
+    "request.json.extra_body.top_p": {"request": {"json": {"extra_body": {"top_p": 0.7}}}},
+    "sampling_params.top_p": {"sampling_params": json.dumps({"top_p": 0.7})},
     "rollout_top_p_token_ids": {"rollout_top_p_token_ids": [1, 2]},
 }
 PENALISING = {
@@ -71,6 +81,31 @@ def test_the_place_is_named(place: str) -> None:
         check_sampling(PLACES[place], raw=False)
     assert str(problem.value).startswith(f"{place} = ")
     assert "--raw-logprobs" in str(problem.value)
+
+
+ELSEWHERE: list[dict[str, Any]] = [
+    {"metadata": {"weather": {"temperature": 21}, "args": {"temperature": 21}, "config": {"top_k": 5}}},
+    {"messages": [{"role": "user", "temperature": 21}], "tools": [{"parameters": {"temperature": {}}}]},
+    {"body": {"tools": [{"function": {"parameters": {"properties": {"temperature": {}}}}}]}},
+    {"judge_params": {"temperature": 0}, "retriever": {"top_k": 5}, "tools_kwargs": {"temperature": 21}},
+    {"config": {"retriever": {"top_k": 5}}, "request": "temperature: how high is it?"},
+    {"config": "configs/temperature.yaml", "sampling": "nucleus", "generation_config": "auto"},
+]
+
+
+@pytest.mark.parametrize("row", ELSEWHERE)
+def test_the_same_words_about_something_else_are_taken(row: dict[str, Any]) -> None:
+    check_sampling(row, raw=False)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_parameters_that_are_the_text_of_an_object_are_refused(raw: bool) -> None:
+    text = "SamplingParams(n=1, temperature=0.7, top_p=0.9)"
+    for row in ({"sampling_params": text}, {"metadata": {"sampling_params": text}}):
+        with pytest.raises(
+            RowProblem, match=r"sampling_params = .* is the text of an object; write .* as JSON"
+        ):
+            check_sampling(row, raw=raw)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -6,15 +6,26 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import check_names, short
 from pear_megatron.score.recorded import nemo_rl, openai, responses, sglang, slime, verl, vllm
-from pear_megatron.score.recorded.answers import Recorded
+from pear_megatron.score.recorded.answers import UNFINISHED, Recorded
+from pear_megatron.score.recorded.beside import CARRIED, Remarks, check_inside, unread_fields
 from pear_megatron.score.recorded.sampling import check_sampling
 from pear_megatron.score.recorded.tokens import Tokens
 from pear_megatron.score.recorded.top import ENTRIES, topk_fields
 
 _ENGINES = (sglang, vllm, responses, openai)
+_NO_END = (
+    "responses that do not end with an end token, so that nothing in them teaches the model to stop (a stop string "
+    'or the length limit ended them, or their end was not recorded; "truncated": true in a row has training drop it)'
+)
+_NOT_FINISHED = (
+    "responses marked truncated because they have no finish_reason, as servers write before they have finished, and no "
+    'end token that is known (where they are whole, write "truncated": false or name the --tokenizer)'
+)
 _CHECKED = (
     "policy_logprobs",
     "temperature",
@@ -23,7 +34,12 @@ _CHECKED = (
 
 
 def ordinary_fields(
-    fields: Mapping[str, Any], tokens: Tokens, *, raw_logprobs: bool = False, top_k: int = 0
+    fields: Mapping[str, Any],
+    tokens: Tokens,
+    *,
+    remarks: Remarks,
+    raw_logprobs: bool = False,
+    top_k: int = 0,
 ) -> list[Recorded]:
     """(fields as the loader knows them, what else is worth keeping) of each trajectory in a row.
 
@@ -33,6 +49,7 @@ def ordinary_fields(
     Args:
         fields: the row as it stands in the file.
         tokens: the tokenizer, for rows without token ids.
+        remarks: gets what the user should be told at the end.
         raw_logprobs: the user says that the engine logged the model's own log-probs, whatever it sampled with.
         top_k: take so many of the likeliest tokens that were recorded at each decision; 0 = none.
 
@@ -43,12 +60,14 @@ def ordinary_fields(
     hashed = {"tokenizer_hash": fields["tokenizer_hash"]} if "tokenizer_hash" in fields else {}
     try:
         rows = []
-        for found, notes in _read(fields, tokens, raw_logprobs):
+        for found, notes in _read(fields, tokens, raw_logprobs, remarks):
             entries = found.pop(ENTRIES, None)
             topk = topk_fields(found, entries, top_k) if top_k else {}
+            if "behavior_logprobs" not in fields:
+                _remark_end(found, notes, tokens, remarks)
             rows.append((hashed | found | topk, notes))
         return rows
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
         if isinstance(error, RowProblem):
             raise
         raise RowProblem(
@@ -57,24 +76,43 @@ def ordinary_fields(
         ) from error
 
 
-def _read(fields: Mapping[str, Any], tokens: Tokens, raw: bool) -> list[Recorded]:
+def _remark_end(found: Mapping[str, Any], notes: Mapping[str, Any], tokens: Tokens, remarks: Remarks) -> None:
+    """Say of a response that the policy did not end itself what becomes of it."""
+    if notes.get(UNFINISHED):
+        remarks.counts[_NOT_FINISHED] += 1
+    decisions: np.ndarray = np.flatnonzero(found["loss_mask"])
+    if found.get("truncated") or not len(decisions):
+        return
+    ends = tokens.is_end(int(found["input_ids"][decisions[-1]]))
+    if ends is False or (ends is None and isinstance(notes.get("stop_reason"), str)):
+        remarks.counts[_NO_END] += 1
+
+
+def _read(fields: Mapping[str, Any], tokens: Tokens, raw: bool, remarks: Remarks) -> list[Recorded]:
     if "samples" in fields:
-        return _read_samples(fields, raw)
+        return _read_samples(fields, raw, remarks)
     body = _body(fields)
     by_sglang = slime.is_sample(fields) or sglang.is_answer(body)
     if not _written_by_score(fields):
         check_sampling(fields, raw=raw, engine="sglang" if by_sglang else None)
+    form = _form(fields, body)
+    if form is not None:
+        carried = CARRIED if form in _ENGINES and {"input_ids", "loss_mask"} <= set(fields) else ()
+        remarks.add_unread(unread_fields(fields, form.FIELDS, carried=carried))
+        if body is not fields:
+            for answer in body if isinstance(body, list) else [body]:
+                check_inside(answer, "response", ("reward",) if form is sglang else ())
     if "message_log" in fields:
         return [nemo_rl.from_message_log(fields)]
-    if "generation_logprobs" in fields:
+    if form is nemo_rl:
         return [nemo_rl.from_train_data(fields)]
-    if slime.is_sample(fields):
+    if form is slime:
         return [slime.from_sample(fields)]
-    if verl.is_rollout(fields):
+    if form is verl:
         return [verl.from_rollout(fields)]
-    for engine in _ENGINES:
-        if engine.is_answer(body):
-            return engine.read(fields, body, tokens)
+    if form is not None:
+        read: list[Recorded] = form.read(fields, body, tokens)
+        return read
     if "behavior_logprobs" in fields:
         own = {name: value for name, value in fields.items() if name not in _CHECKED}
         check_names(own)
@@ -84,6 +122,17 @@ def _read(fields: Mapping[str, Any], tokens: Tokens, raw: bool) -> list[Recorded
         "OpenAI-compatible chat, completions and Responses), prompt_logprobs (vLLM), samples of slime, verl and "
         "NeMo-RL, and behavior_logprobs. Without any, score with --model"
     )
+
+
+def _form(fields: Mapping[str, Any], body: Any) -> Any:
+    """The module that reads the row; None for a row in this package's form."""
+    if "message_log" in fields or "generation_logprobs" in fields:
+        return nemo_rl
+    if slime.is_sample(fields):
+        return slime
+    if verl.is_rollout(fields):
+        return verl
+    return next((engine for engine in _ENGINES if engine.is_answer(body)), None)
 
 
 def _body(fields: Mapping[str, Any]) -> Any:
@@ -98,11 +147,12 @@ def _body(fields: Mapping[str, Any]) -> Any:
     return body["body"] if isinstance(body.get("body"), Mapping) else body
 
 
-def _read_samples(fields: Mapping[str, Any], raw: bool) -> list[Recorded]:
+def _read_samples(fields: Mapping[str, Any], raw: bool, remarks: Remarks) -> list[Recorded]:
     """A dump of slime as one JSON object."""
     samples = fields["samples"]
     if not isinstance(samples, list) or not samples:
         raise RowProblem(f"samples = {short(samples)}; it must be the list of slime's samples, not empty")
+    remarks.add_unread(unread_fields(fields, slime.FIELDS))
     found = []
     for k, sample in enumerate(samples):
         try:
@@ -110,6 +160,7 @@ def _read_samples(fields: Mapping[str, Any], raw: bool) -> list[Recorded]:
                 raise RowProblem(
                     f"{short(sample)} is no sample of slime: tokens, response_length, rollout_log_probs"
                 )
+            remarks.add_unread(unread_fields(sample, slime.FIELDS))
             check_sampling({**fields, **sample}, raw=raw, engine="sglang")
             found.append(slime.from_sample(sample))
         except RowProblem as problem:

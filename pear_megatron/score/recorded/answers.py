@@ -8,12 +8,14 @@ from typing import Any
 
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import get_integers, get_mask, short
+from pear_megatron.score.recorded.beside import CARRIED
 from pear_megatron.score.recorded.request import CONTEXT_FIELDS, Request
 from pear_megatron.score.recorded.tokens import RECORD_IDS, Tokens, id_in
 from pear_megatron.score.recorded.top import ENTRIES, Entries
 
 Recorded = tuple[dict[str, Any], dict[str, Any]]  # (fields as the loader knows them, notes for the metadata)
 
+UNFINISHED = "unfinished"  # a note: the generator had not finished the answer
 _NO_LOGPROB = -9999.0  # what vLLM writes where it has none
 _ENDED = ("stop", "tool_calls", "function_call", "stop_sequence", "eos_token", "end_turn", "completed")
 _CUT = ("length", "abort", "content_filter", "max_tokens", "max_output_tokens", "repetition")
@@ -30,7 +32,8 @@ class Answer:
         ids: the generated tokens; None where only texts were recorded.
         message: of a chat, the assistant's; None for a plain text.
         text: of a plain text.
-        finish_reason: as the generator gave it.
+        finish_reason: as the generator gave it; None where it gave none, or had not finished.
+        stop: the stop string or token that ended it, if the generator says so.
         context_ids: the prompt's tokens, if the answer has them.
         counts: (name, value) of the generator's own counts of prompt and of generated tokens, in this order.
         reasoning_count: generated tokens that it says are reasoning.
@@ -45,6 +48,7 @@ class Answer:
     message: Mapping[str, Any] | None = None
     text: str | None = None
     finish_reason: Any = None
+    stop: Any = None
     context_ids: list[int] | None = None
     counts: Sequence[tuple[str, Any]] = ()
     reasoning_count: int = 0
@@ -94,6 +98,7 @@ def whole_row(
     if whole.tokens is not None:
         tokens.check(ids, whole.tokens, whole.place)
     found = {"input_ids": ids, "loss_mask": mask, "behavior_logprobs": whole.logprobs, ENTRIES: whole.entries}
+    found |= {name: fields[name] for name in CARRIED if name in fields}
     return found | own_fields(fields), notes_of(fields)
 
 
@@ -125,7 +130,7 @@ def rows_of(
     found = []
     for k, answer in enumerate(answers):
         try:
-            row, notes = _row(request, answer, tokens)
+            row, notes = _row(request, answer, tokens, whole=fields.get("truncated") is False)
         except RowProblem as problem:
             if len(answers) == 1:
                 raise
@@ -165,12 +170,14 @@ def _rewards(fields: Mapping[str, Any], answers: Sequence[Answer]) -> list[Any]:
     return [given] * len(answers)
 
 
-def _row(request: Request, answer: Answer, tokens: Tokens) -> Recorded:
+def _row(request: Request, answer: Answer, tokens: Tokens, *, whole: bool) -> Recorded:
     if not answer.logprobs:
         raise RowProblem(
             f"{answer.place} is empty: an empty response has no decision to learn from; drop the row"
         )
-    truncated = is_cut(answer.finish_reason)
+    # Servers write null as long as they have not finished, as in every part of a stream but the last.
+    unfinished = answer.finish_reason is None and not whole and not _ends(answer, tokens)
+    truncated = unfinished or is_cut(answer.finish_reason)
     context, response = _tokens_of(request, answer, tokens, truncated)
     if len(response) != len(answer.logprobs):
         raise RowProblem(
@@ -189,7 +196,8 @@ def _row(request: Request, answer: Answer, tokens: Tokens) -> Recorded:
     message = answer.message or {}
     said = {"response": answer.text if answer.message is None else message.get("content")}
     said |= {name: message.get(name) for name in ("reasoning_content", "tool_calls")}
-    said |= {"finish_reason": answer.finish_reason}
+    said |= {"finish_reason": answer.finish_reason, "stop_reason": answer.stop}
+    said |= {UNFINISHED: unfinished or None}
     notes = {name: value for name, value in said.items() if value not in (None, [])}
     return row | ({"truncated": True} if truncated else {}), notes
 
@@ -211,7 +219,24 @@ def _tokens_of(
             response = tokens.of_text(answer.text, answer.tokens or [], truncated=truncated)
         else:
             response = tokens.of_message(request, answer.message, answer.tokens or [], truncated=truncated)
+    else:
+        tokens.check_said(context, response, _said(answer))
     return list(context), list(response)
+
+
+def _said(answer: Answer) -> dict[str, Any]:
+    """All that the policy said, as the generator parsed it."""
+    if answer.message is None:
+        return {"text": answer.text}
+    calls = [call.get("function") or {} for call in answer.message.get("tool_calls") or []]
+    names = {f"tool call {k}": function.get("name") for k, function in enumerate(calls)}
+    return {"reasoning": _reasoning(answer.message), "text": answer.message.get("content"), **names}
+
+
+def _ends(answer: Answer, tokens: Tokens) -> bool:
+    """Whether its last token is known to be one that ends a text."""
+    recorded: Sequence[int | str] = answer.ids or answer.tokens or []
+    return bool(recorded) and tokens.is_end(recorded[-1]) is True
 
 
 def _of_what(answer: Answer) -> str:
@@ -243,7 +268,7 @@ def _check_counts(answer: Answer, context: int, response: int) -> None:
 def is_cut(finish_reason: Any) -> bool:
     """Whether something else than the policy ended the response; RowProblem for an error or an unknown word."""
     kind = finish_reason.get("type") if isinstance(finish_reason, Mapping) else finish_reason
-    if kind is None and finish_reason is None:
+    if finish_reason is None:
         return False
     if kind in _CUT:
         return True

@@ -11,6 +11,20 @@ from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import get_integers, get_mask, get_nullable_floats, short
 from pear_megatron.score.recorded.answers import Recorded
 
+# What NeMo-RL writes; rows may have more.
+FIELDS = (
+    *(
+        "message_log",
+        "token_ids",
+        "token_loss_mask",
+        "generation_logprobs",
+        "input_lengths",
+        "sample_loss_mask",
+    ),
+    *("rewards", "total_reward", "content", "agent_ref", "advantages", "prev_logprobs", "idx", "length"),
+    *("loss_multiplier", "extra_env_info", "task_name", "stop_strings"),
+)
+
 
 def from_message_log(fields: Mapping[str, Any]) -> Recorded:
     """``message_log``: messages with role, token_ids and, where generated, generation_logprobs.

@@ -21,10 +21,16 @@ from pear_megatron.score.recorded.answers import (
     trajectory,
     whole_row,
 )
+from pear_megatron.score.recorded.beside import check_inside
 from pear_megatron.score.recorded.request import Request
 from pear_megatron.score.recorded.tokens import Tokens
 from pear_megatron.score.recorded.top import of_pairs
 from pear_megatron.score.recorded.vllm import prompt_logprobs
+
+FIELDS = (
+    *("choices", "prompt_logprobs", "usage", "object", "created", "system_fingerprint", "service_tier"),
+    *("kv_transfer_params", "input_ids", "loss_mask", "rewards", "logprobs", "top_logprobs"),
+)
 
 
 def is_answer(body: Mapping[str, Any]) -> bool:
@@ -45,6 +51,8 @@ def read(fields: Mapping[str, Any], body: Mapping[str, Any], tokens: Tokens) -> 
             )
         ids, mask = trajectory(fields, request, tokens)
         return [whole_row(fields, ids, mask, _whole(ids, fields, body, choices[0]), tokens)]
+    for k, choice in enumerate(choices):
+        check_inside(choice, f"choices[{k}]", ("reward",))
     answers = [_answer(body, choice, f"choices[{k}]", len(choices)) for k, choice in enumerate(choices)]
     return rows_of(fields, request, answers, tokens, identity=body.get("id"), generator=body.get("model"))
 
@@ -64,6 +72,7 @@ def _answer(body: Mapping[str, Any], choice: Mapping[str, Any], name: str, count
         message=message,
         text=choice.get("text"),
         finish_reason=choice.get("finish_reason"),
+        stop=choice.get("stop_reason", choice.get("matched_stop")),  # vLLM's name and SGLang's
         context_ids=None if context is None else _ids({"prompt_token_ids": context}, "prompt_token_ids"),
         counts=(
             ("usage.prompt_tokens", usage.get("prompt_tokens")),

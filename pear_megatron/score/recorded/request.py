@@ -1,8 +1,8 @@
-"""What the generator was asked: the request as it stands in a row, or in the row's ``body`` or ``request``."""
+"""What the generator was asked: the request as it stands in a row, or in its ``body``, ``request`` or the like."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from pear_megatron.data.fields import get_integers, short
 
 CONTEXT_FIELDS = ("tools", "documents", "chat_template_kwargs")
 NO_PROMPT = "no prompt: give the request's messages, prompt or prompt_token_ids beside the answer"
+_REQUEST_PLACES = ("body", "request", "request_params", "payload", "extra_body")
 _ID_FIELDS = ("prompt_token_ids", "prompt_ids")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
@@ -35,11 +36,7 @@ class Request:
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Request:
         """The row's request; RowProblem where it has the wrong types."""
-        places = [fields]
-        for name in ("body", "request"):
-            place = fields.get(name)
-            if isinstance(place, Mapping):
-                places.append(place["body"] if isinstance(place.get("body"), Mapping) else place)
+        places = list(_places(fields))
         ids = _first(places, _ID_FIELDS)
         prompt = _first(places, ("prompt",))
         messages = _first(places, ("messages",))
@@ -79,6 +76,14 @@ class Request:
         """Whether the messages are a whole conversation, its answer included."""
         last = self.messages[-1] if self.messages else None
         return isinstance(last, Mapping) and last.get("role") == "assistant"
+
+
+def _places(fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The row, then what of the request stands in it, and in that."""
+    yield fields
+    for name in _REQUEST_PLACES:
+        if isinstance(fields.get(name), Mapping):
+            yield from _places(fields[name])
 
 
 def _first(places: list[Mapping[str, Any]], names: tuple[str, ...]) -> Any:

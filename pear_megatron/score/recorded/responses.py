@@ -15,6 +15,13 @@ from pear_megatron.score.recorded.tokens import Tokens
 _FORMAT = "OpenAI Responses"
 _INSTEAD = "generate with chat completions and return_token_ids, or score with --model"
 
+FIELDS = (
+    *("output", "input", "instructions", "status", "incomplete_details", "usage", "object", "created_at"),
+    *("completed_at", "previous_response_id", "reasoning", "text", "tool_choice", "parallel_tool_calls"),
+    *("truncation", "store", "background", "user", "service_tier", "max_output_tokens", "top_logprobs"),
+    *("include", "rewards"),
+)
+
 
 def is_answer(body: Mapping[str, Any]) -> bool:
     """Whether it is an answer of the Responses API."""

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import short
 
-# Where engines, batch files and rollout dumps keep the parameters of a request.
-_SAMPLING_PLACES = (
-    "sampling_params",
-    "sampling_parameters",
-    "generation_config",
-    "generation_kwargs",
-    "params",
-    "parameters",
-    "extra_body",
+# Where engines, clients, batch files and rollout dumps keep the parameters of a request, within one another too. Those
+# of a judge, a tool or a retriever have other names, and are none of this answer's.
+_SETTINGS = "(?:params|parameters|args|kwargs|config|options|settings)"
+_SAMPLING_PLACE = re.compile(
+    "sampling|extra_body|params|parameters|model_(?:params|parameters|args|kwargs)"
+    f"|(?:sampling|generation|generate|gen|request|inference|decoding|completion|llm|rollout|vllm|sglang)_{_SETTINGS}"
 )
-_PLACES = (*_SAMPLING_PLACES, "body", "request", "response", "metadata", "meta_info", "manifest")
+_GENERAL_PLACE = re.compile(f"{_SETTINGS}|payload|json")  # in metadata they may be about anything
+_PLACES = ("body", "request", "response", "metadata", "meta_info", "manifest")
 
 # Numbers, with the value at which they do nothing; top_k has several.
 _WHOLE_VOCABULARY = 1 << 20  # SGLang writes 2**30 for "no top-k"; no vocabulary is as large
@@ -60,6 +59,8 @@ _GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag", "grammar")
 _TRACE_OF_TOP_P = "rollout_top_p_token_ids"  # slime keeps what top-p left
 _BEFORE_LOGGING = (*_MASKING, *_GRAMMARS, *_ASKING_FOR_A_FORM)
 _BEFORE_LOGGING_IN_SGLANG = (*_BEFORE_LOGGING, *_PENALTIES, *_FORBIDDING)
+_KEYS = (*_NEUTRAL, "top_k", "do_sample", "use_beam_search", *_FORBIDDING, *_MASKING)
+_SETS_A_KEY = re.compile(rf"\b(?:{'|'.join(_KEYS)})\b['\"]?\s*[=:]")
 _MODES = ("raw_logprobs", "processed_logprobs")
 
 
@@ -72,6 +73,8 @@ def check_sampling(fields: Mapping[str, Any], *, raw: bool, engine: str | None =
         engine: ``sglang`` if it wrote the log-probs: what it calls original has penalties and bias in as well.
     """
     places = dict(_places(fields, ""))
+    for name, place in places.items():
+        _refuse_text(name, place)
     raw = _says_raw(places, raw)
     changed = [
         (key, f"{_joined(name, key)} = {short(value)}")
@@ -98,17 +101,48 @@ def check_sampling(fields: Mapping[str, Any], *, raw: bool, engine: str | None =
         )
 
 
+def is_of_sampling(name: str) -> bool:
+    """Whether `check_sampling` reads a field of this name."""
+    return (
+        name in (*_PLACES, *_KEYS, *_BEFORE_LOGGING, _TRACE_OF_TOP_P)
+        or _SAMPLING_PLACE.fullmatch(name) is not None
+        or _GENERAL_PLACE.fullmatch(name) is not None
+    )
+
+
 def _places(fields: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield name, fields
-    for key in _PLACES:
-        value = fields.get(key)
-        if key == "metadata" and isinstance(value, str):  # as a Parquet column has it
-            try:
-                value = json.loads(value)
-            except ValueError:
-                continue
-        if isinstance(value, Mapping):
-            yield from _places(value, _joined(name, key))
+    of_user = "metadata" in name.split(".")
+    for key, value in fields.items():
+        if (
+            key in _PLACES
+            or _SAMPLING_PLACE.fullmatch(key)
+            or (not of_user and _GENERAL_PLACE.fullmatch(key))
+        ):
+            found = _parsed(value) if key == "metadata" or _SAMPLING_PLACE.fullmatch(key) else value
+            if isinstance(found, Mapping):
+                yield from _places(found, _joined(name, key))
+
+
+def _parsed(value: Any) -> Any:
+    """What JSON says that is kept as text, as a Parquet column has it; any other value as it is."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError:
+            pass
+    return value
+
+
+def _refuse_text(name: str, place: Mapping[str, Any]) -> None:
+    """RowProblem on parameters that stand as the text of an object, such as ``SamplingParams(temperature=0.7)``."""
+    for key, value in place.items():
+        text = isinstance(value, str) and not isinstance(_parsed(value), Mapping)
+        if text and _SAMPLING_PLACE.fullmatch(key) and _SETS_A_KEY.search(value):
+            raise RowProblem(
+                f"{_joined(name, key)} = {short(value)} is the text of an object; write "
+                'the parameters that were used as JSON, such as {"temperature": 1.0, "top_p": 1.0}'
+            )
 
 
 def _says_raw(places: Mapping[str, Mapping[str, Any]], raw: bool) -> bool:
@@ -139,7 +173,7 @@ def _changes(key: str, value: Any, place: str) -> bool:
     if key in _FORBIDDING or key in _MASKING or key == _TRACE_OF_TOP_P:
         return bool(value)
     if key in _GRAMMARS:
-        return bool(value) and place.rpartition(".")[2] in _SAMPLING_PLACES
+        return bool(value) and _SAMPLING_PLACE.fullmatch(place.rpartition(".")[2]) is not None
     if key in ("response_format", "text"):  # chat completions' and Responses' ways to ask for JSON
         wanted = value.get("format") if key == "text" and isinstance(value, Mapping) else value
         return isinstance(wanted, Mapping) and wanted.get("type", "text") != "text"

@@ -21,6 +21,8 @@ from pear_megatron.score.recorded.request import Request
 from pear_megatron.score.recorded.tokens import Tokens
 from pear_megatron.score.recorded.top import of_pairs
 
+FIELDS = ("text", "output_ids", "meta_info", "index", "input_ids", "loss_mask", "rewards")
+
 
 def is_answer(body: Any) -> bool:
     """Whether it is an answer of /generate, or the list of several (n > 1)."""
@@ -55,6 +57,7 @@ def _answer(body: Mapping[str, Any], name: str) -> Answer:
     prompt_count = meta.get("prompt_tokens")
     if prompt_count is None:
         raise RowProblem(f"{name}meta_info.prompt_tokens is missing; write the answer as it came")
+    finish_reason = meta.get("finish_reason")
     context = None
     if meta.get("input_token_logprobs"):
         _, context = _entries(meta["input_token_logprobs"], f"{name}meta_info.input_token_logprobs")
@@ -67,7 +70,8 @@ def _answer(body: Mapping[str, Any], name: str) -> Answer:
         logprobs=logprobs,
         ids=ids,
         text=body.get("text"),
-        finish_reason=meta.get("finish_reason"),
+        finish_reason=finish_reason,
+        stop=finish_reason.get("matched") if isinstance(finish_reason, Mapping) else None,
         context_ids=context,
         counts=(
             (f"{name}meta_info.prompt_tokens", prompt_count),

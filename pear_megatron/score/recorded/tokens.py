@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from pear_megatron.data.chat import ChatEncoder
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.data.fields import short
+from pear_megatron.data.fields import short, vocabulary
 from pear_megatron.score.recorded.request import NO_PROMPT, Request, joined_text
 
 RECORD_IDS = (
@@ -16,6 +16,7 @@ RECORD_IDS = (
     "beside logprobs"
 )
 _PARSED = ("content", "reasoning_content", "reasoning", "tool_calls")  # of a message, all that was generated
+_OPENING = 8  # tokens that a chat template may open an answer with, such as <think>
 _ID_PREFIX = "token_id:"  # vLLM's and SGLang's way to write an id where a token's text is expected
 
 
@@ -83,7 +84,7 @@ class Tokens:
         What a server has parsed (reasoning, tool calls) no longer stands as it was sampled: then the recorded
         texts are joined, or, where they are pieces of characters, the chat template has to write it again.
         """
-        tokenizer, encoder = self._needed("the response is text")
+        _, encoder = self._needed("the response is text")
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         calls, content = message.get("tool_calls") or [], message.get("content")
         if not reasoning and not calls:
@@ -101,7 +102,7 @@ class Tokens:
                 raise RowProblem(
                     f"the answer has {what}, and the chat template cannot write it again ({problem}); {RECORD_IDS}"
                 ) from problem
-            joined = tokenizer.decode(ids)
+            joined = self._text(ids)
         else:
             ids = encoder.response_ids(request.conversation, joined, truncated=True)
             if not truncated and (not ids or ids[-1] not in encoder.special_ids):
@@ -127,7 +128,7 @@ class Tokens:
         for i, (token_id, token) in enumerate(zip(ids, recorded, strict=True)):
             found = id_in(token)
             if found is None and self._tokenizer is not None:
-                text = self._tokenizer.decode([token_id])
+                text = self._text([token_id])
                 pieces = "\ufffd" in text + token or token.startswith("bytes:")
                 same = pieces or text.strip() == token.strip()
             else:
@@ -141,6 +142,32 @@ class Tokens:
             if found is not None and found != token_id:
                 self._refuse(name, i, f"of token {found}", token_id)
 
+    def check_said(self, context: Sequence[int], ids: Sequence[int], said: Mapping[str, Any]) -> None:
+        """RowProblem where one of the texts in ``said`` is not among what recorded ids say, its words in their order.
+
+        Servers take pieces out of a text (special tokens, stop strings, what they have parsed), put white space at
+        others, and may give back what the end of the context has opened.
+        """
+        if self._tokenizer is None:
+            return
+        recorded = [*context[-_OPENING:], *ids]
+        texts = [self._text(recorded, skip_special_tokens=skip) for skip in (False, True)]
+        for what, text in said.items():
+            if isinstance(text, str) and not any(_has_in_order(whole, text) for whole in texts):
+                raise RowProblem(
+                    f"the answer's {what} {short(text)} is not among its tokens, which say {short(self._text(ids))}: "
+                    "they do not cover it, or are those of another answer; drop the row"
+                )
+
+    def is_end(self, token: int | str) -> bool | None:
+        """Whether an id, or a token's text, is one that ends a turn or a text; None without a tokenizer."""
+        if self._tokenizer is None or self.encoder is None:
+            return None
+        if isinstance(token, str):
+            found = id_in(token)
+            token = self._tokenizer.convert_tokens_to_ids(token) if found is None else found
+        return token in self.encoder.special_ids
+
     def _refuse(self, name: str, i: int, found: str, token_id: int) -> NoReturn:
         raise RowProblem(
             f"{name}[{i}] is {found}, but the token there is {self._shown(token_id)}: the log-probs are shifted or "
@@ -150,7 +177,20 @@ class Tokens:
     def _shown(self, token_id: int) -> str:
         if self._tokenizer is None:
             return f"id {token_id}"
-        return f"id {token_id} ({self._tokenizer.decode([token_id])!r})"
+        return f"id {token_id} ({self._text([token_id])!r})"
+
+    def _text(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """What ids say; RowProblem where one is no token id."""
+        try:
+            text = self._tokenizer.decode(
+                list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
+            return str(text)
+        except OverflowError:  # the tokenizer counts in 32 bits
+            wrong = next(i for i in ids if not 0 <= i < 2**32)
+            raise RowProblem(
+                f"token id {wrong} is {vocabulary(len(self._tokenizer))}; the row is damaged, drop it"
+            ) from None
 
     def _as_it_ended(self, ids: list[int], recorded: Sequence[str]) -> list[int]:
         """A policy may stop at another special token than the chat template's; the recorded one is right."""
@@ -166,3 +206,16 @@ class Tokens:
                 f"{why} without token ids: name the tokenizer (--tokenizer or --model), or {RECORD_IDS}"
             )
         return self._tokenizer, self.encoder
+
+
+def _has_in_order(whole: str, text: str) -> bool:
+    """Whether the words of ``text``, but for those with pieces of characters, are in ``whole`` in this order."""
+    whole, place = "".join(whole.split()), 0
+    for word in text.split():
+        if "\ufffd" in word:
+            continue
+        found = whole.find(word, place)
+        if found < 0:
+            return False
+        place = found + len(word)
+    return True

@@ -18,6 +18,16 @@ _NAMES = {
     "response_mask": ("response_mask",),
     "rollout_log_probs": ("rollout_log_probs", "response_logprobs"),
 }
+# What verl writes; rows may have more.
+FIELDS = (
+    *(name for names in _NAMES.values() for name in names),
+    *("attention_mask", "reward_score", "score", "token_level_scores", "rm_scores", "token_level_rewards"),
+    *("uid", "data_source", "request_id", "num_turns", "__num_turns__", "ground_truth", "input_ids"),
+    *("position_ids", "old_log_probs", "ref_log_prob", "entropys", "values", "advantages", "returns"),
+    *("raw_prompt", "raw_prompt_ids", "reward_model", "extra_info", "ability", "index", "agent_name"),
+    *("tools_kwargs", "interaction_kwargs", "multi_modal_data", "multi_modal_inputs", "metrics", "meta_info"),
+    *("extra_fields", "routed_experts", "input", "output", "gts", "step"),
+)
 _NOTES = ("uid", "data_source", "request_id", "num_turns", "ground_truth")
 _DUMP = ("input", "output", "score", "step")
 

@@ -17,9 +17,16 @@ from pear_megatron.score.recorded.answers import (
     trajectory,
     whole_row,
 )
+from pear_megatron.score.recorded.beside import check_inside
 from pear_megatron.score.recorded.request import Request
 from pear_megatron.score.recorded.tokens import Tokens
 from pear_megatron.score.recorded.top import of_pairs
+
+FIELDS = (
+    *("outputs", "request_id", "prompt_logprobs", "finished", "metrics", "lora_request", "encoder_prompt"),
+    *("encoder_prompt_token_ids", "num_cached_tokens", "multi_modal_placeholders", "kv_transfer_params"),
+    *("input_ids", "loss_mask", "rewards"),
+)
 
 
 def is_answer(body: Mapping[str, Any]) -> bool:
@@ -41,6 +48,8 @@ def read(fields: Mapping[str, Any], body: Mapping[str, Any], tokens: Tokens) -> 
             raise RowProblem(
                 f"missing field {name!r}: write it with the outputs, as vLLM's RequestOutput has it"
             )
+    for k, output in enumerate(outputs):
+        check_inside(output, f"outputs[{k}]", ("reward",))
     context = get_integers(body, "prompt_token_ids").tolist()
     answers = [_answer(output, context, f"outputs[{k}]") for k, output in enumerate(outputs)]
     return rows_of(fields, request, answers, tokens, identity=body.get("request_id"))
@@ -55,6 +64,7 @@ def _answer(output: Mapping[str, Any], context: list[int], name: str) -> Answer:
         ids=ids,
         text=output.get("text"),
         finish_reason=output.get("finish_reason"),
+        stop=output.get("stop_reason"),
         context_ids=context,
         reward=output.get("reward"),
     )
