@@ -34,11 +34,19 @@ KNOWN_FIELDS = (
 )
 
 
+# Names that other programs give to the fields.
+_MEANT = {"completion": "response", "output": "response", "instruction": "prompt"}
+
+
 def check_names(names: Iterable[str]) -> None:
     """Raise RowProblem on a field nobody reads, with the nearest known one."""
     for name in names:
         if name not in KNOWN_FIELDS:
-            near = difflib.get_close_matches(str(name), KNOWN_FIELDS, n=1, cutoff=0.6)
+            near = (
+                [_MEANT[name]]
+                if name in _MEANT
+                else difflib.get_close_matches(str(name), KNOWN_FIELDS, n=1, cutoff=0.6)
+            )
             hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(KNOWN_FIELDS)}"
             raise RowProblem(f"unknown field {name!r}; {hint} (anything of your own goes under 'metadata')")
 
@@ -131,7 +139,7 @@ def get_mask(fields: Mapping[str, Any], name: str) -> np.ndarray:
     array = np.asarray(_flat_list(fields[name], name, {bool, int, float}, wanted))
     wrong = np.flatnonzero((array != 0) & (array != 1))
     if len(wrong):
-        value = array[wrong[0]].item()
+        value = np.asarray(array[wrong[0]]).item()  # integers beyond 64 bits are no numpy scalars
         raise RowProblem(
             f"{name}[{wrong[0]}] = {value!r}; it must be {wanted} (weights go into 'reward', one per row, or "
             "'token_weights')"

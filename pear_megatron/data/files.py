@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pear_megatron.data.fields import HALF_WAY_OUT, Ragged, check_names, short
 _PARQUET_BATCH = 256  # rows in memory at a time
 _TOPK_BATCH = 16  # the same of a file with a list of numbers per token
 _TOPK = (TOPK_IDS, TOPK_LOGPROBS)
+_GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Row:
 
 def expand_files(patterns: list[str], problems: Problems) -> list[Path]:
     """The files that paths and globs name, in order, globs sorted; what is missing goes to ``problems``."""
-    files: dict[Path, None] = {}
+    files: dict[Path, Path] = {}  # by what they are, whatever they are called
     for pattern in patterns:
         try:
             path = Path(pattern).expanduser()
@@ -47,12 +49,19 @@ def expand_files(patterns: list[str], problems: Problems) -> list[Path]:
         if not found:
             problems.add(pattern, "no such file; check data.train (paths are relative to where you start)")
         for file in found:
-            if file in files:
-                problems.add(str(file), "listed twice; name it once in data.train")
+            if (same := Path(os.path.realpath(file))) in files:
+                other = "" if files[same] == file else f", as {files[same]} too"
+                problems.add(str(file), f"listed twice{other}; name it once in data.train")
             elif file.is_dir():
-                problems.add(str(file), f"is a folder; name its files, for example {file}/*.jsonl")
-            files[file] = None
-    return list(files)
+                problems.add(str(file), _way_out_of_folder(file))
+            files.setdefault(same, file)
+    return list(files.values())
+
+
+def _way_out_of_folder(folder: Path) -> str:
+    if any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
+        return "is a folder of datasets.save_to_disk; write the data set with .to_parquet('FILE.parquet')"
+    return f"is a folder; name its files, for example {folder}/*.jsonl"
 
 
 def read_rows(
@@ -79,13 +88,22 @@ def read_rows(
 
 
 def _read_jsonl(path: Path, problems: Problems, strict: bool, skip: Collection[str]) -> Iterator[Row]:
-    number, position = 0, 0
+    number, position, rewards = 0, 0, _Rewards()
     try:
         raw = path.open("rb")
     except OSError as error:
         problems.add(str(path), f"cannot be read ({error.strerror})")
         return
     with raw:
+        start = raw.peek(2)[:2]
+        if start and (start == _GZIP) != (path.suffix == ".gz"):
+            what = (
+                "is no gzip data; name it .jsonl"
+                if path.suffix == ".gz"
+                else "is gzip data; name it .jsonl.gz"
+            )
+            problems.add(str(path), f"{what}, or copy it again")
+            return
         stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
         lines = iter(stream)
         while True:
@@ -102,19 +120,50 @@ def _read_jsonl(path: Path, problems: Problems, strict: bool, skip: Collection[s
                 continue
             try:
                 fields = _parse(line, strict)
-                yield Row(
-                    f"{path}:{number}", {name: fields[name] for name in fields if name not in skip}, size
-                )
+                rewards.check(fields, f"{path}:{number}")
+                yield Row(f"{path}:{number}", _given(fields, skip), size)
             except RowProblem as problem:
                 problems.add(f"{path}:{number}", problem)
 
 
+def _given(fields: dict[str, Any], skip: Collection[str] = ()) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None and name not in skip}
+
+
+class _Rewards:
+    """Tells rewards that are null beside others of the same file: such a row would count as 1, ungraded as it is."""
+
+    def __init__(self) -> None:
+        self._first: dict[bool, str] = {}  # of rows with a reward, and with null: the place
+
+    def check(self, fields: dict[str, Any], where: str) -> None:
+        """RowProblem where both are in the file."""
+        if "reward" not in fields:
+            return
+        here = fields["reward"] is not None
+        self._first.setdefault(here, where)
+        if not here and True in self._first:
+            raise RowProblem(
+                f"reward is null, and not in other rows ({self._first[True]}); grade the row, or drop it"
+            )
+        if here and self._first.get(False) and self._first[True] == where:
+            raise RowProblem(
+                f"reward is null in other rows ({self._first[False]}) and not in this one; grade them, or drop them"
+            )
+
+
 def _parse(line: bytes, strict: bool) -> dict[str, Any]:
     try:
-        value = json.loads(line)
+        value = json.loads(line, object_pairs_hook=_object)
+    except RowProblem:
+        raise
     except RecursionError:
         raise RowProblem("not valid JSON: nested too deep; write one JSON object a line") from None
     except ValueError as error:
+        if b"\r" in line.strip():
+            raise RowProblem(
+                "not valid JSON: the lines end with CR alone; end them with LF (tr '\\r' '\\n' < OLD > NEW)"
+            ) from None
         if not line.endswith(b"\n"):
             raise RowProblem(
                 f"the last line is cut off ({error}); the file was written or copied in part: write it again"
@@ -124,14 +173,23 @@ def _parse(line: bytes, strict: bool) -> dict[str, Any]:
         raise RowProblem(f"{short(value)} is no JSON object; write one a line, {{...}}")
     if strict:
         check_names(value)
-    return {name: v for name, v in value.items() if v is not None}
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RowProblem(f"{twice!r} is twice in one JSON object, and only the last would be read; keep one")
+    return found
 
 
 def _read_parquet(path: Path, problems: Problems, strict: bool, skip: Collection[str]) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    number, rewards = 0, _Rewards()
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
@@ -153,8 +211,12 @@ def _read_parquet(path: Path, problems: Problems, strict: bool, skip: Collection
                         name: _ragged(column[i]) if name in _TOPK else _value(column[i])
                         for name, column in columns.items()
                     }
-                    fields = {name: value for name, value in values.items() if value is not None}
-                    yield Row(f"{path}:{number}", fields, size)
+                    try:
+                        rewards.check(values, f"{path}:{number}")
+                    except RowProblem as problem:
+                        problems.add(f"{path}:{number}", problem)
+                        continue
+                    yield Row(f"{path}:{number}", _given(values), size)
     except pa.ArrowNotImplementedError as error:
         problems.add(
             str(path), f"has a column that pyarrow cannot read ({short(str(error))}); write it as JSONL"

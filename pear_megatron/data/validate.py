@@ -79,14 +79,19 @@ class Validator:
         ] = {}  # of a column: whether the first row has it, and its place
         self.tokenizer_hash = self._text.tokenizer_hash
         self.encoder = self._text.encoder
+        self._notes: Counter[str] = Counter()
+        self._rows: Counter[bool] = Counter()  # with a reward, and without
         self.counts: Counter[str] = Counter(
             trajectories=0, dropped_truncated=0, dropped_overlong=0, half_precision=0
         )
 
     @property
     def notes(self) -> dict[str, int]:
-        """What became of text rows that the user should know, and how many times it happened."""
-        return self._text.notes
+        """What the user should know of the rows, and how many times it happened."""
+        notes = {**self._text.notes, **self._notes}
+        if all(self._rows[has] for has in (True, False)):
+            notes["rows without a reward, which count as 1, beside rows with one"] = self._rows[False]
+        return notes
 
     def __call__(self, row: Row) -> list[Trajectory]:
         """The row's trajectories, none if a policy drops them; RowProblem if the row is wrong."""
@@ -101,6 +106,7 @@ class Validator:
             self.counts["dropped_truncated"] += 1
             return []
         reward = get_number(fields, "reward", 1.0)
+        self._rows["reward" in fields] += 1
         conversation = None if form[0] == "input_ids" else conversation_of(fields, form)
         if conversation is None:
             parts = [Tokenized(get_integers(fields, "input_ids"), get_mask(fields, "loss_mask"))]
@@ -108,6 +114,8 @@ class Validator:
             parts = self._text.encode(conversation, form[0])
         for part in parts:
             self._check_tokens(part.input_ids, part.loss_mask)
+        if conversation is None:
+            self._note_end(parts[0], fields)
         self._count_split(parts)
         kept = [part for part in parts if not self._is_overlong(part, form)]
         if not kept:
@@ -197,6 +205,12 @@ class Validator:
             )
         self.counts["dropped_overlong"] += 1
         return True
+
+    def _note_end(self, part: Tokenized, fields: Mapping[str, Any]) -> None:
+        last = part.input_ids[part.loss_mask][-1]
+        if self.encoder is None or get_flag(fields, "truncated") or int(last) in self.encoder.special_ids:
+            return
+        self._notes["rows of ids that do not end with an end token and are not marked truncated"] += 1
 
     def _count_split(self, parts: list[Tokenized]) -> None:
         if len(parts) > 1:

@@ -99,6 +99,14 @@ BAD_ROWS = {
         {**a_row(), "behaviour_logprobs": []},
         ["unknown field 'behaviour_logprobs'; did you mean 'behavior_logprobs'?"],
     ),
+    "another program's name": (
+        {"prompt": "a", "completion": "b"},
+        ["unknown field 'completion'; did you mean 'response'?"],
+    ),
+    "mask beyond 64 bits": (
+        with_entry(a_row(), "loss_mask", 3, 10**22),
+        [f"loss_mask[3] = {10**22}; it must be"],
+    ),
     "unknown field": ({**a_row(), "source": "web"}, ["unknown field 'source'; known fields:", "'metadata'"]),
     "no tokens and no text": (
         {"reward": 1.0},
@@ -137,6 +145,8 @@ BAD_LINES = {
     "bad JSON": (b'{"input_ids": [1,}\n', "not valid JSON"),
     "a list": (b"[1, 2]\n", "[1, 2] is no JSON object"),
     "not UTF-8": (b'{"id": "\xff"}\n', "not valid JSON"),
+    "a key twice": (b'{"reward": 1, "metadata": {}, "reward": -1}\n', "'reward' is twice in one JSON object"),
+    "Mac's line ends": (b'{"id": "a"}\r{"id": "b"}\r', "not valid JSON: the lines end with CR alone"),
     "cut off": (json.dumps(a_row()).encode()[:-10], "the last line is cut off"),
 }
 
@@ -160,6 +170,22 @@ def test_cut_gzip_is_named(tmp_path: Path, config: Config) -> None:
         prepare(config(file))
 
 
+def test_gzip_by_another_name_is_named(tmp_path: Path, config: Config) -> None:
+    packed = write_jsonl(tmp_path / "a.jsonl.gz", [a_row()]).rename(tmp_path / "a.jsonl")
+    plain = write_jsonl(tmp_path / "b.jsonl", [a_row()]).rename(tmp_path / "b.jsonl.gz")
+    for file, message in ((packed, "is gzip data; name it"), (plain, "is no gzip data; name it")):
+        with pytest.raises(DataError) as caught:
+            prepare(config(file))
+        assert caught.value.total == 1
+        assert f"{file}: {message}" in str(caught.value)
+
+
+def test_a_saved_data_set_is_told_how_to_be_written(tmp_path: Path, config: Config) -> None:
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"is a folder of datasets\.save_to_disk; .*\.to_parquet"):
+        prepare(config(tmp_path))
+
+
 def test_missing_empty_and_foreign_files_are_named(tmp_path: Path, config: Config) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "notes.txt").write_text("x")
@@ -178,6 +204,52 @@ def test_file_named_twice_is_refused(tmp_path: Path, config: Config) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [a_row()])
     with pytest.raises(DataError, match=r"a\.jsonl: listed twice"):
         prepare(config(file, tmp_path / "*.jsonl"))
+
+
+def test_one_file_by_two_names_is_refused(tmp_path: Path, config: Config) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [a_row()])
+    (tmp_path / "link.jsonl").symlink_to(file)
+    (tmp_path / "sub").mkdir()
+    for other in (tmp_path / "sub" / ".." / "a.jsonl", tmp_path / "link.jsonl"):
+        with pytest.raises(DataError) as caught:
+            prepare(config(file, other))
+        assert f"{other}: listed twice, as {file} too" in str(caught.value)
+
+
+def reward_rows(*rewards: float | None) -> list[dict[str, Any]]:
+    return [{**a_row(), "reward": reward} for reward in rewards]
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_a_reward_that_is_null_beside_others_is_refused(
+    write: Callable[..., Path], tmp_path: Path, config: Config
+) -> None:
+    file = write(tmp_path / f"a.{write.__name__.removeprefix('write_')}", reward_rows(1.0, None, -1.0, None))
+    with pytest.raises(DataError) as caught:
+        prepare(config(file))
+    assert caught.value.total == 2
+    assert f"{file}:2: reward is null, and not in other rows ({file}:1); grade the row" in str(caught.value)
+    file = write(file, reward_rows(None, None, -1.0, 1.0))
+    with pytest.raises(DataError) as caught:
+        prepare(config(file))
+    assert caught.value.total == 1
+    assert f"{file}:3: reward is null in other rows ({file}:1)" in str(caught.value)
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_rewards_that_are_null_throughout_are_one(
+    write: Callable[..., Path], tmp_path: Path, config: Config
+) -> None:
+    file = write(tmp_path / f"a.{write.__name__.removeprefix('write_')}", reward_rows(None, None))
+    assert [t.reward for t in TrajectoryDataset.open(prepare(config(file)))] == [1.0, 1.0]
+
+
+def test_rows_without_a_reward_beside_others_are_counted(
+    tmp_path: Path, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [a_row(), a_row(reward=-1.0), a_row()])
+    assert [t.reward for t in TrajectoryDataset.open(prepare(config(file)))] == [1.0, -1.0, 1.0]
+    assert "rows without a reward, which count as 1, beside rows with one: 2" in caplog.text
 
 
 def test_duplicated_id_names_both_places(tmp_path: Path, config: Config) -> None:

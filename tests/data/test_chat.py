@@ -73,6 +73,27 @@ def test_without_a_template_prompt_and_response_are_joined_and_ended(byte_tokeni
     assert decisions(tokenizer, encoded) == "4<|im_end|>"
 
 
+def test_without_a_template_an_end_in_the_middle_is_refused(byte_tokenizer: Tokenizers) -> None:
+    tokenizer = byte_tokenizer(None)
+    for truncated in (False, True):
+        with pytest.raises(RowProblem, match=r"response contains '<\|im_end\|>', the token that ends a turn"):
+            encode(tokenizer, prompt="a", response="b<|im_end|>c", truncated=truncated)
+    assert decisions(tokenizer, encode(tokenizer, prompt="a", response="b<|im_end|>")) == "b<|im_end|>"
+
+
+def test_without_a_template_a_prompt_has_one_bos(byte_tokenizer: Tokenizers) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer(None)
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    for prompt in ("2+2=", "<|im_start|>2+2="):
+        encoded = encode(tokenizer, prompt=prompt, response="4")
+        assert tokenizer.decode(encoded.input_ids) == "<|im_start|>2+2=4<|im_end|>"
+
+
 BAD_MESSAGES = {
     "no list": ("hi", "messages = 'hi'; it must be a list"),
     "no role": ([{"content": "hi"}], r"messages\[0\] = .* must be an object with a role"),

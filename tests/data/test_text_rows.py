@@ -252,6 +252,17 @@ def test_an_empty_turn_is_no_decision_and_said_so(
     assert "no decisions: 1" in caplog.text
 
 
+def test_ids_without_an_end_token_are_counted(
+    tmp_path: Path, config: Config, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = tokenizer(CHATML)
+    whole = {"input_ids": [1, 2, plain.eos_token_id], "loss_mask": [0, 1, 1]}
+    cut = {"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}
+    file = write_jsonl(tmp_path / "a.jsonl", [whole, cut, cut, {**cut, "truncated": True}])
+    load(config, file, plain, truncated="keep")
+    assert "rows of ids that do not end with an end token and are not marked truncated: 2" in caplog.text
+
+
 BAD = {
     "tools beside ids": (a_row(tools=[]), ["tools beside input_ids changes nothing", "'metadata'"]),
     "arguments beside ids": (a_row(chat_template_kwargs={"a": 1}), ["chat_template_kwargs beside input_ids"]),
@@ -271,6 +282,15 @@ BAD = {
     "misspelt": (
         {"prompt": "a", "response": "b", "chat_template_kwarg": {}},
         ["unknown field 'chat_template_kwarg'; did you mean 'chat_template_kwargs'?"],
+    ),
+    "ShareGPT, a key that is not read": (
+        {
+            "conversations": [
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Hello", "train": False},
+            ]
+        },
+        ["conversations[1].train = False would not be read"],
     ),
     "ShareGPT, bad": ({"conversations": [{"from": "human"}]}, ["conversations[0]"]),
     "prompt that is a number": ({"prompt": 3, "response": "b"}, ["prompt = 3 is a int"]),

@@ -9,22 +9,26 @@ from typing import Any, Literal
 
 from pear_megatron.data.chat.conversation import Conversation, Encoded
 from pear_megatron.data.chat.ends import special_texts
+from pear_megatron.data.chat.fit import places_of
+from pear_megatron.data.chat.keys import unread_keys
 from pear_megatron.data.chat.marks import check_marks, marked_contexts
 from pear_megatron.data.chat.messages import (
     Message,
     check_order,
+    has_nulls,
     is_assistant,
     is_empty,
     parts_of,
     read_messages,
 )
 from pear_megatron.data.chat.renderers import Renderer, Renderers
-from pear_megatron.data.chat.turns import not_doubled
+from pear_megatron.data.chat.turns import THINKING_LEFT_OPEN, check_stops, leaves_thinking_open, not_doubled
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.data.fields import short
+from pear_megatron.data.fields import check_encodable, short
 
 MultiTurn = Literal["auto", "whole", "split"]
 _GIVE_IDS = "or give input_ids+loss_mask as they were sampled"
+_MOST_KEYS = 8  # that are named in notes
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class ChatEncoder:
         added = tokenizer.added_tokens_decoder.items()
         self.special_ids = set(tokenizer.all_special_ids) | {i for i, token in added if token.special}
         self.notes: Counter[str] = Counter()
+        self._keys: dict[str, None] = {}  # those named in notes
         self._renderers = Renderers(tokenizer, chat_template, chat_template_kwargs or {}, self.notes)
 
     def encode(self, conversation: Conversation) -> list[Encoded]:
@@ -82,8 +87,8 @@ class ChatEncoder:
             return [self._encode_raw(conversation)]
         messages = read_messages(conversation.messages)
         check_order(messages)
-        self._note_control_tokens(messages)
         renderer = self._needed(conversation)
+        self._look_at(messages, "messages", renderer)
         turns = self._turns(messages, renderer, conversation.truncated)
         if turns[-1].place < len(messages) - 1:
             self.notes["rows whose messages after the last turn that is learned from are left out"] += 1
@@ -108,7 +113,7 @@ class ChatEncoder:
         Raises:
             RowProblem: neither is there, or the template cannot render it.
         """
-        return self._ids(self._context(conversation)[0])
+        return self._ids(self._context(conversation, noted=True)[0])
 
     def response_ids(
         self, conversation: Conversation, answer: str | Message, *, truncated: bool
@@ -145,30 +150,42 @@ class ChatEncoder:
             )
         if not response:
             raise RowProblem("response = '' is empty: there is no decision to learn from; drop the row")
-        context, renderer = self._context(conversation)
-        before = self._ids(context) if renderer is not None else self._without_eos(context)
+        check_encodable("response", response)
+        context, renderer = self._context(conversation, noted=True)
+        before = self._ids(context) if renderer is not None else self._raw_context(context)
         raw = self._raw(context, response, renderer, conversation.truncated)
+        if any(token in response.removesuffix(token) for token in self._special):
+            self.notes["responses with a special token before their end, which becomes that token"] += 1
+        if not conversation.truncated and leaves_thinking_open(context, raw):
+            self.notes[THINKING_LEFT_OPEN] += 1
         return _joined(before, self._sampled_ids(raw))
 
     def _raw(self, context: str, response: str, renderer: Renderer | None, truncated: bool) -> str:
-        if renderer is not None:
-            return renderer.writer.end_raw(not_doubled(context, response), "response", truncated=truncated)
+        if renderer is None:
+            return self._ended_by_eos(response, truncated)
+        return renderer.writer.end_raw(not_doubled(context, response), "response", truncated=truncated)
+
+    def _ended_by_eos(self, response: str, truncated: bool) -> str:
         eos = self._tokenizer.eos_token
-        if truncated or (eos is not None and response.endswith(eos)):
+        body = response.removesuffix(eos or "")
+        check_stops(body, "response", [eos] if eos else [])
+        if truncated or body != response:
             return response
         if eos is None:
             raise RowProblem(f"response: the tokenizer has no EOS token to end it; set one, {_GIVE_IDS}")
         return response + str(eos)
 
-    def _context(self, conversation: Conversation) -> tuple[str, Renderer | None]:
+    def _context(self, conversation: Conversation, *, noted: bool = False) -> tuple[str, Renderer | None]:
         """(text up to the response, its renderer or None without a chat template)."""
         field, value = "messages", conversation.messages
         if value is None:
             field, value = "prompt", conversation.prompt
         if isinstance(value, str) and field == "prompt":
+            check_encodable("prompt", value)
             renderer = self._renderers.of(conversation)
             if renderer is None:
                 return value, None
+            self._refuse_rendered(value, renderer)
             value = [{"role": "user", "content": value}]
         messages = read_messages(value, field)
         if field == "prompt" and messages and is_assistant(messages[-1]):
@@ -177,7 +194,16 @@ class ChatEncoder:
                 "turn behind it; end the prompt with a user or tool message, or give messages"
             )
         renderer = self._needed(conversation)
+        self._look_at(messages, field, renderer, noted=noted)
         return renderer.context(messages, field), renderer
+
+    def _refuse_rendered(self, prompt: str, renderer: Renderer) -> None:
+        if mark := renderer.writer.mark_of_rendering(prompt):
+            raise RowProblem(
+                f"prompt {mark}, as a prompt that is rendered already, and the chat template would be put around it "
+                "once more; give the prompt's messages, a list of {role, content}, "
+                f"{_GIVE_IDS}"
+            )
 
     def _needed(self, conversation: Conversation) -> Renderer:
         renderer = self._renderers.of(conversation)
@@ -199,10 +225,24 @@ class ChatEncoder:
                 turns.append(_Turn(k, number, context, written, before, response))
         return turns
 
-    def _note_control_tokens(self, messages: list[Message]) -> None:
-        for message in messages:
-            if any(token in part.text for part in parts_of(message, "") for token in self._special):
+    def _look_at(
+        self, messages: list[Message], field: str, renderer: Renderer, *, noted: bool = True
+    ) -> None:
+        """Refuses text that no file can hold; counts what is in the messages that the user may not have meant."""
+        for place, message in zip(places_of(messages, field), messages, strict=True):
+            parts = list(parts_of(message, place))
+            for part in parts:
+                check_encodable(part.name, part.text)
+            if not noted:
+                continue
+            if any(token in part.text for part in parts for token in self._special):
                 self.notes["messages whose text contains a special token, which becomes that token"] += 1
+            if any(has_nulls(call["function"]["arguments"]) for call in message.get("tool_calls", ())):
+                self.notes["messages whose calls have null among their arguments, which stands there"] += 1
+            for key in unread_keys(message, renderer.fitter.template.text):
+                self._keys = dict.fromkeys([*self._keys, key][:_MOST_KEYS])
+                name = short(key) if key in self._keys else "a key of some other name"
+                self.notes[f"messages with {name}, which is not read"] += 1
 
     def _whole(self, messages: list[Message], turns: list[_Turn], renderer: Renderer) -> Encoded | None:
         """The conversation as one trajectory, if that holds every turn in its context."""
@@ -259,9 +299,13 @@ class ChatEncoder:
             ] += 1
         return ids
 
-    def _without_eos(self, prompt: str) -> list[int]:
+    def _raw_context(self, prompt: str) -> list[int]:
+        """Ids of a prompt without a chat template: one BOS if the tokenizer puts one first, and no EOS behind."""
         context = list(self._tokenizer(prompt)["input_ids"])
-        return context[:-1] if context and context[-1] == self._tokenizer.eos_token_id else context
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        if bos is not None and context[:2] == [bos, bos]:
+            del context[0]
+        return context[:-1] if context and context[-1] == eos else context
 
 
 def _joined(context: list[int], response: list[int], turn: int | None = None) -> Encoded:

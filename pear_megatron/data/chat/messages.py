@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pear_megatron.data.chat.keys import REASONING, check_call, check_keys
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import short
 
 Message = dict[str, Any]
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 # What servers write beside the content that no chat template reads, and the way out.
 _UNREAD = {
     "function_call": "write it as tool_calls",
@@ -45,6 +45,10 @@ def read_messages(value: Any, field: str = "messages") -> list[Message]:
     Raises:
         RowProblem: no list of messages, or one with something in it that cannot become tokens.
     """
+    if isinstance(value, str) and isinstance(_json(value), list):
+        raise RowProblem(
+            f"{field} is a list written as JSON text; parse it (json.loads), so that a list stands there"
+        )
     if not isinstance(value, list) or not value:
         raise RowProblem(f"{field} = {short(value)}; it must be a list of {{role, content}}, not empty")
     return [_read_message(message, f"{field}[{k}]") for k, message in enumerate(value)]
@@ -107,13 +111,11 @@ def leaves(value: Any) -> Iterator[str]:
         yield value
 
 
-def without_nulls(value: Any) -> Any:
-    """Without the keys whose value is null: a Parquet struct has every key of every row."""
-    if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [without_nulls(inner) for inner in value]
-    return value
+def has_nulls(value: Any) -> bool:
+    """Whether a null stands anywhere in objects and lists."""
+    if isinstance(value, (dict, list)):
+        return any(map(has_nulls, value.values() if isinstance(value, dict) else value))
+    return value is None
 
 
 def thinks_inline(content: str) -> bool:
@@ -132,12 +134,14 @@ def _split_thinking(message: Message) -> tuple[str, str]:
 
 
 def _read_message(value: Any, where: str) -> Message:
+    body = "content"
     if isinstance(value, dict) and "from" in value and "role" not in value:
-        value = _from_sharegpt(value, where)
+        body, value = "value", _from_sharegpt(value, where)
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         raise RowProblem(f"{where} = {short(value)}; it must be an object with a role")
     calls = value.get("tool_calls")
-    message = without_nulls({key: inner for key, inner in value.items() if key != "tool_calls"})
+    message = _without_nulls({**value, "tool_calls": None})
+    check_keys({**message, "tool_calls": calls}, where, body)
     for key, way_out in _UNREAD.items():
         if message.get(key):
             raise RowProblem(f"{where}.{key} = {short(message[key])} would be left out; {way_out}")
@@ -161,7 +165,7 @@ def _read_message(value: Any, where: str) -> Message:
 
 
 def _thinking(message: Message, where: str) -> str:
-    found = {key: text for key in _REASONING if (text := message.pop(key, None))}
+    found = {key: text for key in REASONING if (text := message.pop(key, None))}
     for key, text in found.items():
         if not isinstance(text, str):
             raise RowProblem(
@@ -174,8 +178,12 @@ def _thinking(message: Message, where: str) -> str:
 
 def _from_sharegpt(value: Message, where: str) -> Message:
     sender = value["from"]
-    if sender not in _SHAREGPT_ROLES:
+    if not isinstance(sender, str) or sender not in _SHAREGPT_ROLES:
         raise RowProblem(f"{where}.from = {short(sender)}; it is one of {', '.join(_SHAREGPT_ROLES)}")
+    if value.get("value") is None and value.get("content"):
+        raise RowProblem(
+            f"{where}.content = {short(value['content'])} beside 'from' would not be read; write 'value'"
+        )
     others = {key: inner for key, inner in value.items() if key not in ("from", "value")}
     message = {**others, "role": _SHAREGPT_ROLES[sender], "content": value.get("value")}
     if sender == "function_call":
@@ -203,7 +211,7 @@ def _text(value: Any, where: str, *, needed: bool) -> str:
     texts = []
     for i, part in enumerate(value):
         text = part.get("text") if isinstance(part, dict) else part
-        others = set(part) - {"type", "text"} if isinstance(part, dict) else set()
+        others = set(_without_nulls(part)) - {"type", "text"} if isinstance(part, dict) else set()
         if (
             not isinstance(text, str)
             or others
@@ -221,12 +229,17 @@ def _call(value: Any, where: str) -> Message:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowProblem(f"{where} = {short(value)}; it must be {{type, function: {{name, arguments}}}}")
+    check_call(call, function, where)
     arguments = function.get("arguments")
-    parsed = _json(arguments) if isinstance(arguments, str) else without_nulls(arguments or {})
-    function = {**without_nulls(function), "arguments": parsed if isinstance(parsed, dict) else arguments}
+    parsed = _json(arguments) if isinstance(arguments, str) else arguments or {}
+    function = {**_without_nulls(function), "arguments": parsed if isinstance(parsed, dict) else arguments}
     if not isinstance(function["arguments"], (dict, str)):
         raise RowProblem(f"{where}.function.arguments = {short(arguments)}; give an object, or its JSON")
-    return {"type": "function", **without_nulls(call), "function": function}
+    return {"type": "function", **_without_nulls(call), "function": function}
+
+
+def _without_nulls(value: Message) -> Message:
+    return {key: inner for key, inner in value.items() if inner is not None}
 
 
 def _json(text: Any) -> Any:

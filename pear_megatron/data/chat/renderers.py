@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from typing import Any
 from pear_megatron.data.chat.conversation import Conversation
 from pear_megatron.data.chat.ends import find_end, special_texts
 from pear_megatron.data.chat.fit import Fitter
-from pear_megatron.data.chat.messages import Message, without_nulls
+from pear_megatron.data.chat.messages import Message
 from pear_megatron.data.chat.template import Setting, Template
-from pear_megatron.data.chat.turns import TurnWriter
+from pear_megatron.data.chat.turns import THINK_TAGS, TurnWriter
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import short
 
@@ -95,7 +96,9 @@ class Renderers:
         special, eos = special_texts(self._tokenizer), self._tokenizer.eos_token
         content, calls = (find_end(fitter, special, eos, calls=calls) for calls in (False, True))
         stops = dict.fromkeys(stop for stop in (content.stop, calls.stop, eos) if stop is not None)
-        return fitter, TurnWriter(fitter, (content, calls), stops, self._notes)
+        tokens = [token.content for token in self._tokenizer.added_tokens_decoder.values()]
+        around = [token for token in tokens if re.match(r"[^\w\s]", token) and token not in THINK_TAGS]
+        return fitter, TurnWriter(fitter, (content, calls), stops, around, self._notes)
 
 
 def _objects(value: Any, name: str) -> list[Any] | None:
@@ -111,8 +114,9 @@ def _objects(value: Any, name: str) -> list[Any] | None:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise RowProblem(f"{name} = {short(value)}; it must be a list of objects")
     for i, item in enumerate(value):
-        if name == "tools" and not isinstance((item.get("function") or item).get("name"), str):
+        function = item.get("function") or item
+        if name == "tools" and not (isinstance(function, dict) and isinstance(function.get("name"), str)):
             raise RowProblem(
                 f"tools[{i}] = {short(item)}; it must be a JSON schema of a function with its name"
             )
-    return list(without_nulls(value))
+    return list(value)

@@ -18,6 +18,11 @@ _THINKING, _CONTENT = "Zqthinkingx", "Zqcontentx"
 _OPENED = re.compile(r"\s*<think>\s*(</think>\s*)?")
 _EMPTY_BLOCK = re.compile(r"^(\s*)<think>\s*</think>\s*")
 _CLOSED_BLOCK = re.compile(r"^\s*</think>\s*")
+THINK_TAGS = ("<think>", "</think>")
+THINKING_LEFT_OPEN = (
+    "answers without thinking inside the think block that the generation prompt opens, which they never close; a chat "
+    "template that opens none (data.chat_template) would fit them"
+)
 
 
 class TurnWriter:
@@ -30,15 +35,23 @@ class TurnWriter:
         fitter: renders with the template.
         ends: of a turn of text, and of one with tool calls.
         stops: every token at which sampling may have stopped.
+        tokens: every token that a template may put around a text.
         notes: counts what the user should be told.
     """
 
     def __init__(
-        self, fitter: Fitter, ends: tuple[End, End], stops: Iterable[str], notes: Counter[str]
+        self,
+        fitter: Fitter,
+        ends: tuple[End, End],
+        stops: Iterable[str],
+        tokens: Iterable[str],
+        notes: Counter[str],
     ) -> None:
         self._fitter = fitter
         self._ends = ends
         self._stops = tuple(stops)
+        self._tokens = tuple(tokens)
+        self._around: tuple[list[str], str] | None = None
         self._notes = notes
         self._known: dict[str, str] = {}
 
@@ -49,7 +62,7 @@ class TurnWriter:
             RowProblem: the template has no place for a part of the turn, or the turn holds its end in its middle.
         """
         for part in parts_of(message, where):
-            self._check_stops(part.text, part.name)
+            check_stops(part.text, part.name, self._stops)
         thinking, content = message.get("reasoning_content", ""), message["content"]
         written = self._rendered(message, where, setting)
         if thinking and written.count(_THINKING) != 1:
@@ -74,26 +87,39 @@ class TurnWriter:
         for part in parts_of(message, where):
             if not stands_in(part.text, written):
                 raise RowProblem(f"{part.name}: the chat template leaves it out in this turn; change the row")
-        return not_doubled(context, written)
+        written = not_doubled(context, written)
+        if not truncated and leaves_thinking_open(context, written):
+            self._notes[THINKING_LEFT_OPEN] += 1
+        return written
 
     def end_raw(self, response: str, field: str, *, truncated: bool) -> str:
         """A response with the token that ends a turn, unless it has it already or ``truncated``."""
         end = self._ends[0].text
         stop = next((stop for stop in self._stops if response.endswith(stop)), "")
-        self._check_stops(response.removesuffix(stop), field)
+        check_stops(response.removesuffix(stop), field, self._stops)
         return response if stop or truncated else response + end
 
     def length_of_end(self, written: str) -> int:
         """How many characters of a turn are its end."""
         return max((len(end.text) for end in self._ends if written.endswith(end.text)), default=0)
 
-    def _check_stops(self, text: str, name: str) -> None:
-        for stop in self._stops:
-            if stop in text:
-                raise RowProblem(
-                    f"{name} contains {stop!r}, the token that ends a turn: the policy would have stopped there; "
-                    "take it out of the text, or give input_ids+loss_mask as they were sampled"
-                )
+    def mark_of_rendering(self, prompt: str) -> str:
+        """What tells that the template was put around a prompt already; empty where nothing does."""
+        if self._around is None:
+            try:
+                text = self._fitter.render([_USER], Setting(), prompt=True)
+            except RowProblem:  # it takes no single message of a user
+                text = ""
+            before, _, behind = text.rpartition(_USER["content"])
+            first = [token for token in self._tokens if token in before or token in behind]
+            self._around = first, behind.rstrip()
+        first, end = self._around
+        for token in first:
+            if prompt.lstrip().startswith(token):
+                return f"begins with {token!r}"
+        if any(map(str.isalpha, end)) and prompt.rstrip().endswith(end):
+            return f"ends with {end!r}"
+        return ""
 
     def _rendered(self, message: Message, where: str, setting: Setting) -> str:
         """The turn after a user's, with words for its texts, from the generation prompt on."""
@@ -136,6 +162,21 @@ class TurnWriter:
         at = written.find(end.stop)
         written = written[: at + len(end.stop)] if at >= 0 else written.rstrip() + end.text
         return written.removesuffix(end.text) if truncated else written
+
+
+def check_stops(text: str, name: str, stops: Iterable[str]) -> None:
+    """RowProblem where a text holds a token at which sampling stops."""
+    for stop in stops:
+        if stop in text:
+            raise RowProblem(
+                f"{name} contains {stop!r}, the token that ends a turn: the policy would have stopped there; "
+                "take it out of the text, or give input_ids+loss_mask as they were sampled"
+            )
+
+
+def leaves_thinking_open(context: str, written: str) -> bool:
+    """Whether the generation prompt opens a think block that the turn does not close."""
+    return context.rstrip().endswith("<think>") and "</think>" not in written
 
 
 def not_doubled(context: str, written: str) -> str:

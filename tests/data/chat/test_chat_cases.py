@@ -190,6 +190,115 @@ def test_response_is_raw(kind: str, families: Families) -> None:
     assert encode(families, "qwen3", {"prompt": "2+2?", **fields}) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("qwen3", ASK.format("2+2?")),
+        ("qwen3", "\n<|im_start|>user\n2+2?"),
+        ("qwen3", "2+2?<|im_end|>\n<|im_start|>assistant"),
+        ("llama3", "<bos>2+2?"),
+        ("gemma3", "<start_of_turn>user\n2+2?"),
+        ("deepseek_r1_distill", R1_ASK.format("2+2?").removeprefix("<bos>")),
+    ],
+)
+def test_a_prompt_that_is_rendered_already_is_refused(name: str, prompt: str, families: Families) -> None:
+    fields = {"prompt": prompt, "response": "4"}
+    with pytest.raises(RowProblem, match=r"prompt (begins|ends) with .* a prompt that is rendered already"):
+        encode(families, name, fields)
+    (raw,) = encode(
+        families, name, fields, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    assert raw.startswith(prompt.rstrip())
+
+
+def test_texts_that_speak_of_special_tokens_are_taken_and_noted(families: Families) -> None:
+    encoder = ChatEncoder(families("qwen3"))
+    encoder.encode(
+        Conversation(prompt="What does <|im_start|> do, what <think>?", response="<|im_start|> begins")
+    )
+    assert dict(encoder.notes) == {
+        "messages whose text contains a special token, which becomes that token": 1,
+        "responses with a special token before their end, which becomes that token": 1,
+    }
+    encoder.encode(Conversation(prompt="<think> is what?", response="A tag.<|im_end|>"))
+    assert sum(encoder.notes.values()) == 2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "2+2?", "response": "4"},
+        {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
+    ],
+)
+def test_an_answer_inside_the_think_block_that_the_prompt_opens_is_noted(
+    fields: dict[str, Any], families: Families
+) -> None:
+    encoder = ChatEncoder(families("deepseek_r1_distill"))
+    encoder.encode(Conversation(**fields))
+    (note,) = encoder.notes
+    assert note.startswith("answers without thinking inside the think block that the generation prompt opens")
+    thinking = ChatEncoder(families("deepseek_r1_distill"))
+    for i in (0, 2, 3):
+        thinking.encode(Conversation(**row("single_think", i)))
+    thinking.encode(Conversation(prompt="2+2?", response="add", truncated=True))
+    assert not thinking.notes
+
+
+def test_keys_that_are_not_read_are_counted_by_name(families: Families) -> None:
+    user = {"role": "user", "content": "Hi", "timestamp": 1}
+    answer = {"role": "assistant", "content": "Hello", "timestamp": 2, "vendor": None, "rating": 5}
+    encoder = ChatEncoder(families("llama3"))
+    encoder.encode(Conversation(messages=[user, answer]))
+    encoder.encode(Conversation(prompt=[user], response="Hello"))
+    assert dict(encoder.notes) == {
+        "messages with 'timestamp', which is not read": 3,
+        "messages with 'rating', which is not read": 1,
+    }
+    many = {f"key{i}": i for i in range(20)}
+    encoder.encode(Conversation(messages=[user, {**answer, **many}]))
+    assert len(encoder.notes) == 9
+    assert encoder.notes["messages with a key of some other name, which is not read"] == 14
+
+
+def test_nulls_among_arguments_are_written_and_noted(families: Families) -> None:
+    call = {"name": "f", "arguments": {"x": None}}
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [call]}]
+    encoder = ChatEncoder(families("qwen3"))
+    (encoded,) = encoder.encode(Conversation(messages=messages))
+    assert '{"x": null}' in shown(families("qwen3"), encoded)
+    assert encoder.notes["messages whose calls have null among their arguments, which stands there"] == 1
+
+
+def test_nulls_in_tools_stay(families: Families) -> None:
+    schema = {"name": "f", "parameters": {"properties": {"x": {"default": None}}}}
+    (text,) = encode(families, "qwen3", {"prompt": "Hi", "response": "4", "tools": [schema]})
+    assert '{"default": null}' in text
+
+
+@pytest.mark.parametrize("function", [["f"], "f", {"description": "f"}])
+def test_a_tool_without_a_name_is_named(function: Any, families: Families) -> None:
+    tools = [{"type": "function", "function": function}]
+    with pytest.raises(RowProblem, match=r"tools\[0\] = .* JSON schema of a function with its name"):
+        encode(families, "qwen3", {"prompt": "Hi", "response": "4", "tools": tools})
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("prompt", {"prompt": "a\ud83d", "response": "b"}),
+        ("response", {"prompt": "a", "response": "b\ud83d"}),
+        (
+            r"messages\[1\]\.content",
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\ud83d"}]},
+        ),
+    ],
+)
+def test_half_a_character_is_named(field: str, fields: dict[str, Any], families: Families) -> None:
+    with pytest.raises(RowProblem, match=rf"{field} = .* holds half a character"):
+        encode(families, "qwen3", fields)
+
+
 def test_stop_token_in_the_middle_is_refused(families: Families) -> None:
     with pytest.raises(RowProblem, match=r"response contains '<\|im_end\|>', the token that ends a turn"):
         encode(families, "qwen3", {"prompt": "Hi", "response": "a<|im_end|>\n<|im_start|>user\nb"})

@@ -30,13 +30,22 @@ def test_sharegpt_is_read_as_what_it_is() -> None:
     ]
 
 
-@pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}', {"x": 1, "of_another_row": None}])
+@pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}'])
 @pytest.mark.parametrize("envelope", [True, False])
 def test_call_is_read_with_and_without_its_envelope(arguments: Any, envelope: bool) -> None:
     function = {"name": "f", "arguments": arguments}
     call = {"id": None, "type": "function", "function": function} if envelope else function
     (message,) = read_messages([{"role": "assistant", "content": None, "tool_calls": [call], "name": None}])
     assert message == {"role": "assistant", "content": "", "weight": 1, "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize("arguments", [{"x": None, "y": [{"z": None}]}, '{"x": null, "y": [{"z": null}]}'])
+def test_nulls_among_arguments_stay(arguments: Any) -> None:
+    (message,) = read_messages(
+        [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments, "id": None}]}]
+    )
+    (call,) = message["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": {"x": None, "y": [{"z": None}]}}
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
@@ -77,6 +86,11 @@ BAD = {
         {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": [1]}]},
         r"arguments = \[1\]; give an object",
     ),
+    "sender that is an object": (
+        {"from": {"role": "gpt"}, "value": "r"},
+        r"from = \{'role': 'gpt'\}; it is one of",
+    ),
+    "ShareGPT's text under content": ({"from": "gpt", "content": "r"}, r"content = 'r' .*; write 'value'"),
     "two thoughts": (
         {"role": "assistant", "content": "", "reasoning": "a", "thinking": "b"},
         "different texts",
@@ -89,6 +103,91 @@ def test_bad_message_is_named(kind: str) -> None:
     message, expected = BAD[kind]
     with pytest.raises(RowProblem, match=expected):
         read_messages([message])
+
+
+WEIGHT = '"weight": 0 in an assistant'
+UNREAD = {
+    "train": (False, WEIGHT),
+    "loss": (0, WEIGHT),
+    "loss_mask": ([0, 1], WEIGHT),
+    "loss_weight": (0.5, WEIGHT),
+    "mask": (1, WEIGHT),
+    "masked": (True, WEIGHT),
+    "weights": (0, "did you mean 'weight'"),
+    "Weight": (0, "did you mean 'weight'"),
+    "wieght": (0, "did you mean 'weight'"),
+    "reward": (0, "a reward is of a whole row"),
+    "tool_cals": ([CALL], "did you mean 'tool_calls'"),
+    "reasoningContent": ("add", "did you mean 'reasoning_content'"),
+    "thoughts": ("add", "write thinking as a text into 'reasoning_content'"),
+    "reasoning_details": ([{"text": "add"}], "write thinking as a text into 'reasoning_content'"),
+}
+
+
+@pytest.mark.parametrize("key", UNREAD)
+@pytest.mark.parametrize("text", [{"role": "assistant", "content": "4"}, {"from": "gpt", "value": "4"}])
+def test_a_key_that_says_something_and_is_not_read_is_refused(key: str, text: dict[str, Any]) -> None:
+    value, expected = UNREAD[key]
+    with pytest.raises(RowProblem, match=rf"messages\[1\]\.{key} = .* would not be read; .*{expected}"):
+        read_messages([USER, {**text, key: value}])
+    for empty in (None, "", []):
+        read_messages([USER, {**text, key: None if key == "reward" else empty}])
+
+
+@pytest.mark.parametrize(
+    ("message", "meant"),
+    [
+        ({"role": "assistant", "contnet": "4"}, "content"),
+        ({"role": "user", "contents": "4"}, "content"),
+        ({"from": "gpt", "values": "4"}, "value"),
+    ],
+)
+def test_a_misspelt_text_is_no_empty_turn(message: dict[str, Any], meant: str) -> None:
+    with pytest.raises(RowProblem, match=f"would not be read; did you mean '{meant}'"):
+        read_messages([message])
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"id": "m1", "timestamp": 3, "annotations": [1], "context": "c", "height": 3, "logprobs": [0.5]},
+        {"train": True, "loss": 1.0, "masked": False},
+        {"reasoning": "add", "reasoning_details": [{"text": "add"}], "thinking_blocks": [{}]},
+        {"contents": "of the page"},
+    ],
+)
+def test_keys_that_change_nothing_pass(others: dict[str, Any]) -> None:
+    user = {**USER, "train": False, "reward": 0.0, "thoughts": "of the user"}
+    asked, answered = read_messages([user, {"role": "assistant", "content": "4", **others}])
+    assert (asked["content"], answered["content"]) == ("Hi", "4")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"name": "f", "parameters": {"x": 1}},
+        {"name": "f", "args": {"x": 1}, "arguments": None},
+        {"type": "function", "function": {"name": "f", "input": {"x": 1}}},
+        {"type": "function", "function": {"name": "f"}, "arguments": "{}"},
+        {"name": "f", "arguements": {"x": 1}},
+    ],
+)
+def test_arguments_under_another_key_are_refused(call: dict[str, Any]) -> None:
+    with pytest.raises(
+        RowProblem, match=r"tool_calls\[0\]\.\S+ = .* the arguments of a call go into function\.arg"
+    ):
+        read_messages([{"role": "assistant", "tool_calls": [call]}])
+
+
+def test_a_call_without_arguments_has_none() -> None:
+    function = {"name": "f", "parameters": {}, "description": "Does f."}
+    (message,) = read_messages([{"role": "assistant", "tool_calls": [{"function": function}]}])
+    assert message["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_a_list_written_as_text_is_named() -> None:
+    with pytest.raises(RowProblem, match=r"messages is a list written as JSON text; parse it"):
+        read_messages('[{"role": "user", "content": "Hi"}]')
 
 
 def test_weight_zero_on_every_turn_leaves_no_decision() -> None:
