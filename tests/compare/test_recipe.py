@@ -109,7 +109,7 @@ def test_the_recipes_of_the_repository_are_whole() -> None:
         assert recipe.baseline == "SFT"
 
 
-@pytest.mark.parametrize("name", ["methods", "puzzles_methods"])
+@pytest.mark.parametrize("name", ["stretches_methods", "puzzles_methods"])
 def test_arms_that_are_called_by_a_method_are_that_method(name: str) -> None:
     recipe = load_compare_recipe(tiny.RECIPES / "compare" / f"{name}.yaml", ["seeds=[0]"])
     known = settings_of_methods() | {
