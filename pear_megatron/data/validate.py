@@ -35,6 +35,8 @@ _TOPK_WAY_OUT = (
     "pear.base_loss=nll"
 )
 
+IDS_WITHOUT_END = "rows of ids that do not end with an end token and are not marked truncated"
+
 
 class Validator:
     """Checks rows and makes trajectories of them (docs/method.md, Where it goes wrong).
@@ -210,7 +212,7 @@ class Validator:
         last = part.input_ids[part.loss_mask][-1]
         if self.encoder is None or get_flag(fields, "truncated") or int(last) in self.encoder.special_ids:
             return
-        self._notes["rows of ids that do not end with an end token and are not marked truncated"] += 1
+        self._notes[IDS_WITHOUT_END] += 1
 
     def _count_split(self, parts: list[Tokenized]) -> None:
         if len(parts) > 1:

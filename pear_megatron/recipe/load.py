@@ -124,7 +124,7 @@ def _apply_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
                 raise RecipeError(f"override {text}: a list is written in brackets, key=[a,b]")
             ConfigLoaderImpl._apply_overrides_to_config([override], config)
         except OverrideParseException as error:
-            said = str(error).partition("\n")[0]
+            said = str(error).partition("\n")[0].removeprefix("LexerNoViableAltException: ")
             raise RecipeError(
                 f"override {text}: {said}; write key=value, a list as key=[a,b], and quote a value with other signs in "
                 "it, for the shell and once more: 'key=\"a=b\"'"

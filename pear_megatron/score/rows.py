@@ -14,8 +14,8 @@ from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import OF_TEXT, check_names, get_flag, get_number
 from pear_megatron.data.files import Row
 from pear_megatron.data.trajectory import Trajectory
-from pear_megatron.data.validate import Validator
-from pear_megatron.score.recorded import ordinary_fields
+from pear_megatron.data.validate import IDS_WITHOUT_END, Validator
+from pear_megatron.score.recorded import NO_END, ordinary_fields
 from pear_megatron.score.recorded.beside import Remarks
 from pear_megatron.score.recorded.tokens import Tokens
 
@@ -109,7 +109,9 @@ class RowReader:
     @property
     def notes(self) -> Mapping[str, int]:
         """What became of rows that the user should know, and how many times it happened."""
-        return {**self._validator.notes, **self._remarks.notes}
+        of_ids, of_answers = Counter(self._validator.notes), self._remarks.notes
+        of_ids.subtract({IDS_WITHOUT_END: of_answers.get(NO_END, 0)})  # the same responses, said once
+        return {**+of_ids, **of_answers}
 
     def __call__(self, row: Row) -> list[ScoreRow]:
         """The row's ScoreRows, one per trajectory, none if they are dropped; RowProblem if the row is wrong."""

@@ -12,6 +12,7 @@ import pytest
 
 from pear_megatron.data import DataError
 from pear_megatron.data.errors import RowProblem
+from pear_megatron.score.recorded.answers import is_cut
 from pear_megatron.score.rows import RowReader
 from tests.score.jobs import score_rows
 from tests.score.recorded_cases import LOGPROBS, RESPONSE, case, check_tokens, prompt_ids, read, reader
@@ -208,3 +209,11 @@ def test_an_answer_without_a_finish_reason_is_whole_only_with_an_end_token() -> 
     for choice in row["response"]["choices"]:
         choice["finish_reason"] = None
     assert notes_after(row) == ([None, None], [])
+
+
+def test_what_together_and_mistral_write_is_read() -> None:
+    row = case("n2")
+    row["prompt"] = []
+    row["response"]["choices"][0]["finish_reason"] = "eos"
+    assert notes_after(row) == ([None, None], [])
+    assert is_cut("model_length")

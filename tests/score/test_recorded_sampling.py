@@ -89,6 +89,7 @@ ELSEWHERE: list[dict[str, Any]] = [
     {"body": {"tools": [{"function": {"parameters": {"properties": {"temperature": {}}}}}]}},
     {"judge_params": {"temperature": 0}, "retriever": {"top_k": 5}, "tools_kwargs": {"temperature": 21}},
     {"config": {"retriever": {"top_k": 5}}, "request": "temperature: how high is it?"},
+    {"metadata": {"temperature": "22 C", "top_k": "all"}},
     {"config": "configs/temperature.yaml", "sampling": "nucleus", "generation_config": "auto"},
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -37,17 +38,20 @@ def check_keys(message: Mapping[str, Any], where: str, body: str) -> None:
             continue
         found = f"{where}.{key} = {short(value)} would not be read"
         if key in _CHOICES and not _is_done_anyway(key, value, assistant):
+            either = ", and programs differ in what it means" if key == "mask" else ""
             raise RowProblem(
-                f'{found}; "weight": 0 in an assistant\'s message keeps its turn out of training, every other '
+                f'{found}{either}; "weight": 0 in an assistant\'s message keeps its turn out of training, every other '
                 "assistant turn is trained, and nothing else"
             )
         if key == "reward" and (assistant or value):
             raise RowProblem(
                 f"{found}; a reward is of a whole row: write it there, or give each turn as a row"
             )
-        if key in _THINKING and assistant and not _thinks(message):
-            raise RowProblem(f"{found}; write thinking as a text into 'reasoning_content'")
-        if key not in _CHECKED and (meant := _meant(key, body)):
+        if key in _THINKING and _is_lost_thinking(message, value):
+            raise RowProblem(
+                f"{found}; write thinking as a text into 'reasoning_content', or drop the row if it is hidden"
+            )
+        if key not in _CHECKED and (meant := _meant(key, body)) and _fits(meant, value, assistant):
             same = message.get("content" if meant == body else meant)
             if not _thinks(message) if meant in REASONING else _is_empty(same):
                 raise RowProblem(f"{found}; did you mean {meant!r}?")
@@ -72,6 +76,8 @@ def check_call(call: Mapping[str, Any], function: Mapping[str, Any], where: str)
         return
     for place, keys in ((where, call), (f"{where}.function", function)):
         for key, value in keys.items():
+            if isinstance(value, Mapping) and value.get("type") == "object" and "properties" in value:
+                continue  # the schema of the function, not a call's arguments
             near = key in _ARGUMENTS or difflib.get_close_matches(key.lower(), ["arguments"], cutoff=0.85)
             if near and not _is_empty(value):
                 raise RowProblem(
@@ -84,8 +90,25 @@ def _is_empty(value: Any) -> bool:
     return value is None or value in ("", [], {})
 
 
+def _is_lost_thinking(message: Mapping[str, Any], value: Any) -> bool:
+    """Of a key that holds thinking: whether a turn that is learned from would lose it."""
+    learned = message["role"] == "assistant" and message.get("weight") != 0
+    return learned and isinstance(value, (str, list, dict)) and not _thinks(message)
+
+
+def _fits(meant: str, value: Any, assistant: bool) -> bool:
+    """Whether a value can be what the key that was meant holds, in a message of this role."""
+    if meant == "weight":
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if meant == "tool_calls":
+        return assistant and isinstance(value, (list, dict))
+    return isinstance(value, (str, list)) and (assistant or meant not in REASONING)
+
+
 def _is_done_anyway(key: str, value: Any, assistant: bool) -> bool:
-    """Whether a choice is what happens without it; ``mask`` means either, as programs differ."""
+    """Whether a choice is what happens without it; an assistant's ``mask`` means either, as programs differ."""
+    if not assistant and key != "masked" and (value == 0 or (isinstance(value, list) and not any(value))):
+        return True
     trained = not assistant if key == "masked" else assistant
     return key != "mask" and isinstance(value, (int, float)) and value == trained
 
@@ -99,6 +122,8 @@ def _meant(key: str, body: str) -> str | None:
     """The key that this one is a misspelling of, if it looks like one."""
     known = (body, "weight", "tool_calls", *REASONING)
     lower = key.lower()
+    if re.search(r"^(is|has)_|_(ids?|ms|seconds|count|tokens)$", lower):
+        return None  # something about it
     swapped = [name for name in known if sorted(name) == sorted(lower)]
     near = swapped or difflib.get_close_matches(lower, known, n=1, cutoff=0.85)
     return near[0] if near and key not in _NO_MISSPELLING else None

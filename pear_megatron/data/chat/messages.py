@@ -211,13 +211,13 @@ def _text(value: Any, where: str, *, needed: bool) -> str:
     texts = []
     for i, part in enumerate(value):
         text = part.get("text") if isinstance(part, dict) else part
-        others = set(_without_nulls(part)) - {"type", "text"} if isinstance(part, dict) else set()
-        if (
-            not isinstance(text, str)
-            or others
-            or (isinstance(part, dict) and part.get("type", "text") != "text")
-        ):
+        if not isinstance(text, str) or (isinstance(part, dict) and part.get("type", "text") != "text"):
             raise RowProblem(f"{where}[{i}] = {short(part)} is no text part, and only text can be trained on")
+        for name, beside in part.items() if isinstance(part, dict) else ():
+            if name not in ("type", "text", "cache_control") and beside not in (None, [], {}, ""):
+                raise RowProblem(
+                    f"{where}[{i}].{name} = {short(beside)} would not be read; take it out of the text part"
+                )
         texts.append(text)
     return "".join(texts)
 

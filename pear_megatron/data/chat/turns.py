@@ -15,6 +15,7 @@ from pear_megatron.data.errors import RowProblem
 
 _USER: Message = {"role": "user", "content": "Zquserx"}
 _THINKING, _CONTENT = "Zqthinkingx", "Zqcontentx"
+_ROLE = re.compile(r"\s*(system|developer|user|human|assistant|tool)\b")
 _OPENED = re.compile(r"\s*<think>\s*(</think>\s*)?")
 _EMPTY_BLOCK = re.compile(r"^(\s*)<think>\s*</think>\s*")
 _CLOSED_BLOCK = re.compile(r"^\s*</think>\s*")
@@ -51,7 +52,7 @@ class TurnWriter:
         self._ends = ends
         self._stops = tuple(stops)
         self._tokens = tuple(tokens)
-        self._around: tuple[list[str], str] | None = None
+        self._around: tuple[list[str], str, str] | None = None
         self._notes = notes
         self._known: dict[str, str] = {}
 
@@ -111,11 +112,18 @@ class TurnWriter:
             except RowProblem:  # it takes no single message of a user
                 text = ""
             before, _, behind = text.rpartition(_USER["content"])
-            first = [token for token in self._tokens if token in before or token in behind]
-            self._around = first, behind.rstrip()
-        first, end = self._around
-        for token in first:
-            if prompt.lstrip().startswith(token):
+            self._around = (
+                [t for t in self._tokens if t in before and t not in self._stops],
+                before,
+                behind.rstrip(),
+            )
+        tokens, before, end = self._around
+        start = prompt.lstrip()
+        for token in tokens:
+            role = re.search(
+                re.escape(token) + r"[a-z]+", before
+            )  # <|im_start|>user; else it may be about <|im_start|>
+            if start.startswith(token) and (role is None or _ROLE.match(start, len(token))):
                 return f"begins with {token!r}"
         if any(map(str.isalpha, end)) and prompt.rstrip().endswith(end):
             return f"ends with {end!r}"

@@ -18,7 +18,7 @@ from pear_megatron.score.recorded.tokens import Tokens
 from pear_megatron.score.recorded.top import ENTRIES, topk_fields
 
 _ENGINES = (sglang, vllm, responses, openai)
-_NO_END = (
+NO_END = (
     "responses that do not end with an end token, so that nothing in them teaches the model to stop (a stop string "
     'or the length limit ended them, or their end was not recorded; "truncated": true in a row has training drop it)'
 )
@@ -85,7 +85,7 @@ def _remark_end(found: Mapping[str, Any], notes: Mapping[str, Any], tokens: Toke
         return
     ends = tokens.is_end(int(found["input_ids"][decisions[-1]]))
     if ends is False or (ends is None and isinstance(notes.get("stop_reason"), str)):
-        remarks.counts[_NO_END] += 1
+        remarks.counts[NO_END] += 1
 
 
 def _read(fields: Mapping[str, Any], tokens: Tokens, raw: bool, remarks: Remarks) -> list[Recorded]:

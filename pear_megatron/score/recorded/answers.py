@@ -17,8 +17,8 @@ Recorded = tuple[dict[str, Any], dict[str, Any]]  # (fields as the loader knows 
 
 UNFINISHED = "unfinished"  # a note: the generator had not finished the answer
 _NO_LOGPROB = -9999.0  # what vLLM writes where it has none
-_ENDED = ("stop", "tool_calls", "function_call", "stop_sequence", "eos_token", "end_turn", "completed")
-_CUT = ("length", "abort", "content_filter", "max_tokens", "max_output_tokens", "repetition")
+_ENDED = ("stop", "eos", "tool_calls", "function_call", "stop_sequence", "eos_token", "end_turn", "completed")
+_CUT = ("length", "abort", "content_filter", "max_tokens", "max_output_tokens", "model_length", "repetition")
 
 
 @dataclass(frozen=True)

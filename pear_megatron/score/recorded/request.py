@@ -46,8 +46,10 @@ class Request:
             messages = _input_messages(places)
         if hasattr(prompt, "tolist"):  # a list of a Parquet column
             prompt = prompt.tolist()
+        if prompt == []:  # what a server writes of messages
+            prompt = None
         if isinstance(prompt, list):
-            if prompt and all(isinstance(message, Mapping) for message in prompt):
+            if all(isinstance(message, Mapping) for message in prompt):
                 messages, prompt = messages or prompt, None
             else:
                 ids, prompt = ids if ids is not None else get_integers({"prompt": prompt}, "prompt"), None

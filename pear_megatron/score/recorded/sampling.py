@@ -166,6 +166,8 @@ def _changes(key: str, value: Any, place: str) -> bool:
     """Whether the parameter makes another distribution of the model's."""
     if key in _NEUTRAL or key == "top_k":
         if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if "metadata" in place.split("."):  # of something else
+                return False
             raise RowProblem(
                 f"{_joined(place, key)} = {short(value)} is no number; write the one that was used"
             )

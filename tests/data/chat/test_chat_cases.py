@@ -98,6 +98,17 @@ def test_call_that_the_template_leaves_out_is_refused_by_name(families: Families
         encode(families, "smollm2", row("tools"))
 
 
+def test_what_stands_beside_the_text_of_a_part_is_named_unless_it_says_nothing(families: Families) -> None:
+    fields = row("parts")
+    part = fields["messages"][0]["content"][0]
+    expected = encode(families, "qwen3", fields)
+    part |= {"cache_control": {"type": "ephemeral"}, "annotations": []}
+    assert encode(families, "qwen3", fields) == expected
+    part["citations"] = [1]
+    with pytest.raises(RowProblem, match=r"messages\[0\]\.content\[0\]\.citations = \[1\] would not be read"):
+        encode(families, "qwen3", fields)
+
+
 def test_part_that_is_no_text_is_refused_by_name(families: Families) -> None:
     fields = row("parts")
     fields["messages"][0]["content"].append({"type": "image_url", "image_url": {"url": "a.png"}})
@@ -209,6 +220,15 @@ def test_a_prompt_that_is_rendered_already_is_refused(name: str, prompt: str, fa
         families, name, fields, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"
     )
     assert raw.startswith(prompt.rstrip())
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["<|im_end|> shows up in my output. Why?", "<|im_start|> and <|im_end|> are ChatML's. Are they?"],
+)
+def test_a_prompt_about_a_special_token_is_not_a_rendered_one(prompt: str, families: Families) -> None:
+    (raw,) = encode(families, "qwen3", {"prompt": prompt, "response": "4"})
+    assert prompt in raw
 
 
 def test_texts_that_speak_of_special_tokens_are_taken_and_noted(families: Families) -> None:

@@ -128,7 +128,7 @@ UNREAD = {
 @pytest.mark.parametrize("text", [{"role": "assistant", "content": "4"}, {"from": "gpt", "value": "4"}])
 def test_a_key_that_says_something_and_is_not_read_is_refused(key: str, text: dict[str, Any]) -> None:
     value, expected = UNREAD[key]
-    with pytest.raises(RowProblem, match=rf"messages\[1\]\.{key} = .* would not be read; .*{expected}"):
+    with pytest.raises(RowProblem, match=rf"messages\[1\]\.{key} = .* would not be read[;,] .*{expected}"):
         read_messages([USER, {**text, key: value}])
     for empty in (None, "", []):
         read_messages([USER, {**text, key: None if key == "reward" else empty}])
@@ -154,10 +154,14 @@ def test_a_misspelt_text_is_no_empty_turn(message: dict[str, Any], meant: str) -
         {"train": True, "loss": 1.0, "masked": False},
         {"reasoning": "add", "reasoning_details": [{"text": "add"}], "thinking_blocks": [{}]},
         {"contents": "of the page"},
+        {"is_reasoning": False, "isThinking": False, "reasoning_id": "rs_1", "reasoning_ms": 12},
+        {"thought": False, "thoughts": 0, "tool_call": False, "weighted": False},
+        {"weight": 0, "thinking_blocks": [{"type": "redacted_thinking", "data": "x"}]},
     ],
 )
 def test_keys_that_change_nothing_pass(others: dict[str, Any]) -> None:
-    user = {**USER, "train": False, "reward": 0.0, "thoughts": "of the user"}
+    user = {**USER, "train": False, "mask": 0, "loss_mask": [0, 0], "reward": 0.0, "thoughts": "of the user"}
+    user |= {"tool_call": {"name": "f"}, "is_reasoning": True}
     asked, answered = read_messages([user, {"role": "assistant", "content": "4", **others}])
     assert (asked["content"], answered["content"]) == ("Hi", "4")
 
