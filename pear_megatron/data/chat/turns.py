@@ -52,7 +52,7 @@ class TurnWriter:
         self._ends = ends
         self._stops = tuple(stops)
         self._tokens = tuple(tokens)
-        self._around: tuple[list[str], str, str] | None = None
+        self._around: tuple[dict[str, bool], str] | None = None
         self._notes = notes
         self._known: dict[str, str] = {}
 
@@ -112,18 +112,14 @@ class TurnWriter:
             except RowProblem:  # it takes no single message of a user
                 text = ""
             before, _, behind = text.rpartition(_USER["content"])
-            self._around = (
-                [t for t in self._tokens if t in before and t not in self._stops],
-                before,
-                behind.rstrip(),
-            )
-        tokens, before, end = self._around
+            opening = [token for token in self._tokens if token in before and token not in self._stops]
+            # With a role behind it, as in <|im_start|>user; without one a prompt may be about <|im_start|>.
+            named = {token: bool(re.search(re.escape(token) + "[a-z]", before)) for token in opening}
+            self._around = named, behind.rstrip()
+        opening_tokens, end = self._around
         start = prompt.lstrip()
-        for token in tokens:
-            role = re.search(
-                re.escape(token) + r"[a-z]+", before
-            )  # <|im_start|>user; else it may be about <|im_start|>
-            if start.startswith(token) and (role is None or _ROLE.match(start, len(token))):
+        for token, role_follows in opening_tokens.items():
+            if start.startswith(token) and (not role_follows or _ROLE.match(start, len(token))):
                 return f"begins with {token!r}"
         if any(map(str.isalpha, end)) and prompt.rstrip().endswith(end):
             return f"ends with {end!r}"

@@ -65,7 +65,8 @@ def unread_fields(
     Raises:
         RowProblem: a name that is nearly one of those, or a column that cannot be placed beside an answer.
     """
-    check_spelling(fields, {*read, *OWN, *_PER_TOKEN})
+    known = {*read, *OWN, *_PER_TOKEN}
+    check_spelling(fields, known)
     for name in _PER_TOKEN:
         if name not in fields or name in carried:
             continue
@@ -77,7 +78,6 @@ def unread_fields(
             f"{name} beside a recorded answer cannot be placed at its tokens; leave it out here, and add it to the "
             "file that `score` writes, which has the input_ids that it belongs to"
         )
-    known = {*read, *OWN, *_PER_TOKEN}
     return [name for name in fields if name not in known and not is_of_sampling(name)]
 
 
