@@ -1,7 +1,7 @@
 """Puts comparisons' results into docs/study: numbers as JSON, pictures, and the tables of docs/study.md.
 
-Tables stand between `<!-- table NAME -->` and `<!-- end -->`; `<!-- tuning NAME -->`, `<!-- styles NAME -->` and
-`<!-- lengths NAME -->` likewise.
+Tables stand between `<!-- table NAME -->` and `<!-- end -->`; `<!-- tuning NAME -->`, `<!-- styles NAME -->`,
+`<!-- lengths NAME -->` and `<!-- foretold NAME -->` likewise.
 
 Example:
     python -m examples.publish_study results/compare/stretches results/compare/stretches_rare
@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from scipy.stats import spearmanr
 
 from examples.launch import REPOSITORY
-from examples.steps.styles import plain_steps, read_problems
+from examples.steps.styles import first_steps_right, plain_steps, read_problems
 from examples.stretches import weigh
 from pear_megatron.compare.markdown import markdown_table
 from pear_megatron.compare.recipe import folder_name
@@ -57,9 +58,11 @@ def steps_styles(folder: Path, results: dict[str, Any]) -> dict[str, dict[str, l
         cells = [folder / f"seed{seed}" / folder_name(arm) for seed in results["seeds"]]
         before = np.round([plain_steps(cell / "before", problems) for cell in cells], 5)
         after = np.round([plain_steps(cell / "after", problems) for cell in cells], 5)
+        first = np.round([first_steps_right(cell / "before", problems) for cell in cells], 5)
         found[arm] = {
             "plain share before RL": before[:, 0].tolist(),
             "plain steps that are right, before RL": before[:, 1].tolist(),
+            "first steps that are right, before RL": first.tolist(),
             "plain share after RL": after[:, 0].tolist(),
         }
     return found
@@ -126,6 +129,42 @@ def lengths_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def foretold_table(results: dict[str, Any]) -> str:
+    """A row a measure taken before RL: how well it says when RL takes off.
+
+    In how many runs the arm took off before the baseline of its seed where its measure is higher, or after it where it
+    is lower (runs that took off at the baseline's step, or neither of them at all, are left out); the same without the
+    arms that took off in no seed; and the rank correlation, over arms, of the means.
+    """
+    arms, base = results["arms"], results["baseline"]
+    never = float(len(arms[base]["rewards"][0]))
+    steps = {
+        arm: np.array([never if s is None else s for s in found["take_off"]]) for arm, found in arms.items()
+    }
+    lines = [
+        "| before RL | runs that it foretold | without arms that never took off | rank correlation over arms |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for title in results["styles"][base]:
+        if not title.endswith(" before RL"):
+            continue
+        found = {arm: np.array(styles[title]) for arm, styles in results["styles"].items()}
+        hits = {
+            arm: ((found[arm] - found[base]) * (steps[base] - steps[arm]))[steps[arm] != steps[base]] > 0
+            for arm in arms
+            if arm != base
+        }
+        some = [hit for arm, hit in hits.items() if (steps[arm] < never).any()]
+        counts = [np.concatenate(chosen) for chosen in (list(hits.values()), some)]
+        means = [[values[arm].mean() for arm in arms] for values in (found, steps)]
+        lines.append(
+            f"| {title.removesuffix(' before RL').removesuffix(',')} | "
+            + " | ".join(f"{hit.sum()} of {len(hit)}" for hit in counts)
+            + f" | {spearmanr(*means).statistic:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 _ARMS = ("SFT", "shuffled", "token", "sequence")  # of README's picture
 
 
@@ -164,6 +203,8 @@ def fill(text: str, name: str, results: dict[str, Any]) -> str:
         tables["styles"] = styles_table(results)
     if f"<!-- lengths {name} -->" in text:
         tables["lengths"] = lengths_table(results)
+    if f"<!-- foretold {name} -->" in text:
+        tables["foretold"] = foretold_table(results)
     for kind, table in tables.items():
         pattern = re.compile(rf"(<!-- {kind} {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
         text = pattern.sub(lambda match, table=table: f"{match[1]}{table}{match[2]}", text)

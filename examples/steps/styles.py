@@ -1,4 +1,4 @@
-"""What answers of the steps world are like: how much of them goes one operation to a step, and is right there."""
+"""What answers of the steps world are like: how much goes one operation to a step, and what is right."""
 
 from __future__ import annotations
 
@@ -30,3 +30,13 @@ def plain_steps(evaluation: Path, problems: dict[str, world.Problem]) -> tuple[f
         operations.append(len(plain) / (world.TERMS - 1))
         right += plain
     return float(np.mean(operations)), float(np.mean(right)) if right else 0.0
+
+
+def first_steps_right(evaluation: Path, problems: dict[str, world.Problem]) -> float:
+    """The share of answers whose first step, of any size, takes the problem's next operations to the right value."""
+    right = []
+    for row in read_rows(evaluation / "samples.jsonl"):
+        problem, judged = problems[row["id"]], world.steps(problems[row["id"]], row["response"])
+        copied = judged and row["response"].startswith(problem.prompt[1 : 1 + 2 * judged[0][0]] + "=")
+        right.append(bool(copied and judged[0][1]))
+    return float(np.mean(right))

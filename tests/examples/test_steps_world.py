@@ -137,3 +137,14 @@ def test_the_plain_share_counts_operations_and_judges_their_steps(tmp_path: Path
         tmp_path / "samples.jsonl", ({"id": "heldout-00000", "response": answer} for answer in answers)
     )
     assert styles.plain_steps(tmp_path, styles.read_problems(heldout)) == (pytest.approx(1 / 7), 0.5)
+
+
+def test_a_first_step_is_right_when_it_takes_the_next_operations_to_the_right_value(tmp_path: Path) -> None:
+    heldout = tmp_path / "heldout.jsonl"
+    rows.write_problems(heldout, [world.Problem("3+4-7+2-9+5-1+6", "3")])
+    right, wrong = ("+4=7;#3", "+4-7+2=2;"), ("+4=8;", "-7=-4;", "+4-7+9=9;", "#3", "", "+4+4=11", "=+4=7")
+    rows.write_rows(
+        tmp_path / "samples.jsonl",
+        ({"id": "heldout-00000", "response": answer} for answer in (*right, *wrong)),
+    )
+    assert styles.first_steps_right(tmp_path, styles.read_problems(heldout)) == pytest.approx(2 / 9)

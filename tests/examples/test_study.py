@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.publish_study import IMAGES, NUMBERS, STUDY, fill, lengths_table, starts_figure
+from examples.publish_study import IMAGES, NUMBERS, STUDY, fill, foretold_table, lengths_table, starts_figure
 
 PUBLISHED = sorted(NUMBERS.glob("*.json"))
 
@@ -50,6 +50,22 @@ def test_a_shorter_rl_is_read_off_the_curves() -> None:
     assert header == "| RL steps | 20 | 40 |"
     assert sft == "| SFT | 0.400 | 0.400 |"
     assert token == "| token | 0.600 **+0.200 [+0.200, +0.200]** | 0.500 |"  # at 40, 0.2 and 0 of two seeds
+
+
+def test_what_foretold_take_off_counts_runs_that_differ_from_the_baseline() -> None:
+    def arm(*steps: int | None) -> dict:
+        return {"take_off": list(steps), "rewards": [[0.0] * 40] * 3}
+
+    results = {
+        "baseline": "SFT",
+        "arms": {"SFT": arm(30, 30, None), "early": arm(20, 30, 10), "never": arm(None, None, None)},
+        "styles": {  # early: right in two runs of two; never: right in one of two
+            "SFT": {"right, before RL": [0.2, 0.2, 0.2], "right after RL": [1.0, 1.0, 1.0]},
+            "early": {"right, before RL": [0.3, 0.1, 0.3], "right after RL": [1.0, 1.0, 1.0]},
+            "never": {"right, before RL": [0.1, 0.3, 0.1], "right after RL": [1.0, 1.0, 1.0]},
+        },
+    }
+    assert foretold_table(results).splitlines()[2:] == ["| right | 3 of 4 | 2 of 2 | -1.00 |"]
 
 
 def test_the_picture_of_readme_shows_each_seed_against_sft_on_the_same_seed() -> None:
