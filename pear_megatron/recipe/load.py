@@ -192,7 +192,7 @@ def validate_as(kind: type[_Kind], path: Path, values: Any) -> _Kind:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {describe(error)}") from error
+        raise RecipeError(f"{path}: {describe(error, root=kind)}") from error
 
 
 def _complete_model(path: Path, values: Any) -> None:

@@ -51,6 +51,18 @@ def test_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
         (["data.train=x", "modle.num_layers=5"], "unknown key 'modle'; did you mean 'model'?"),
         (["data.train=x", "lr=1e-5"], "unknown key 'lr'; did you mean 'optimizer.lr'?"),
         (["data.train=x", "optimizer.learning_rate=1e-5"], "unknown key 'learning_rate'; did you mean 'lr'?"),
+        (["data.train=x", "train.lr=1e-5"], "train: unknown key 'lr'; did you mean 'optimizer.lr'?"),
+        (
+            ["data.train=x", "data.batch_size=8"],
+            "unknown key 'batch_size'; did you mean 'train.global_batch_size'?",
+        ),
+        (["data.train=x", "parallel.tp=2"], "unknown key 'tp'; did you mean 'tensor_model_parallel_size'?"),
+        (["data.train=x", "max_step=2"], "recipe: unknown key 'max_step'; did you mean 'train.max_steps'?"),
+        (["data.train=x", "+lora_rank=2"], "unknown key 'lora_rank'; did you mean 'lora.rank'?"),
+        (
+            ["data.train=x", "train.seed=2"],
+            "train: unknown key 'seed'; did you mean 'seed' outside of this section?",
+        ),
         (["data.train=a,b"], "override data.train=a,b: a list is written in brackets, key=[a,b]"),
         (["train.max_steps=5", "data.train=x=y"], "override data.train=x=y: mismatched input '='"),
         ([], "data.train: this key is required"),
