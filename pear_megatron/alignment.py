@@ -54,12 +54,12 @@ class Alignment:
             f"stand and by {self.correlations[self.shift]:.2f} when moved by {-self.shift:+d}"
         )
 
-    def refusal(self, name: str = "behavior_logprobs") -> str:
-        """What is wrong with data that are shifted, and the way out."""
+    def refusal(self, name: str = "behavior_logprobs", way_out: str = "train.check_alignment=false") -> str:
+        """What is wrong with data that are shifted, and the way out; ``way_out`` is the setting that lets them pass."""
         return (
             f"the {self.describe(name)}, so every ratio would compare different tokens; {name}[i] is the "
             "log-prob of input_ids[i] itself: write them again with `pear-megatron score`, or set "
-            "train.check_alignment=false if you are sure of them"
+            f"{way_out} if you are sure of them"
         )
 
 

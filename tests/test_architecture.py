@@ -87,7 +87,7 @@ def test_megatron_is_imported_in_its_folder_alone() -> None:
 
 
 def test_nothing_but_the_method_and_the_ground_floor_stands_at_the_top() -> None:
-    method = {"config", "weights", "loss", "report", "alignment"}
+    method = {"config", "weights", "loss", "report", "alignment", "alignment_watch"}
     ground_floor = {
         "__init__",
         "cli",

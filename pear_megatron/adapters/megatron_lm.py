@@ -93,6 +93,7 @@ def forward_step(args: argparse.Namespace) -> PearForwardStep:
         vocab_size=_vocab_size(args),
         packed_attention="thd" if flat else "mask",
         watch=True,
+        check_alignment=True,
     )
 
 

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pear_megatron.alignment_watch import AlignmentWatch
 from pear_megatron.config import PearConfig
 from pear_megatron.data.batches import PackedBatch
 from pear_megatron.errors import RecipeError
-from pear_megatron.loss import Normalization, loss_of_logprobs, pear_loss
+from pear_megatron.loss import Normalization, loss_of_logprobs, topk_of
 from pear_megatron.megatron.model import wraps_precision
 from pear_megatron.megatron.output_chunks import (
     require_output_processor,
     statistics_in_chunks,
     supports_output_processor,
 )
-from pear_megatron.ops.statistics import TokenStatistics
+from pear_megatron.ops.statistics import TokenStatistics, vocab_parallel_statistics
 from pear_megatron.report import ReportWatch
 
 LossOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -74,9 +75,12 @@ class PearForwardStep:
             None = all at once.
         watch: warn of weights that collapse or grow, on the first data-parallel rank's data: for loops that show
             the means to nobody who would.
+        check_alignment: refuse log-probs of the data that belong to other tokens, in the first micro-batches (see
+            AlignmentWatch): for loops that do not look before they start.
 
     Raises:
         ValueError: output_chunk_tokens without the output processor.
+        DataError: when called, where check_alignment finds a shift.
         RecipeError: when called: output_chunk_tokens with a model that it does not work with, or a model
             whose config does not say ``calculate_per_token_loss``; ``base_loss: kl`` with data without a top-k.
     """
@@ -94,6 +98,7 @@ class PearForwardStep:
         normalization: Normalization = "token",
         num_sources: int = 0,
         watch: bool = False,
+        check_alignment: bool = False,
     ) -> None:
         if output_chunk_tokens is not None and use_output_processor is False:
             raise ValueError(
@@ -109,6 +114,7 @@ class PearForwardStep:
         self.normalization = normalization
         self.num_sources = num_sources
         self._watch = ReportWatch(config) if watch else None
+        self._alignment = AlignmentWatch(config) if check_alignment else None
         self._routes = self._predicts_further = False
         self._met = False
 
@@ -189,51 +195,44 @@ class PearForwardStep:
             require_output_processor(model)
         self._routes = model_config.num_moe_experts is not None
         self._predicts_further = bool(getattr(model_config, "mtp_num_layers", None))
+        if cp_size > 1:
+            self._alignment = None  # neighbouring tokens of a shard are not neighbours
         if not _speaks(self.tp_group):
             self._watch = None
         self._met = True
 
     def loss(self, logits: Tensor, batch: PackedBatch) -> LossOutput:
         """pear_loss of a micro-batch: [B, S, V/tp] logits (or one flat row) -> Megatron's loss tuple."""
-        topk = batch.behavior_topk
-        return self._seen(
-            pear_loss(
-                logits,
-                batch.labels.view(logits.shape[:-1]),
-                _flat(batch.behavior_logprobs),
-                batch.loss_mask.view(logits.shape[:-1]),
-                batch.cu_seqlens,
-                self.config,
-                **self._of_trajectories(batch),
-                token_weights=_flat(batch.token_weights),
-                reference_logprobs=_flat(batch.reference_logprobs),
-                behavior_topk=None if topk is None else (topk[0].flatten(0, 1), topk[1].flatten(0, 1)),
-                tp_group=self.tp_group,
-                cp_group=self.cp_group,
-                vocab_size=self.vocab_size,
-                inplace_backward=True,
-            )
+        topk, mask = batch.behavior_topk, batch.loss_mask.view(logits.shape[:-1])
+        flat = None if topk is None else (topk[0].flatten(0, 1), topk[1].flatten(0, 1))
+        found = vocab_parallel_statistics(
+            logits,
+            batch.labels.view(mask.shape),
+            topk=topk_of(self.config, flat, mask=mask),
+            tail=self.config.kl_tail,
+            entropy=self.config.needs_entropy,
+            mask=mask,
+            tp_group=self.tp_group,
+            vocab_size=self.vocab_size,
+            inplace_backward=True,
         )
+        return self.loss_of_statistics(found, batch)
 
     def loss_of_statistics(self, found: TokenStatistics, batch: PackedBatch) -> LossOutput:
-        """The same from what is [B * S] each, 0 off the mask."""
-        return self._seen(
-            loss_of_logprobs(
-                found.logprob,
-                batch.behavior_logprobs,
-                batch.loss_mask.view(-1),
-                batch.cu_seqlens,
-                self.config,
-                kl=found.kl,
-                entropy=found.entropy,
-                **self._of_trajectories(batch),
-                token_weights=_flat(batch.token_weights),
-                reference_logprobs=_flat(batch.reference_logprobs),
-                cp_group=self.cp_group,
-            )
+        """The same from what is [B, S] or [B * S] each, 0 off the mask."""
+        given = (found.logprob, batch.behavior_logprobs, batch.loss_mask, batch.cu_seqlens)
+        if self._alignment is not None:
+            self._alignment(*given, reference_logprobs=batch.reference_logprobs)
+        output = loss_of_logprobs(
+            *given,
+            self.config,
+            kl=found.kl,
+            entropy=found.entropy,
+            **self._of_trajectories(batch),
+            token_weights=_flat(batch.token_weights),
+            reference_logprobs=_flat(batch.reference_logprobs),
+            cp_group=self.cp_group,
         )
-
-    def _seen(self, output: LossOutput) -> LossOutput:
         if self._watch is not None:
             self._watch(output[2])
         return output

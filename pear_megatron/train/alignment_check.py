@@ -17,7 +17,7 @@ from pear_megatron.alignment import (
     no_sums,
     read_alignment,
 )
-from pear_megatron.config import PearConfig
+from pear_megatron.alignment_watch import compared_column, warn_if_unrelated
 from pear_megatron.data import AnyDataset, DataError, PackedBatch
 from pear_megatron.megatron.forward_step import LossOutput, PearForwardStep
 from pear_megatron.megatron.layout import Layout
@@ -27,14 +27,6 @@ from pear_megatron.ops.statistics import TokenStatistics
 from pear_megatron.recipe import Recipe
 
 log = logging.getLogger("pear_megatron")
-
-_UNRELATED = 0.1  # a correlation below this says that the policies have nothing in common
-
-
-def _compared(pear: PearConfig) -> str:
-    """The column that the ratios are taken against; without ratios, what else is read."""
-    by_reference = pear.ratio == "reference" or pear.variant == "none"
-    return "reference_logprobs" if by_reference else "behavior_logprobs"
 
 
 class _AlignmentStep(PearForwardStep):
@@ -55,7 +47,7 @@ class _AlignmentStep(PearForwardStep):
         """The same from [T] log-probs."""
         logprobs = found.logprob
         mask = batch.loss_mask.flatten()
-        given = getattr(batch, _compared(self.config)).flatten()
+        given = getattr(batch, str(compared_column(self.config))).flatten()
         sums = alignment_sums(logprobs, given, mask, batch.cu_seqlens)
         apart = torch.zeros(2, dtype=torch.float64, device=logprobs.device)  # sum of differences, decisions
         if self.config.needs_reference and batch.reference_logprobs is not None:
@@ -92,9 +84,8 @@ def check_alignment(
             or two (see ``read_alignment``).
     """
     starts_from = recipe.model.hf or recipe.checkpoint.pretrained
-    read = recipe.pear.variant != "none" or recipe.pear.needs_reference
-    wanted = recipe.train.check_alignment and read and layout.cp_size == 1
-    if starts_from is None or not wanted:
+    name = compared_column(recipe.pear)
+    if starts_from is None or name is None or not recipe.train.check_alignment or layout.cp_size > 1:
         return
     held = list(batches)
     sums, apart = no_sums(layout.device), torch.zeros(2, dtype=torch.float64, device=layout.device)
@@ -103,7 +94,7 @@ def check_alignment(
         apart += report["apart"]
     torch.distributed.all_reduce(sums)
     torch.distributed.all_reduce(apart)
-    alignment, name = read_alignment(sums), _compared(recipe.pear)
+    alignment = read_alignment(sums)
     if alignment.shift:
         indices = [int(i) for i in held[0].trajectory_index if i >= 0][:3]
         ids = ", ".join(dataset[i].id for i in indices)
@@ -151,18 +142,7 @@ def _forward(
 
 
 def _say(alignment: Alignment, starts_from: str, name: str) -> None:
-    r, count = alignment.correlations[0], alignment.decisions
-    if r < _UNRELATED and count >= MIN_PAIRS:
-        log.warning(
-            "%s have nothing to do with the log-probs of %s (correlation %.2f over %d "
-            "decisions): were they computed over other tokens, with another tokenizer or chat template? "
-            "(A writer that is certain of nearly every token, such as a program, looks like this too.) "
-            "`pear-megatron inspect` shows more",
-            name,
-            starts_from,
-            r,
-            count,
-        )
-    else:
+    if not warn_if_unrelated(alignment, name, starts_from):
+        r, count = alignment.correlations[0], alignment.decisions
         shift = "no shift found" if count >= MIN_PAIRS else "too few to tell a shift"
         log.info("%s and the model's correlate by %.2f over %d decisions; %s", name, r, count, shift)

@@ -77,7 +77,9 @@ def plug_in(
     validation = [validation_data] if isinstance(validation_data, str) else validation_data
     check(config, data, validation)
     # The size of the vocabulary is known when Bridge has built the tokenizer: Watcher sets it.
-    step = PearForwardStep(pear, vocab_size=0, packed_attention=packed_attention(config))
+    step = PearForwardStep(
+        pear, vocab_size=0, packed_attention=packed_attention(config), check_alignment=True
+    )
     plan = _Plan(data, pear, validation)
     return step, _dataset_config(plan), Watcher(step, plan)
 

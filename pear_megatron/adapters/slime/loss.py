@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pear_megatron.adapters.slime.layout import Layout
 from pear_megatron.adapters.slime.settings import SlimeSettings, check_loss_arguments, settings
+from pear_megatron.alignment_watch import AlignmentWatch
 from pear_megatron.errors import RecipeError
 from pear_megatron.loss import loss_of_logprobs, report_keys
 from pear_megatron.ops.logprob import vocab_parallel_logprob
@@ -28,6 +29,7 @@ class _Run:
         self.config = config
         self._keys = report_keys(config)
         self._watch = WeightWatch(config)
+        self.check_alignment = AlignmentWatch(config)
         self._step = 0
         self._left: list[int] = []  # micro-batches of each of the rollout's steps to come
         self._sums: Tensor | None = None  # [keys, 2] float64, of this step so far
@@ -126,6 +128,7 @@ def loss_function(
 
     Raises:
         RecipeError: the rollout did not pass ``postprocess_rollout_data``.
+        DataError: log-probs of the samples that belong to other tokens.
         ValueError: the micro-batch is not what slime's get_batch makes of samples, or see ``pear_loss``.
     """
     if _run is None or batch.get(_REWARDS) is None:
@@ -166,11 +169,12 @@ def loss_function(
         vocab_size=args.vocab_size,
         inplace_backward=True,
     )[0, : layout.length]
+    behavior = behavior.new_zeros(layout.length).index_copy(0, scoring, behavior)
+    given = (logprob, behavior, mask[0, : layout.length], layout.cu_seqlens)
+    if cp_size == 1:
+        _run.check_alignment(*given)
     loss_sum, _, report = loss_of_logprobs(
-        logprob,
-        behavior.new_zeros(layout.length).index_copy(0, scoring, behavior),
-        mask[0, : layout.length],
-        layout.cu_seqlens,
+        *given,
         _run.config,
         reward=reward.new_ones(layout.length).index_copy(0, scoring, reward),
         cp_group=mpu.get_context_parallel_group() if cp_size > 1 else None,

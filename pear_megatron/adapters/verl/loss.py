@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pear_megatron.alignment_watch import AlignmentWatch
 from pear_megatron.config import PearConfig
 from pear_megatron.data.columns import REFERENCE, require_supported
 from pear_megatron.data.errors import DataError
@@ -43,13 +44,14 @@ class PearSFTLoss:
         metrics: the report as a list of numbers, for ``reduce_reports``.
 
     Raises:
-        DataError: a column is missing, or does not fit the tokens.
+        DataError: a column is missing, or does not fit the tokens; log-probs that belong to other tokens.
         RecipeError: log_probs are not float32, or the config asks for what verl does not give (see require_supported).
     """
 
     def __init__(self, config: PearConfig) -> None:
         require_supported(config, "verl", carries=(REFERENCE,))
         self.config = config
+        self._check_alignment = AlignmentWatch(config)
 
     def __call__(
         self, model_output: Mapping[str, Any], data: Any, dp_group: Any = None
@@ -76,11 +78,10 @@ class PearSFTLoss:
                 token_weights = _next_token(_column(data, "token_weights", cu_seqlens), cu_seqlens)
             if self.config.ratio == "reference" or REFERENCE in data:
                 reference = _next_token(_column(data, REFERENCE, cu_seqlens), cu_seqlens)
+            given = (_flat(log_probs).where(mask, 0.0), behavior, mask, cu_seqlens)
+            self._check_alignment(*given, reference_logprobs=reference)
             loss_sum, _, report = loss_of_logprobs(
-                _flat(log_probs).where(mask, 0.0),
-                behavior,
-                mask,
-                cu_seqlens,
+                *given,
                 self.config,
                 reward=reward,
                 token_weights=token_weights,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pear_megatron.alignment_watch import AlignmentWatch
 from pear_megatron.config import PearConfig
 from pear_megatron.data.columns import REFERENCE, require_supported
 from pear_megatron.weights import importance_weights, statistic_names
@@ -36,6 +37,7 @@ class PearLoss:
 
         require_supported(config, "NeMo-RL's loop", carries=(REFERENCE,))
         self.config = config
+        self._check_alignment = AlignmentWatch(config)
         self.use_fused_linear_logprobs = use_fused_linear_logprobs
         self.loss_type = LossType.TOKEN_LEVEL
         self.input_type = LossInputType.LOGPROB
@@ -68,6 +70,7 @@ class PearLoss:
 
         Raises:
             ValueError: no ``behavior_logprobs``, or shapes or dtypes that do not fit.
+            DataError: log-probs that belong to other tokens (see AlignmentWatch).
         """
         from nemo_rl.algorithms.utils import masked_mean
 
@@ -77,13 +80,13 @@ class PearLoss:
         # masked_fill: padding may hold -inf, and 0 * -inf is no number
         logprobs = next_token_logprobs.masked_fill(~mask, 0.0)
         boundaries = torch.arange(rows + 1, dtype=torch.int32, device=mask.device) * length
+        given = (logprobs.flatten(), self._behavior(data), mask.flatten(), boundaries)
+        reference = self._shifted(data, "reference_logprobs")
+        self._check_alignment(*given, reference_logprobs=reference)
         weights, stats = importance_weights(
-            logprobs.flatten(),
-            self._behavior(data),
-            mask.flatten(),
-            boundaries,
+            *given,
             self.config,
-            reference_logprobs=self._shifted(data, "reference_logprobs"),
+            reference_logprobs=reference,
             reward=data.get("reward"),
         )
         coefficient = weights.view(rows, length)
