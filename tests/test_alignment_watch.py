@@ -74,7 +74,9 @@ def test_unrelated_log_probs_are_said_once_and_then_nothing_is_looked_at(
     watch = AlignmentWatch(TOKEN)
     for _ in range(64):
         watch(text_like(800).requires_grad_(), text_like(800), MASK, CU)
-    assert ["have nothing to do with the log-probs of the model" in r.message for r in caplog.records] == [True]
+    assert ["have nothing to do with the log-probs of the model" in r.message for r in caplog.records] == [
+        True
+    ]
     watch(*policies(1), MASK, CU)
 
 
