@@ -45,8 +45,11 @@ inline WeightParams weight_params(int64_t variant, double gamma, int64_t block_s
 // What rounding leaves of log 1 above 0.
 constexpr float kPositiveTolerance = 1e-5f;
 
-// Whether x can be the log-probability of a token that was sampled: not NaN, +-inf or positive.
-PEAR_HOST_DEVICE bool is_logprob(float x) { return -FLT_MAX <= x && x <= kPositiveTolerance; }
+// Below it no token was ever sampled: engines write -9999 where they have no log-probability.
+constexpr float kLeastLogprob = -1000.0f;
+
+// Whether x can be the log-probability of a token that was sampled: not NaN, +-inf, positive or a sentinel.
+PEAR_HOST_DEVICE bool is_logprob(float x) { return kLeastLogprob <= x && x <= kPositiveTolerance; }
 
 // Comparisons with NaN are false, so NaN passes through and stays visible.
 PEAR_HOST_DEVICE double clip(double x, double low, double high) {

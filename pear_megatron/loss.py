@@ -12,9 +12,12 @@ from torch import Tensor
 
 from pear_megatron.config import PearConfig
 from pear_megatron.ops.arguments import (
+    POSITIVE_TOLERANCE,
     require_alike,
     require_behavior,
     require_config,
+    require_everywhere,
+    require_fine,
     require_mask,
     require_tensors,
 )
@@ -64,6 +67,8 @@ def _check_arguments(
         has_reward=reward is not None,
     )
     require_alike(mask, behavior_logprobs=behavior_logprobs, reference_logprobs=reference_logprobs)
+    if isinstance(reward, Tensor):
+        require_alike(mask, reward=reward)
     if normalization not in get_args(Normalization):
         raise ValueError(f"normalization must be 'token' or 'trajectory', got {normalization!r}")
 
@@ -94,6 +99,7 @@ def topk_of(
 
 
 def _check_mass(ids: Tensor, logprobs: Tensor, mask: Tensor) -> None:
+    require_tensors(**{"behavior_topk[0]": ids, "behavior_topk[1]": logprobs})
     if logprobs.shape != ids.shape or ids.shape[:-1].numel() != mask.numel():
         return  # said by the op
     k = ids.shape[-1]
@@ -105,6 +111,38 @@ def _check_mass(ids: Tensor, logprobs: Tensor, mask: Tensor) -> None:
             f"behavior_topk at token {token}: its probabilities add up to {float(mass[token]):.6g}; log-probs must be "
             "normalised over the whole vocabulary"
         )
+
+
+def _check_statistics(
+    config: PearConfig, mask: Tensor, logprob: Tensor, kl: Tensor | None, entropy: Tensor | None
+) -> None:
+    """What loss_of_logprobs is given of each token: all that the config asks for, aligned with the mask."""
+    for name, x, asked, setting in (
+        ("kl", kl, config.base_loss == "kl", f"base_loss {config.base_loss!r}"),
+        ("entropy", entropy, config.needs_entropy, "report_entropy or entropy_power"),
+    ):
+        if asked and x is None:
+            raise ValueError(f"{setting} needs {name}, a number per token; give it, or leave the setting out")
+        if not asked and x is not None:
+            raise ValueError(f"{name} is given and the config does not ask for it; leave it out")
+    require_alike(mask, logprob=logprob, kl=kl, entropy=entropy)
+    require_fine("logprob", logprob)
+    positive = (logprob.detach() > POSITIVE_TOLERANCE).reshape(-1) & mask.reshape(-1)
+    require_everywhere(positive.logical_not(), "logprob", "positive on a decision: give log p, not -log p")
+
+
+def _check_rows(mask: Tensor, cu: Tensor, cp_size: int) -> None:
+    """In [B, S] every row begins a trajectory: one that ran over its end would be weighed by another row's tokens."""
+    if mask.dim() != 2 or torch.compiler.is_compiling():
+        return
+    rows, length = mask.shape
+    begins = torch.arange(1, rows, dtype=cu.dtype, device=cu.device) * length * cp_size
+    require_everywhere(
+        torch.isin(begins, cu),
+        "cu_seqlens",
+        f"not at the beginnings of all {rows} rows of {length} tokens: give [B, S] tensors with every row's end "
+        "among the boundaries, and Megatron's [S, B] transposed",
+    )
 
 
 def _checked_token_weights(token_weights: Tensor, mask: Tensor) -> Tensor:
@@ -120,8 +158,8 @@ def _checked_token_weights(token_weights: Tensor, mask: Tensor) -> Tensor:
     factor = token_weights.detach().float().reshape(-1)
     factor = factor.where(mask.reshape(-1), 0.0)
     finite = factor.isfinite()
-    if factor.is_cuda:  # without waiting for the device
-        torch._assert_async(finite.all(), "token_weights are not finite on a decision")
+    if factor.is_cuda:
+        require_everywhere(finite, "token_weights", "not finite on a decision")
     elif not finite.all():
         bad = (~finite).nonzero().flatten()
         raise ValueError(
@@ -333,10 +371,10 @@ def loss_of_logprobs(
     num_sources: int = 0,
     cp_group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What pear_loss does once it has what the logits say of each token, in [T] or [B, S] float32 and 0 off the mask.
+    """What pear_loss does once it has what the logits say of each token, in [T] or [B, S] float32.
 
     Args:
-        logprob: log-probabilities, differentiable.
+        logprob: log-probabilities, differentiable; anything off the mask, and so are kl and entropy.
         kl: the divergences of ``base_loss: kl``, differentiable; without it None.
         entropy: of the target policy, without a gradient; None where the config does not ask for it.
         behavior_logprobs, mask, cu_seqlens, config, reward, token_weights, reference_logprobs, normalization,
@@ -344,16 +382,33 @@ def loss_of_logprobs(
 
     Returns:
         loss_sum, num_tokens, report: as pear_loss.
+
+    Raises:
+        ValueError, TypeError: as pear_loss; log-probabilities of 16 bits, or positive on a decision; a kl or an
+            entropy that the config does not ask for, or none where it does.
     """
     _check_arguments(
         config, behavior_logprobs, reference_logprobs, reward, mask, normalization, logprob=logprob
     )
+    _check_statistics(config, mask, logprob, kl, entropy)
     if (source is None) != (not num_sources):
         raise ValueError(
             f"source and num_sources go together (source is {'None' if source is None else 'given'}, num_sources is "
             f"{num_sources}); give both, or none for a report that does not tell sources apart"
         )
-    logprob = logprob.reshape(-1)  # [T]
+    if source is not None:
+        require_tensors(mask.device, source=source)
+        if source.shape != (cu_seqlens.numel() - 1,):
+            raise ValueError(
+                f"source has shape {tuple(source.shape)}; give one per trajectory ({cu_seqlens.numel() - 1})"
+            )
+        inside = (source >= 0) & (source < num_sources)
+        require_everywhere(inside, "source", f"no number from 0 to num_sources - 1 = {num_sources - 1}")
+    logprob, kl, entropy = (
+        None if x is None else x.reshape(-1).float().where(mask.reshape(-1), 0.0)
+        for x in (logprob, kl, entropy)
+    )  # [T]
+    assert logprob is not None
     behavior = None if behavior_logprobs is None else behavior_logprobs.reshape(-1)
     decisions = mask.reshape(-1)
     weights, stats, stats_by_source = weights_and_statistics(
@@ -364,7 +419,7 @@ def loss_of_logprobs(
         config,
         reference_logprobs=None if reference_logprobs is None else reference_logprobs.reshape(-1),
         reward=reward,
-        entropy=None if entropy is None else entropy.reshape(-1),
+        entropy=entropy,
         cp_group=cp_group,
         source=source,
         num_sources=num_sources,
@@ -372,9 +427,11 @@ def loss_of_logprobs(
 
     cp_size = 1 if cp_group is None else cp_group.size()
     cu = as_cu_seqlens(cu_seqlens, weights.device)
+    _check_rows(mask, cu, cp_size)
     coefficient = weights
     if reward is not None:
-        r = reward_per_token(reward, cu, weights.numel(), cp_size)
+        r = reward_per_token(reward, cu, weights.numel(), cp_size).where(decisions, 0.0)
+        require_everywhere(r.isfinite(), "reward", "not finite on a decision")
         coefficient = weights * torch.where(r < 0, r * config.negative_scale, r)
     if token_weights is not None:
         coefficient = coefficient * _checked_token_weights(token_weights, mask)
@@ -382,16 +439,14 @@ def loss_of_logprobs(
     counted = num_tokens = num_decisions
     if normalization == "trajectory":
         per_trajectory = _decisions_per_trajectory(decisions, cu, cp_group)
-        share = per_trajectory.clamp_min(1).reciprocal()  # int -> float32
+        share = per_trajectory.clamp_min(1).float().reciprocal()
         lengths = cu.diff() // cp_size
         coefficient = coefficient * share.repeat_interleave(lengths, output_size=weights.numel())
         counted = (per_trajectory > 0) & (cp_group is None or cp_group.rank() == 0)  # [segments]
         num_tokens = counted.sum(dtype=torch.int32)
     base = -logprob
     if config.base_loss == "kl":
-        if kl is None:
-            raise ValueError("base_loss 'kl' needs kl, the divergences of the tokens; 'nll' does without")
-        kl = kl.reshape(-1)
+        assert kl is not None
         if config.dft_power:  # of the NLL alone
             initial = None if reference_logprobs is None else reference_logprobs.reshape(-1)
             base = dft_factor(logprob, initial, config).where(decisions, 0.0) * base
@@ -402,7 +457,7 @@ def loss_of_logprobs(
     if kl is not None:
         per_token["kl"] = kl.detach()
     if entropy is not None:
-        per_token["pear/entropy"] = entropy.reshape(-1)
+        per_token["pear/entropy"] = entropy.detach()
     counts = num_decisions.float()
     report = {name: torch.stack([value.sum(), counts]) for name, value in per_token.items()}
     report["loss"] = torch.stack([loss_sum.detach(), num_tokens.float()])

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from pear_megatron.config import PearConfig
 from pear_megatron.ops.arguments import (
+    LEAST_LOGPROB,
     require_behavior,
     require_config,
+    require_fine,
     require_mask,
     require_sampled,
     require_tensors,
@@ -109,7 +111,7 @@ def importance_weights(
 
 
 def reward_per_token(reward: Tensor, cu_seqlens: Tensor, tokens: int, cp_size: int) -> Tensor:
-    """[segments] or [T] -> [T] float32, of this rank's tokens.
+    """[segments], [T] or [B, S] -> [T] float32, of this rank's tokens.
 
     Raises:
         TypeError: it is no tensor.
@@ -167,6 +169,7 @@ def weights_and_statistics(
         reference_logprobs=reference_logprobs,
         has_reward=reward is not None,
     )
+    require_fine("logprobs", logprobs)
     tensors = {"behavior_logprobs": behavior_logprobs, "mask": mask, "reference_logprobs": reference_logprobs}
     for name, x in tensors.items():
         if logprobs.dim() != 1 or (x is not None and x.shape != logprobs.shape):
@@ -180,7 +183,7 @@ def weights_and_statistics(
     against_reference = config.ratio == "reference"  # then they are there
     base = reference_logprobs if against_reference else behavior_logprobs
     if base is None:  # the weights are 1; NaN of a diverged model is no bad data
-        base = lp.nan_to_num(nan=0.0).clamp_max(0.0)
+        base = lp.nan_to_num(nan=0.0).clamp(LEAST_LOGPROB, 0.0)
     base = base.float().contiguous()
 
     ranks = 1 if cp_group is None else cp_group.size()

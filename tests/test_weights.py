@@ -186,7 +186,7 @@ def test_one_block_for_all_weighs_one():
 @pytest.mark.parametrize("variant", ["token", "block", "sequence"])
 def test_nothing_overflows_in_long_trajectories_with_huge_ratios(variant, clip, sign):
     n = 20_000
-    lp, lb = torch.full((n,), -1e4), torch.zeros(n)
+    lp, lb = torch.full((n,), -1e3), torch.zeros(n)
     if sign > 0:
         lp, lb = lb, lp
     config = PearConfig(variant=variant, log_ratio_clip=clip)

@@ -23,6 +23,7 @@ _WAYS_OUT = {
         "settings out",
     ),
 }
+_LEAST_LOGPROB = -1000.0  # below it no token was ever sampled: engines write -9999 where they have none
 _POSITIVE_TOLERANCE = 1e-5  # what rounding leaves of log 1; such values become 0
 _MIN_DECISIONS_TO_SUSPECT_ZEROS = 4
 _MIN_VALUES_TO_SUSPECT_HALF = 16
@@ -66,6 +67,13 @@ def read_logprobs(
         i = bad[0]
         shown = "null on a decision" if nulls[i] else f"{values[i]}, not finite"
         raise RowProblem(f"{name}[{i}] = {shown}; drop the row, or score it again")
+    absent = np.flatnonzero((logprobs < _LEAST_LOGPROB) & mask)
+    if len(absent):
+        i = absent[0]
+        raise RowProblem(
+            f"{name}[{i}] = {values[i]:g}, which engines write where they have no log-probability; drop the row, or "
+            "score it again"
+        )
     positive = np.flatnonzero((logprobs > _POSITIVE_TOLERANCE) & mask)
     if len(positive):
         i = positive[0]

@@ -11,7 +11,9 @@ from torch import Tensor
 from pear_megatron.config import PearConfig
 
 # What rounding leaves of log 1 above 0, as in csrc/weights_math.h.
-_POSITIVE_TOLERANCE = 1e-5
+POSITIVE_TOLERANCE = 1e-5
+# Below it no token was ever sampled: engines write -9999 where they have no log-probability. As there, too.
+LEAST_LOGPROB = -1000.0
 
 
 def require_tensors(device: torch.device | None = None, /, **values: Any) -> None:
@@ -25,6 +27,11 @@ def require_tensors(device: torch.device | None = None, /, **values: Any) -> Non
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{name} must be a tensor, got {type(value).__name__}; give torch.as_tensor({name})"
+            )
+        if hasattr(value, "to_local"):
+            raise TypeError(
+                f"{name} is a DTensor, whose parts the ops do not know; give {name}.to_local(), with tp_group where "
+                f"the vocabulary is split, or {name}.full_tensor()"
             )
         if device is not None and value.device != device:
             raise ValueError(
@@ -41,7 +48,10 @@ def require_mask(mask: Any, device: torch.device) -> None:
     """
     require_tensors(device, mask=mask)
     if mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool (True on decisions), got {mask.dtype}; give mask.bool()")
+        raise ValueError(
+            f"mask must be bool (True on decisions), got {mask.dtype}; give mask.bool(), and weights of tokens as "
+            "token_weights"
+        )
 
 
 def require_behavior(
@@ -95,13 +105,34 @@ def require_alike(mask: Tensor, **values: Tensor | None) -> None:
             )
 
 
-def _require_logprobs(name: str, logprobs: Any, device: torch.device, whose: str) -> None:
-    require_tensors(device, **{name: logprobs})
+def require_everywhere(good: Tensor, name: str, otherwise: str) -> None:
+    """``good`` must be True everywhere; ``otherwise`` says what ``name`` is where it is not.
+
+    Raises:
+        ValueError: it is not; on CUDA a device-side assertion, without waiting for the device.
+    """
+    if good.is_cuda:
+        torch._assert_async(good.all(), f"{name}: {otherwise}")
+    elif not torch.compiler.is_compiling() and not good.all():
+        raise ValueError(f"{name}: {otherwise} ({int((~good).sum())} of {good.numel()})")
+
+
+def require_fine(name: str, logprobs: Tensor) -> None:
+    """Log-probs must be float32 or float64.
+
+    Raises:
+        ValueError: another dtype.
+    """
     if logprobs.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{name} are {str(logprobs.dtype).removeprefix('torch.')}, which is too coarse for ratios clipped "
-            "at -0.08 and 0.3; store them as float32"
+            "at -0.08 and 0.3; compute and store them as float32"
         )
+
+
+def _require_logprobs(name: str, logprobs: Any, device: torch.device, whose: str) -> None:
+    require_tensors(device, **{name: logprobs})
+    require_fine(name, logprobs)
     if logprobs.requires_grad:
         raise ValueError(
             f"{name} require a gradient, but {whose} is fixed: they are what the data "
@@ -115,9 +146,9 @@ def require_sampled(name: str, logprobs: Tensor, mask: Tensor) -> None:
     Raises:
         ValueError: they are not; on CUDA a device-side assertion.
     """
-    good = ((logprobs >= torch.finfo(torch.float32).min) & (logprobs <= _POSITIVE_TOLERANCE)) | ~mask
+    good = ((logprobs >= LEAST_LOGPROB) & (logprobs <= POSITIVE_TOLERANCE)) | ~mask
     if good.is_cuda:  # without waiting for the device
-        torch._assert_async(good.all(), f"{name} are NaN, infinite or positive on a decision")
+        torch._assert_async(good.all(), f"{name} are NaN, infinite, below -1000 or positive on a decision")
     elif not good.all():
         bad = (~good).nonzero().flatten()
         raise ValueError(
