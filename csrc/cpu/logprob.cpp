@@ -205,7 +205,8 @@ void forward_rows(const Tensor& logits, const Tensor& target, const OptionalTens
   });
   TORCH_CHECK_INDEX(bad_row == rows, "target ", targets[bad_row], " at token ", bad_row.load(),
                     " is outside the vocabulary of ", vocab_size,
-                    "; mask out tokens that are not to be scored");
+                    "; mask out tokens that are not to be scored, or give the model's vocab_size "
+                    "(added tokens count: len(tokenizer))");
 }
 
 }  // namespace

@@ -82,7 +82,7 @@ def forward_step(args: argparse.Namespace) -> PearForwardStep:
             option = f"--{name}".replace("_", "-")
             wanted = f"{option} {needed}" if isinstance(needed, str) else option
             raise RecipeError(f"PEAR needs {wanted if needed else f'no {option}'}: {why}")
-    flat = args.transformer_impl == "transformer_engine" and args.bf16
+    flat = args.transformer_impl != "local" and (args.bf16 or args.fp16)
     if flat and args.micro_batch_size != 1:
         raise RecipeError(
             f"--micro-batch-size {args.micro_batch_size}: Transformer Engine takes a packed micro-batch as a single "

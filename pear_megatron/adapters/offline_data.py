@@ -19,22 +19,22 @@ from pear_megatron.data import (
     prepare_everywhere,
     require_files,
 )
-from pear_megatron.data.columns import NO_COLUMNS, Columns
+from pear_megatron.data.columns import Columns
 from pear_megatron.errors import RecipeError
 
 log = logging.getLogger("pear_megatron")
 
 
 def open_trajectories(
-    config: DataConfig, *, needs_logprobs: bool, vocab_size: int, columns: Columns = NO_COLUMNS
+    config: DataConfig, *, needs_logprobs: bool, vocab_size: int, columns: Columns
 ) -> TrajectoryDataset:
     """Prepares the files on rank 0 and opens them on every rank; every rank calls it.
 
     Args:
         config: the files, the row length and where the prepared trajectories are kept.
-        needs_logprobs: False for plain SFT.
+        needs_logprobs: False for plain SFT: ``needs_behavior_logprobs(pear)``.
         vocab_size: real tokens of the model.
-        columns: what else of the rows is read.
+        columns: what else of the rows is read: ``Columns.of(pear)``.
 
     Raises:
         DataError: what is wrong with the data, by file and line; on every rank.

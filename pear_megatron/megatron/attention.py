@@ -79,6 +79,48 @@ def check_attention(parallel: ParallelConfig, train: TrainConfig) -> None:
             )
 
 
+def check_rows_stay_apart(model: torch.nn.Module, packed: str) -> None:
+    """Whether the attention that a model was built with keeps packed trajectories apart as the forward step asks.
+
+    Args:
+        model: a chunk of it.
+        packed: ``mask`` or ``thd`` (PearForwardStep's ``packed_attention``).
+
+    Raises:
+        RecipeError: attention that does not look at the mask (Transformer Engine's, a sliding window, the fused causal
+            softmax), or local attention, which takes no THD.
+    """
+    from megatron.core.utils import get_model_config
+
+    config = get_model_config(model)
+    kinds = {type(m).__name__ for m in model.modules() if "DotProductAttention" in type(m).__name__}
+    if packed == "thd":
+        if "DotProductAttention" in kinds:
+            raise RecipeError(
+                "the model has Megatron's local attention, which takes no packed rows (THD): use "
+                "packed_attention='mask' (transformer_impl local), or a layer spec with Transformer Engine"
+            )
+        return
+    reason = None
+    if any(kind.startswith("TE") for kind in kinds):
+        reason = (
+            "the model has Transformer Engine's attention: use packed_attention='thd' in bf16 or fp16 "
+            "(transformer_impl transformer_engine), or Megatron's local layer spec"
+        )
+    elif getattr(config, "window_size", None) is not None:
+        reason = (
+            f"Megatron's local attention puts a mask of its own in its place for window_size {config.window_size}: use "
+            "Transformer Engine's layer spec with packed_attention='thd', or no window"
+        )
+    elif config.masked_softmax_fusion and (config.bf16 or config.fp16):
+        reason = (
+            "the fused causal softmax takes none: set masked_softmax_fusion false (Megatron-LM: "
+            "--no-masked-softmax-fusion)"
+        )
+    if reason:
+        raise RecipeError(f"the mask between packed trajectories would not be looked at; {reason}")
+
+
 def layer_spec(
     train: TrainConfig, *, normalization: str, qk_layernorm: bool, num_experts: int | None = None
 ) -> Any:

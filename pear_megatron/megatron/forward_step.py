@@ -20,12 +20,14 @@ from pear_megatron.config import PearConfig
 from pear_megatron.data.batches import PackedBatch
 from pear_megatron.errors import RecipeError
 from pear_megatron.loss import Normalization, loss_of_logprobs, topk_of
-from pear_megatron.megatron.model import wraps_precision
+from pear_megatron.megatron.attention import check_rows_stay_apart
+from pear_megatron.megatron.model import unwrap, wraps_precision
 from pear_megatron.megatron.output_chunks import (
     require_output_processor,
     statistics_in_chunks,
     supports_output_processor,
 )
+from pear_megatron.ops.arguments import require_config
 from pear_megatron.ops.statistics import TokenStatistics, vocab_parallel_statistics
 from pear_megatron.report import ReportWatch
 
@@ -57,6 +59,12 @@ def _speaks(tp_group: torch.distributed.ProcessGroup) -> bool:
     return first and tp_group.rank() == 0
 
 
+def _gathers(model: Any) -> bool:
+    """Whether the output layer puts the vocabulary's parts together; False on a stage without one."""
+    layer = getattr(unwrap(model), "output_layer", None)
+    return bool(getattr(layer, "gather_output", False)) or not getattr(unwrap(model), "parallel_output", True)
+
+
 class PearForwardStep:
     """``forward_step_func`` for Megatron-Core's schedules, under ``calculate_per_token_loss=True``.
 
@@ -66,8 +74,9 @@ class PearForwardStep:
         tp_group: tensor-parallel group of the model; None = what the model says when the first batch comes.
         cp_group: ranks that share each sequence in zigzag chunks; the batches are this rank's shards. None =
             what the model says.
-        packed_attention: ``mask`` gives the model a block-diagonal attention mask (any layer spec);
-            ``thd`` gives Transformer Engine ``PackedSeqParams`` and one flat row of tokens.
+        packed_attention: how trajectories of a row stay apart. ``mask`` gives the model a block-diagonal attention
+            mask, which Megatron's local layer spec looks at; ``thd`` gives ``PackedSeqParams`` and one flat row of
+            tokens: for Transformer Engine's layer spec. A model that would not heed it is refused.
         use_output_processor: None = where mcore has it.
         normalization: what the loss is divided by, see pear_loss.
         num_sources: the report tells so many sources of the batches apart; 0 = none.
@@ -79,7 +88,7 @@ class PearForwardStep:
             AlignmentWatch): for loops that do not look before they start.
 
     Raises:
-        ValueError: output_chunk_tokens without the output processor.
+        ValueError, TypeError: output_chunk_tokens without the output processor; arguments of another kind.
         DataError: when called, where check_alignment finds a shift.
         RecipeError: when called: output_chunk_tokens with a model that it does not work with, or a model
             whose config does not say ``calculate_per_token_loss``; ``base_loss: kl`` with data without a top-k.
@@ -100,6 +109,9 @@ class PearForwardStep:
         watch: bool = False,
         check_alignment: bool = False,
     ) -> None:
+        require_config(config)
+        if packed_attention not in ("mask", "thd"):
+            raise ValueError(f"packed_attention must be 'mask' or 'thd', got {packed_attention!r}")
         if output_chunk_tokens is not None and use_output_processor is False:
             raise ValueError(
                 "output_chunk_tokens works through the output processor; leave one of the two out"
@@ -127,6 +139,11 @@ class PearForwardStep:
         plan stands for the output.
         """
         batch = next(data_iterator)
+        if not isinstance(batch, PackedBatch):
+            raise TypeError(
+                "the data iterator must yield PackedBatch (pear_megatron.data.collate makes them), got "
+                f"{type(batch).__name__}"
+            )
         if not self._met:
             self._meet(model)
         if self.config.base_loss == "kl" and batch.behavior_topk is None:
@@ -176,9 +193,15 @@ class PearForwardStep:
                 "the model's config has calculate_per_token_loss false: every micro-batch would count alike, however "
                 "few decisions it holds; set it to true (Megatron-LM: --calculate-per-token-loss)"
             )
+        check_rows_stay_apart(model, self.packed_attention)
         tp_group, cp_group = _groups_of(model)
         self.tp_group = tp_group if self.tp_group is None else self.tp_group
         self.cp_group = cp_group if self.cp_group is None else self.cp_group
+        if self.tp_group.size() > 1 and _gathers(model):
+            raise RecipeError(
+                "the model gathers its logits (parallel_output False): every rank would hold all of the vocabulary, "
+                "and only the first one's part of the output layer would train; build it with parallel_output True"
+            )
         shared, cp_size = (
             1 if self.cp_group is None else self.cp_group.size(),
             model_config.context_parallel_size,

@@ -79,6 +79,9 @@ class RowLayout:
         return permuted.permute([self.order.index(d) for d in range(len(self.order))])
 
 
+_PADDING = 128  # Megatron pads the vocabulary to a multiple of this on every rank
+
+
 def vocab_shard(
     local: int, vocab_size: int | None, tp_group: torch.distributed.ProcessGroup | None, what: str
 ) -> tuple[int, int]:
@@ -93,6 +96,11 @@ def vocab_shard(
     elif not 0 < vocab_size <= local * ranks:
         raise ValueError(
             f"vocab_size {vocab_size} does not fit: {ranks} rank(s) x {local} {what} hold {local * ranks} ids"
+        )
+    elif ranks > 1 and local >= vocab_size and local * ranks - vocab_size >= _PADDING * ranks:
+        raise ValueError(
+            f"each of the {ranks} ranks has all {vocab_size} tokens in its {local} {what}: with a tp_group they are "
+            "this rank's part of the vocabulary; give that part, or no tp_group"
         )
     return rank * local, vocab_size
 

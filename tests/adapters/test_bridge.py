@@ -114,12 +114,6 @@ def test_data_that_the_adapter_does_not_read_or_blend_are_refused() -> None:
         checks.check(settings(), data(validation=["held-out.parquet"]), None)
 
 
-def test_attention_that_would_not_look_at_the_mask_is_refused() -> None:
-    kind = type("TEDotProductAttention", (), {})
-    with pytest.raises(RecipeError, match="would not look at the mask"):
-        checks.attention_of_model([SimpleNamespace(modules=lambda: [kind()])], "mask")
-
-
 def test_a_data_set_that_would_be_ignored_is_refused() -> None:
     with pytest.raises(RecipeError, match="config.dataset is a SimpleNamespace.*config.dataset = None"):
         bridge.plug_in(SimpleNamespace(dataset=SimpleNamespace()), data=data(), pear=PearConfig())

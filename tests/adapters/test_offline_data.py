@@ -14,7 +14,7 @@ from pear_megatron.adapters import megatron_lm
 from pear_megatron.adapters.offline_data import OfflineBatches, open_trajectories
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig, DataError, TrajectoryDataset
-from pear_megatron.data.columns import Columns
+from pear_megatron.data.columns import NO_COLUMNS, Columns
 from pear_megatron.errors import RecipeError
 from tests.megatron.runs import write_trajectories
 
@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {"seq_length": 128, "global_batch_size": 8, "micro_batch
 @pytest.fixture
 def dataset(tmp_path: Path) -> TrajectoryDataset:
     config = DataConfig(train=[str(write_trajectories(tmp_path / "data.jsonl", 60))], seq_length=128)
-    return open_trajectories(config, needs_logprobs=True, vocab_size=1000)
+    return open_trajectories(config, needs_logprobs=True, vocab_size=1000, columns=NO_COLUMNS)
 
 
 def seen(batches: OfflineBatches, micro_batches: int) -> list[int]:
@@ -100,7 +100,7 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"input_ids": [1, 2], "loss_mask": [0, 1]}\n')
     config = DataConfig(train=[str(tmp_path / "bad.jsonl")], seq_length=128)
     with pytest.raises(DataError, match=r"bad.jsonl:1: missing field 'behavior_logprobs'"):
-        open_trajectories(config, needs_logprobs=True, vocab_size=1000)
+        open_trajectories(config, needs_logprobs=True, vocab_size=1000, columns=NO_COLUMNS)
 
 
 def arguments(*given: str, **megatron: Any) -> argparse.Namespace:
@@ -147,4 +147,4 @@ def test_arguments_that_would_spoil_the_loss_are_refused(megatron: dict[str, Any
 def test_what_only_our_trainer_reads_is_refused(changed: dict[str, Any], message: str) -> None:
     config = DataConfig.model_validate({"seq_length": 64, **changed})
     with pytest.raises(RecipeError, match=message):
-        open_trajectories(config, needs_logprobs=True, vocab_size=1000)
+        open_trajectories(config, needs_logprobs=True, vocab_size=1000, columns=NO_COLUMNS)

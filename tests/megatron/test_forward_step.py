@@ -234,3 +234,89 @@ def rank_kl_by_torch(rank: int, batch: PackedBatch) -> None:
 
 def test_a_kl_step_equals_float64_on_the_models_logits() -> None:
     run_ranks(1, rank_kl_by_torch, with_topk(collate(make_trajectories(), [[0, 1], [2, 3]], SEQ_LENGTH)))
+
+
+def packed_models(rank: int) -> dict[str, str]:
+    """What the forward step says of models under which packed trajectories would see each other."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    from pear_megatron.megatron.forward_step import PearForwardStep
+
+    build(1)
+
+    def said(packed: str = "mask", *, transformer_engine: bool = False, **changed: Any) -> str:
+        settings: dict[str, Any] = {
+            "num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "calculate_per_token_loss": True,
+            "use_cpu_initialization": True, "masked_softmax_fusion": False, "persist_layer_norm": False,
+            "bias_dropout_fusion": False, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+            "gradient_accumulation_fusion": False,
+        }  # fmt: skip
+        config = TransformerConfig(**settings | changed)
+        model = GPTModel(
+            config,
+            get_gpt_layer_local_spec(),
+            vocab_size=384,
+            max_sequence_length=64,
+            position_embedding_type="rope",
+        )
+        if transformer_engine:  # by its name: the package needs a GPU
+            attention = model.decoder.layers[0].self_attention
+            attention.core_attention = type("TEDotProductAttention", (torch.nn.Module,), {})()
+        batch = collate(make_trajectories(), [[0, 1], [2, 3]], SEQ_LENGTH)
+        step = PearForwardStep(PearConfig(variant="none"), vocab_size=300, packed_attention=packed)
+        try:
+            step(iter([batch]), model)
+        except RecipeError as error:
+            return str(error)
+        return "taken"
+
+    return {
+        "local": said(),
+        "window": said(window_size=(8, 0)),
+        "fused": said(masked_softmax_fusion=True, bf16=True, params_dtype=torch.bfloat16),
+        "transformer engine": said(transformer_engine=True),
+        "thd": said("thd"),
+    }
+
+
+def test_attention_under_which_packed_trajectories_see_each_other_is_refused() -> None:
+    (said,) = run_ranks(1, packed_models)
+    assert said["local"] == "taken"
+    for name, reason in (
+        ("window", "window_size (8, 0)"),
+        ("fused", "--no-masked-softmax-fusion"),
+        ("transformer engine", "packed_attention='thd'"),
+    ):
+        assert "the mask between packed trajectories would not be looked at" in said[name]
+        assert reason in said[name]
+    assert "which takes no packed rows (THD)" in said["thd"]
+
+
+def test_arguments_of_another_kind_are_named() -> None:
+    from pear_megatron.megatron.forward_step import PearForwardStep
+
+    with pytest.raises(ValueError, match="packed_attention must be 'mask' or 'thd', got 'Mask'"):
+        PearForwardStep(PearConfig(), vocab_size=300, packed_attention="Mask")
+    with pytest.raises(TypeError, match=r"pass PearConfig\(\*\*config\)"):
+        PearForwardStep({"variant": "token"}, vocab_size=300)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must yield PackedBatch.*got dict"):
+        PearForwardStep(PearConfig(), vocab_size=300)(iter([{"tokens": 1}]), None)  # type: ignore[list-item]
+
+
+def gathered_logits(rank: int) -> str:
+    from pear_megatron.megatron.forward_step import PearForwardStep
+
+    model, _ = build(2)
+    from pear_megatron.megatron.model import unwrap
+
+    unwrap(model).parallel_output = False
+    batch = collate(make_trajectories(), [[0, 1], [2, 3]], SEQ_LENGTH)
+    with pytest.raises(RecipeError, match="the model gathers its logits"):
+        PearForwardStep(PearConfig(), vocab_size=300)(iter([batch]), model)
+    return "refused"
+
+
+def test_a_model_that_gathers_its_logits_is_refused() -> None:
+    assert run_ranks(2, gathered_logits) == ["refused", "refused"]

@@ -31,30 +31,6 @@ def packed_attention(config: Any) -> str:
     return "mask" if local else "thd"
 
 
-def attention_of_model(model: list[Any], packed: str) -> None:
-    """Whether the layers that Bridge built keep trajectories apart in the way that the forward step asks them to.
-
-    Raises:
-        RecipeError: Transformer Engine's attention would not look at the mask, or local attention takes no THD.
-    """
-    kinds = {
-        type(module).__name__
-        for chunk in model
-        for module in chunk.modules()
-        if "DotProductAttention" in type(module).__name__
-    }
-    if packed == "mask" and any(kind.startswith("TE") for kind in kinds):
-        raise RecipeError(
-            "config.model.transformer_impl is local but the model has Transformer Engine's attention, which would "
-            "not look at the mask between packed trajectories; set transformer_impl = 'transformer_engine'"
-        )
-    if packed == "thd" and "DotProductAttention" in kinds:
-        raise RecipeError(
-            "the model has Megatron's local attention, which takes no packed rows (THD); set "
-            "config.model.transformer_impl = 'local', or use a layer spec with Transformer Engine"
-        )
-
-
 def _transformer(model: Any) -> Any:
     """The TransformerConfig: a provider is one, a ModelConfig has one."""
     return getattr(model, "transformer", model)

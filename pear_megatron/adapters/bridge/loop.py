@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pear_megatron.adapters.bridge.checks import attention_of_model, check, packed_attention
+from pear_megatron.adapters.bridge.checks import check, packed_attention
 from pear_megatron.adapters.offline_data import OfflineBatches, open_trajectories
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig
@@ -182,7 +182,6 @@ class Watcher:
         keep_warnings()
         config = context.state.cfg
         check(config, self._plan.data, self._plan.validation)
-        attention_of_model(context.model, self._step.packed_attention)
         self._step.vocab_size = config.model.vocab_size
         self._plan.config, self._plan.consumed = config, context.state.train_state.consumed_train_samples
 

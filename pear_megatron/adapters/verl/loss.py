@@ -131,11 +131,20 @@ def _column(data: Any, name: str, cu_seqlens: Tensor) -> Tensor:
              "pear_megatron.adapters.verl.data.PearDataset does"]
         )  # fmt: skip
     column = data[name]
-    flat = _flat(column)
-    if flat.numel() != int(cu_seqlens[-1]):
+    if not column.is_nested:
         raise DataError(
-            [f"{name} has {flat.numel()} entries for {int(cu_seqlens[-1])} tokens; give one per token"]
+            [f"{name} is a dense {tuple(column.shape)} tensor; give a jagged one, a number per token"]
         )
+    flat = _flat(column)
+    if not torch.equal(
+        column.offsets().diff() if column.lengths() is None else column.lengths(), cu_seqlens.diff()
+    ):
+        raise DataError(
+            [f"{name} has {flat.numel()} entries for {int(cu_seqlens[-1])} tokens, or shares them out among the "
+             "trajectories in another way; give one per token"]
+        )  # fmt: skip
+    if name == "loss_mask" and not ((flat == 0) | (flat == 1)).all():
+        raise DataError(["loss_mask must be 0 or 1; weights of tokens are token_weights"])
     if name == "loss_mask" and flat[cu_seqlens[:-1]].any():
         raise DataError(
             ["loss_mask marks the first token of a trajectory, which nothing predicts: verl would count it among the "
