@@ -48,7 +48,8 @@ constexpr float kPositiveTolerance = 1e-5f;
 // Below it no token was ever sampled: engines write -9999 where they have no log-probability.
 constexpr float kLeastLogprob = -1000.0f;
 
-// Whether x can be the log-probability of a token that was sampled: not NaN, +-inf, positive or a sentinel.
+// Whether x can be the log-probability of a token that was sampled: not NaN, +-inf, positive or a
+// sentinel.
 PEAR_HOST_DEVICE bool is_logprob(float x) { return kLeastLogprob <= x && x <= kPositiveTolerance; }
 
 // Comparisons with NaN are false, so NaN passes through and stays visible.

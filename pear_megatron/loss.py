@@ -131,6 +131,11 @@ def _check_statistics(
     require_everywhere(positive.logical_not(), "logprob", "positive on a decision: give log p, not -log p")
 
 
+def _masked(x: Tensor, mask: Tensor) -> Tensor:
+    """[T] or [B, S] -> [T] float32, 0 off the mask."""
+    return x.reshape(-1).float().where(mask.reshape(-1), 0.0)
+
+
 def _check_rows(mask: Tensor, cu: Tensor, cp_size: int) -> None:
     """In [B, S] every row begins a trajectory: one that ran over its end would be weighed by another row's tokens."""
     if mask.dim() != 2 or torch.compiler.is_compiling():
@@ -404,11 +409,9 @@ def loss_of_logprobs(
             )
         inside = (source >= 0) & (source < num_sources)
         require_everywhere(inside, "source", f"no number from 0 to num_sources - 1 = {num_sources - 1}")
-    logprob, kl, entropy = (
-        None if x is None else x.reshape(-1).float().where(mask.reshape(-1), 0.0)
-        for x in (logprob, kl, entropy)
-    )  # [T]
-    assert logprob is not None
+    logprob = _masked(logprob, mask)  # [T]
+    kl = None if kl is None else _masked(kl, mask)
+    entropy = None if entropy is None else _masked(entropy, mask)
     behavior = None if behavior_logprobs is None else behavior_logprobs.reshape(-1)
     decisions = mask.reshape(-1)
     weights, stats, stats_by_source = weights_and_statistics(

@@ -109,7 +109,8 @@ int64_t weigh(const Trajectory& x, const WeightParams& p, Statistics& stats) {
 const char* why_bad(float behavior_logprob) {
   if (std::isnan(behavior_logprob)) return "as if it had never been filled in";
   if (behavior_logprob > 0) return "so it is no log-probability (store log p, not p, not -log p)";
-  if (std::isfinite(behavior_logprob)) return "which engines write where they have no log-probability";
+  if (std::isfinite(behavior_logprob))
+    return "which engines write where they have no log-probability";
   return "so the behaviour policy cannot have sampled that token";
 }
 
