@@ -117,16 +117,27 @@ def expected(folder: Path, pear: PearConfig = PEAR) -> list[dict[str, float]]:
     return steps
 
 
-def assert_same(log: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
+def assert_same(log: list[dict[str, float]], wanted: list[dict[str, float]], within: float = 1e-4) -> None:
     steps = [entry for entry in log if "loss" in entry]
     assert len(steps) == len(wanted)
     for step, want in zip(steps, wanted, strict=True):
-        assert {name: step[name] for name in want} == pytest.approx(want, rel=1e-4, abs=1e-5)
+        assert {name: step[name] for name in want} == pytest.approx(want, rel=within, abs=within / 10)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_it_trains_as_the_loss_says(folder: Path, tmp_path: Path, processes: int) -> None:
     assert_same(train(folder, tmp_path / "run", processes=processes), expected(folder))
+
+
+def test_mixed_precision_and_recomputation_stay_within_rounding(folder: Path, tmp_path: Path) -> None:
+    log = train(folder, tmp_path / "run", "--bf16", "--gradient_checkpointing")
+    kept = (
+        "loss",
+        "nll",
+        "grad_norm",
+        "pear/weight",
+    )  # shares of decisions at a bound move by whole decisions
+    assert_same(log, [{name: step[name] for name in kept} for step in expected(folder)], within=5e-3)
 
 
 def test_plain_sft_is_the_trainers_own_loss(folder: Path, tmp_path: Path) -> None:
