@@ -141,6 +141,7 @@ class Progress:
         self._interactive = console.is_terminal
 
     def __enter__(self) -> Progress:
+        now(f"{self._title} 0/{self._total}")
         self._bar.start()
         return self
 

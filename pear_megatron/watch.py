@@ -94,6 +94,8 @@ def now(what: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """``42 s``, or ``1 h 7 min``."""
+    """``42 s``, ``5 min`` or ``1 h 7 min``."""
     minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 60:
+        return f"{seconds:.0f} s" if seconds < 59.5 else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -20,7 +20,7 @@ def test_without_a_terminal_a_log_line_says_speed_and_time_left(
         for _ in range(3):
             advance(1_000)
     assert [record.getMessage() for record in caplog.records] == [
-        "scored 4,000 of 20,000 tokens, 100 tokens/s, 0 h 3 min left"
+        "scored 4,000 of 20,000 tokens, 100 tokens/s, 3 min left"
     ]
 
 

@@ -94,6 +94,8 @@ def run_stage(
         lines = log.read_bytes()[earlier:].decode(errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("error: ")]
         said = errors[-1:] or lines[-_LINES:]
+        if 255 in codes and not errors:
+            said.append("(exit code 255: the process that forks the stages was killed; is memory short?)")
         raise StageError(f"{log.stem} failed (exit codes {codes}); {log} ends with:\n" + "\n".join(said))
 
 

@@ -137,7 +137,7 @@ def collate(
         multiple: every segment is padded, at its end, to a multiple of this.
 
     Raises:
-        ValueError: a row holds more than ``seq_length`` positions.
+        ValueError: a row holds more than ``seq_length`` positions, or a trajectory's arrays differ in length.
     """
     shape = (len(rows), seq_length)
     tokens = np.zeros(shape, dtype=np.int64)
@@ -154,6 +154,12 @@ def collate(
         for index in row:
             trajectory = trajectories[index]
             n = len(trajectory.input_ids) - 1
+            for name in ("loss_mask", "behavior_logprobs"):
+                if len(getattr(trajectory, name)) != n + 1:
+                    raise ValueError(
+                        f"trajectory {trajectory.id}: {name} has {len(getattr(trajectory, name))} entries and "
+                        f"input_ids {n + 1}; give one per token of the whole trajectory, prompt included"
+                    )
             padded = -(-n // multiple) * multiple
             if start + padded > seq_length:
                 raise ValueError(f"row {list(row)} takes more than seq_length = {seq_length} positions")

@@ -243,7 +243,7 @@ class PearForwardStep:
 
     def loss_of_statistics(self, found: TokenStatistics, batch: PackedBatch) -> LossOutput:
         """The same from what is [B, S] or [B * S] each, 0 off the mask."""
-        given = (found.logprob, batch.behavior_logprobs, batch.loss_mask, batch.cu_seqlens)
+        given = (found.logprob, batch.behavior_logprobs, batch.loss_mask.view(-1), batch.cu_seqlens)
         if self._alignment is not None:
             self._alignment(*given, reference_logprobs=batch.reference_logprobs)
         output = loss_of_logprobs(

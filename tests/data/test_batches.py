@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -164,3 +165,10 @@ def test_batch_moves_to_a_device() -> None:
     batch = collate([make(0, 4)], [[0]], seq_length=4).to("meta")
     assert batch.tokens.device.type == "meta"
     assert batch.max_seqlen == 3
+
+
+def test_arrays_of_another_length_are_named() -> None:
+    row = make(0, 5)
+    short = replace(row, behavior_logprobs=row.behavior_logprobs[1:])
+    with pytest.raises(ValueError, match="behavior_logprobs has 4 entries and input_ids 5; give one per token"):
+        collate([short], [[0]], 8)
