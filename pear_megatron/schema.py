@@ -48,9 +48,12 @@ class StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _suggest_for_unknown_keys(cls, values: Any) -> Any:
-        for key in values if isinstance(values, dict) else ():
+        for key, value in values.items() if isinstance(values, dict) else ():
             if key not in cls.model_fields:
                 raise UnknownKey(cls, key)
+            kinds = {cls.model_fields[key].annotation, *get_args(cls.model_fields[key].annotation)}
+            if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"{key} is a number, and {str(value).lower()} is none")
         return values
 
 
@@ -120,6 +123,8 @@ def describe(error: ValidationError, what: str = "recipe", root: type[BaseModel]
             message = str(UnknownKey(unknown.model, unknown.key, root))
         if problem["type"] == "missing":
             message = "this key is required"
+        if problem["type"] == "tuple_type":
+            message = "give a list, as [low,high]"
         shown = problem["type"] not in ("missing", "value_error")
         lines.append(f"{where or what}: {message}" + (f" (got {problem['input']!r})" if shown else ""))
     return "; ".join(lines)

@@ -6,8 +6,10 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,19 +72,45 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
-    """Refuses an output folder that holds something, unless it may be overwritten.
+def check_output(path: Path, *, source: Path, overwrite: bool) -> None:
+    """Refuses an output folder that holds something, unless it is an earlier output that may be overwritten.
+
+    Args:
+        path: the folder to write.
+        source: what it is made from, which must outlive it.
+        overwrite: an earlier output may be replaced.
 
     Raises:
-        RecipeError: it is there, or is no folder.
+        RecipeError: it is there, or is no folder, or the source would go with it.
     """
     if path.exists() and not path.is_dir():
         raise RecipeError(f"--output {path} is a file; name a new folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    here, there = path.resolve(), source.resolve()
+    checkpoints = ((folder / "metadata.json").is_file() for folder in (here, *here.parents))
+    if here == there or here in there.parents or any(checkpoints):
+        raise RecipeError(
+            f"--output {path} holds {source}, or is a checkpoint: writing it would remove what it is made from; name "
+            "a new folder"
+        )
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if names and not overwrite:
         raise RecipeError(
             f"--output {path} is not empty; name a new folder (readers like NeMo-RL cache by path), or replace it "
             "with --overwrite"
         )
+    if names and not _is_output(path, names):
+        raise RecipeError(
+            f"--output {path} holds more than an earlier export or conversion ({', '.join(names[:4])}, ...), and all "
+            "of it would be gone; remove it yourself, or name a new folder"
+        )
+
+
+def _is_output(path: Path, names: Sequence[str]) -> bool:
+    """Whether a folder is what export or convert wrote: no run, and no folders of others."""
+    if "model.yaml" in names:
+        return "config.yaml" not in names and "iter_0000000" in names
+    exported = "config.json" in names or "adapter_config.json" in names
+    return exported and not any((path / name).is_dir() for name in names)
 
 
 def partial_of(path: Path) -> Path:
@@ -101,23 +129,39 @@ def publish(path: Path) -> None:
 
 
 @contextmanager
-def lock(folder: Path, *, wait: bool) -> Iterator[None]:
+def lock(
+    folder: Path, what: str = "", *, other: str = "--output", patience: float = math.inf
+) -> Iterator[None]:
     """Holds a folder; the end of the process lets go of it, however it came. Without effect where the file
     system has no locks.
 
+    Args:
+        folder: it is made if it is not there.
+        what: whose work it is, for the message.
+        other: what the user may choose another folder by, for the message.
+        patience: seconds to wait for another process, which may be one that was killed and ends now.
+
     Raises:
-        PearError: another process holds it, and ``wait`` is False.
+        PearError: another process holds it for longer.
+        OSError: it cannot be made, or is no folder.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise PearError(
-                f"another pear-megatron compare is at work in {folder}; wait for it, or choose another output_dir"
-            ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise PearError(
+                        f"another {what} is at work in {folder}; wait for it, or choose another {other}"
+                    ) from error
+                time.sleep(0.1)
+                continue
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+            break
         yield
 
 
@@ -163,6 +207,14 @@ def check_same_settings(
     """
     changed = [key for key in differing_keys(old, new) if not key.startswith(may_change)]
     if changed:
-        raise RecipeError(
-            f"{folder} holds a run with other settings ({', '.join(changed)} differ); {way_out}"
-        )
+        shown = (f"{key} {_value(old, key)} -> {_value(new, key)}" for key in changed)
+        raise RecipeError(f"{folder} holds a run with other settings: {', '.join(shown)}; {way_out}")
+
+
+def _value(settings: Mapping[str, Any], key: str) -> str:
+    """What a dotted key holds, for people; ``-`` where it is not there."""
+    value: Any = settings
+    for name in key.split("."):
+        value = value.get(name, "-") if isinstance(value, Mapping) else "-"
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -33,7 +33,7 @@ def convert(
     from pear_megatron.recipe.hf_config import UnsupportedArchitecture, model_keys
     from pear_megatron.storage import check_output
 
-    check_output(output, overwrite=overwrite)
+    check_output(output, source=hf, overwrite=overwrite)
     try:
         model_keys(hf)
     except UnsupportedArchitecture as reason:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 from collections.abc import Callable
 from typing import ParamSpec
@@ -12,6 +13,9 @@ from pear_megatron.errors import PearError
 from pear_megatron.ranks import report_error
 from pear_megatron.watch import working
 
+_OF_THE_USER = (
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG
+)  # fmt: skip
 _Arguments = ParamSpec("_Arguments")
 
 
@@ -27,6 +31,13 @@ def say_errors(command: Callable[_Arguments, None]) -> Callable[_Arguments, None
                 command(*args, **options)
         except (PearError, ImportError) as error:
             report_error(error)
+            raise typer.Exit(1) from error
+        except OSError as error:
+            if error.filename is None or error.errno not in _OF_THE_USER:
+                raise
+            report_error(
+                PearError(f"{error.filename}: {error.strerror}; name another place, or make room there")
+            )
             raise typer.Exit(1) from error
 
     return run

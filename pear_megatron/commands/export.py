@@ -41,7 +41,7 @@ def export(
     from pear_megatron.ranks import ensure_ranks, is_main
     from pear_megatron.storage import check_output
 
-    check_output(output, overwrite=overwrite)
+    check_output(output, source=checkpoint, overwrite=overwrite)
     if hf is not None:
         from pear_megatron.hf.bridge import export_with_bridge
 
@@ -50,7 +50,8 @@ def export(
     if adapter:
         from pear_megatron.megatron.checkpoint.export import export_adapters
 
-        export_adapters(checkpoint, output)
+        exported = export_adapters(checkpoint, output)
+        print(_said(exported))
         print(f"{output}: open it with peft.PeftModel.from_pretrained, or with load_adapter of the model")
         return
     ensure_ranks(tensor_parallel * pipeline_parallel)
@@ -62,11 +63,25 @@ def export(
     if "WORLD_SIZE" in os.environ:
         torch.distributed.init_process_group("gloo")
     try:
-        export_checkpoint(checkpoint, output, precision=dtype, max_shard_size=parse_size(max_shard_size))
+        exported = export_checkpoint(
+            checkpoint, output, precision=dtype, max_shard_size=parse_size(max_shard_size)
+        )
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     if is_main():
+        print(_said(exported))
         print(
             f"{output}: open it with AutoModelForCausalLM.from_pretrained, or as policy.model_name of NeMo-RL"
         )
+
+
+def _said(exported: Path) -> str:
+    """Which checkpoint was exported, and whether there is a better one."""
+    from pear_megatron.megatron.checkpoint.paths import best_step, checkpoint_path
+
+    folder = exported.resolve()
+    best = best_step(folder.parent)
+    other = best is not None and checkpoint_path(folder.parent, best).name != folder.name
+    hint = f"; the best one by checkpoint.keep_best is step {best}: --checkpoint {folder.parent / 'best'}"
+    return f"exported {folder}" + (hint if other else "")

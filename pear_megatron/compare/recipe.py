@@ -117,6 +117,20 @@ class CompareRecipe(StrictModel):
         return arms
 
     @model_validator(mode="after")
+    def _check_overrides(self) -> Self:
+        """The comparison's own keys win over those of overrides, where they would be ignored."""
+        given = {f"arms.{name}": own or [] for name, own in self.arms.items()}
+        given |= {"offline.overrides": self.offline.overrides, "rl.overrides": self.rl.overrides}
+        for where, overrides in given.items():
+            own = ("grpo.seed",) if where == "rl.overrides" else ("seed", "output_dir")
+            for override in overrides:
+                if override.lstrip("+").partition("=")[0] in own:
+                    raise ValueError(
+                        f"{where}: {override}: the comparison sets it for every cell (seeds, output_dir); leave it out"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> Self:
         if self.baseline not in self.arms or len(self.arms) < 2:
             raise ValueError(

@@ -27,7 +27,7 @@ def run_and_report(recipe: CompareRecipe, jobs: int | None = None) -> Outcome:
     """
     root = Path(recipe.output_dir)
     root.mkdir(parents=True, exist_ok=True)
-    with lock(root, wait=False):
+    with lock(root, "pear-megatron compare", other="output_dir", patience=0.0):
         return _run_and_report(recipe, root, jobs)
 
 

@@ -112,8 +112,7 @@ class Comparison:
         # Split first: a folder's name may hold spaces.
         commands = [fill(shlex.split(text), seed, folder) for text in self.recipe.prepare]
         marker = folder / _PREPARED
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder, wait=True):  # comparisons that share prepared_dir may be started together
+        with lock(folder):  # comparisons that share prepared_dir may be started together
             if not marker.is_file():
                 stages.prepare(commands, folder / "prepare.log", self._threads)
                 write_atomically(marker, json.dumps(commands, indent=1) + "\n")

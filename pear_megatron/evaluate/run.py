@@ -20,6 +20,7 @@ from pear_megatron.megatron.checkpoint.model_folder import check_model_folder
 from pear_megatron.problems.problem import ProblemSet
 from pear_megatron.problems.prompts import encode_prompts, end_tokens
 from pear_megatron.progress import sampling_progress
+from pear_megatron.storage import lock
 
 
 def evaluate(
@@ -72,8 +73,26 @@ def evaluate(
         GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
     )
     end_ids = end_tokens(tokenizer, named)
-    regrade = check_folder(output, chosen)
+    with lock(output, "evaluation", patience=2.0):
+        rows = _samples(output, chosen, problems, prompts, batch_size, folder, tokenizer, end_ids)
+        ids = [problem.id for problem in problems]
+        results = Results(chosen.model_dump(mode="json"), right_at, ks, summarize(rows, ids, right_at))
+        results.write(output)
+    return results
 
+
+def _samples(
+    output: Path,
+    chosen: EvalSettings,
+    problems: ProblemSet,
+    prompts: list[list[int]],
+    batch_size: int,
+    folder: Path,
+    tokenizer: Any,
+    end_ids: Any,
+) -> list[dict[str, Any]]:
+    """Every response, graded: what the evaluation's folder holds, and what is still to be drawn."""
+    regrade = check_folder(output, chosen)
     ids = [problem.id for problem in problems]
     batches = plan_batches([len(prompt) for prompt in prompts], chosen.num_samples, batch_size)
     samples = SampleFile(output / FILE, ids, batches)
@@ -91,9 +110,7 @@ def evaluate(
                 rows = _draw(engine, tokenizer, problems, prompts, batch, chosen.seed)
                 samples.add(rows)
                 advance(len(rows), rows)
-    results = Results(chosen.model_dump(mode="json"), right_at, ks, summarize(samples.rows, ids, right_at))
-    results.write(output)
-    return results
+    return samples.rows
 
 
 def _draw(

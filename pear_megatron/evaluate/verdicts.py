@@ -17,7 +17,7 @@ _WIDE = 0.1  # pass@1's interval
 
 def about_one(results: Results) -> list[Verdict]:
     """Findings about one evaluation, the worst first."""
-    return in_order([*_cut(results), *_signal(results), *_width(results)])
+    return in_order([*_scale(results), *_cut(results), *_signal(results), *_width(results)])
 
 
 def about_two(names: tuple[str, str], arms: tuple[list[Results], list[Results]],
@@ -61,6 +61,22 @@ def about_two(names: tuple[str, str], arms: tuple[list[Results], list[Results]],
 def _round(count: float) -> str:
     digits = max(0, len(str(int(count))) - 2)
     return f"{math.ceil(count / 10**digits) * 10**digits:,}"
+
+
+def _scale(results: Results) -> list[Verdict]:
+    """Scores on another scale than --right-at."""
+    scores = results.values("score")
+    most = float(scores.max())
+    if results.right_at != 1.0 or most <= 1.0:
+        return []
+    return [
+        Verdict(
+            "warning",
+            "scores above 1",
+            f"A problem's mean score is up to {most:g}, and a response counts as right from --right-at 1 on.",
+            "Set --right-at to the score of a right answer; the same command then counts again.",
+        )
+    ]
 
 
 def _cut(results: Results, whose: str = "") -> list[Verdict]:

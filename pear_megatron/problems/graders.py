@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import math
 import sys
 import traceback
@@ -41,7 +42,7 @@ def load_grader(path: str | Path) -> Grade:
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise GraderError(
             f"{_line_in(path, error)}: the grader cannot be imported: {_in_words(error)}"
         ) from error
@@ -50,6 +51,14 @@ def load_grader(path: str | Path) -> Grade:
     grade = getattr(module, "grade", None)
     if not callable(grade):
         raise GraderError(f"{path} has no function grade; add `{_SIGNATURE}`")
+    try:
+        inspect.signature(grade).bind("response", "answer", {})
+    except TypeError as error:
+        raise GraderError(
+            f"{path}: grade cannot be called with three arguments ({error}); it is `{_SIGNATURE}`"
+        ) from error
+    except ValueError:  # a callable without a signature
+        pass
     return grade  # type: ignore[no-any-return]
 
 
@@ -67,7 +76,7 @@ def checked_score(score: Callable[[], Any], source: str | Path, problem: str, re
     """
     try:
         value = score()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise GraderError(
             f"{_line_in(source, error)}: grade raised {_in_words(error)} on problem {problem}, response "
             f"{short(response)}; a response that cannot be read should score 0"
@@ -84,11 +93,11 @@ def checked_score(score: Callable[[], Any], source: str | Path, problem: str, re
     return number
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _line_in(source: str | Path, error: Exception) -> str:
+def _line_in(source: str | Path, error: BaseException) -> str:
     """FILE:LINE of the innermost frame of an error that lies in the grader's own file."""
     if isinstance(error, SyntaxError) and error.lineno is not None:
         return f"{source}:{error.lineno}"

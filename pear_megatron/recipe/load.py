@@ -118,6 +118,9 @@ def _apply_overrides(config: DictConfig, overrides: list[str]) -> DictConfig:
     parser = OverridesParser.create()
     OmegaConf.set_struct(config, False)  # unknown keys are named by validation, with a suggestion
     for text in overrides:
+        key, _, value = text.partition("=")
+        if value.startswith("~/"):  # an operator of the grammar
+            text = f"{key}={os.path.expanduser(value)}"
         try:
             (override,) = parser.parse_overrides(overrides=[text])
             if override.is_sweep_override():
@@ -176,11 +179,22 @@ def read_values(
         _load_with_defaults(recipe_file(path, folder), paths, folder), list(overrides or [])
     )
     try:
-        return OmegaConf.to_container(
-            OmegaConf.merge(missing or {}, config), resolve=True, throw_on_missing=True
+        return _at_home(
+            OmegaConf.to_container(
+                OmegaConf.merge(missing or {}, config), resolve=True, throw_on_missing=True
+            )
         )
     except OmegaConfBaseException as error:
         raise RecipeError(f"{path}: {error}") from error
+
+
+def _at_home(value: Any) -> Any:
+    """Values that begin with ``~/`` as paths in the user's home, wherever they stand."""
+    if isinstance(value, dict):
+        return {key: _at_home(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_at_home(entry) for entry in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def validate_as(kind: type[_Kind], path: Path, values: Any) -> _Kind:

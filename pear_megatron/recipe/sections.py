@@ -474,7 +474,7 @@ class Recipe(StrictModel):
         model, parallel, train, optimizer, checkpoint, logging, cluster, data, pear: see their classes.
     """
 
-    output_dir: str
+    output_dir: str = Field(min_length=1)
     seed: int = Field(default=1234, ge=0)
     model: ModelConfig
     lora: LoraConfig | None = None
@@ -504,6 +504,16 @@ class Recipe(StrictModel):
                         f"{key} {value} needs held-out trajectories; name their files in data.validation, or "
                         "leave it out"
                     )
+        if self.checkpoint.keep_best is not None and self.train.eval_interval is None:
+            raise ValueError(
+                f"checkpoint.keep_best {self.checkpoint.keep_best} has the last step's evaluation alone to choose "
+                "from; set train.eval_interval, or leave it out"
+            )
+        if "$" in self.output_dir:
+            raise ValueError(
+                f"output_dir {self.output_dir} has a $ in it, which nothing replaces here; write the value, or in YAML "
+                "${oc.env:NAME}"
+            )
         if self.model.hf and self.checkpoint.pretrained:
             raise ValueError(
                 "model.hf and checkpoint.pretrained both name weights to start from; give one of them"

@@ -10,11 +10,15 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 
 from pear_megatron.errors import PearError
 from pear_megatron.interrupt import EXIT_INTERRUPTED
-from pear_megatron.ranks import is_main, report_error, run_ranks
-from pear_megatron.recipe import check_layout, load_recipe
+from pear_megatron.ranks import from_main, is_main, report_error, run_ranks
+from pear_megatron.recipe import RecipeError, check_layout, load_recipe
+from pear_megatron.storage import lock
 from pear_megatron.train.stop import EXIT_REQUEUE, StopRequest, remove_requeue_file
 from pear_megatron.train.weights_and_biases import check_wandb
 from pear_megatron.watch import working
@@ -43,13 +47,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="RECIPE.yaml", help="the recipe")
     parser.add_argument(
         "--nproc-per-node",
-        type=int,
+        type=_positive,
         default=1,
         metavar="N",
         help="ranks to start here, where torchrun does not",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe's keys")
-    return parser.parse_args(arguments)
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        key, equals, _ = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and equals and key not in ("config", "nproc-per-node"):
+            parser.error(f"{argument} is no option; keys of the recipe have no dashes: {argument[2:]}")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is no number of ranks; give 1 or more")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -58,8 +72,16 @@ def main(arguments: list[str] | None = None) -> None:
     A run that was asked to stop ends with EXIT_REQUEUE.
     """
     args = parse_arguments(arguments)
-    if args.nproc_per_node > 1 and "WORLD_SIZE" not in os.environ:
+    world = os.environ.get("WORLD_SIZE")
+    if args.nproc_per_node > 1 and world is None:
         sys.exit(run_ranks(args.nproc_per_node, "pear_megatron.train", arguments or sys.argv[1:]))
+    other = args.nproc_per_node > 1 and str(args.nproc_per_node) != world
+    if world is not None and (other or (world != "1" and "RANK" not in os.environ)):
+        asked = f"--nproc-per-node {args.nproc_per_node}" if other else "no RANK"
+        sys.exit(
+            f"error: WORLD_SIZE={world} is in the environment, as torchrun sets it for a rank that it has started, "
+            f"beside {asked}; unset WORLD_SIZE, or start the ranks with torchrun"
+        )
     stop = StopRequest()
     stop.install()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -101,9 +123,19 @@ def _run(args: argparse.Namespace, stop: StopRequest) -> bool:
 
     layout = layouts.initialize(recipe.model, recipe.parallel, recipe.train)
     try:
-        return Trainer(recipe, layout, stop).train()
+        with ExitStack() as held:
+            from_main(partial(_hold, held, recipe.output_dir))
+            return Trainer(recipe, layout, stop).train()
     finally:
         layouts.shutdown()
+
+
+def _hold(held: ExitStack, output_dir: str) -> None:
+    """Makes the folder this run's own, for as long as it takes."""
+    try:
+        held.enter_context(lock(Path(output_dir), "run", other="output_dir", patience=10.0))
+    except OSError as error:
+        raise RecipeError(f"output_dir {output_dir} cannot be made or written to: {error}") from error
 
 
 if __name__ == "__main__":

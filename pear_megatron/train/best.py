@@ -17,13 +17,14 @@ class Best:
 
     Args:
         metric: ``checkpoint.keep_best``; None = nothing is the best.
+        data: fingerprint of the held-out trajectories that it is of.
 
     Attributes:
         step, value: of the best evaluation; None before the first one.
     """
 
-    def __init__(self, metric: str | None) -> None:
-        self.metric = metric
+    def __init__(self, metric: str | None, data: str | None = None) -> None:
+        self.metric, self.data = metric, data
         self.step: int | None = None
         self.value: float | None = None
 
@@ -40,12 +41,22 @@ class Best:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"metric": self.metric, "step": self.step, "value": self.value}
+        return {"metric": self.metric, "data": self.data, "step": self.step, "value": self.value}
 
     def load(self, state: Mapping[str, Any] | None) -> None:
-        """Goes on from a checkpoint's; not from one that was the best by another metric."""
-        if state is not None and state["metric"] == self.metric:
-            self.step, self.value = state["step"], state["value"]
+        """Goes on from a checkpoint's; not from one that was the best by another metric, or on other data."""
+        if state is None or state["metric"] != self.metric or self.metric is None:
+            return
+        if state.get("data", self.data) != self.data:
+            log.warning(
+                "data.validation has other trajectories than the run had so far: the next evaluation is the best one "
+                "(step %s had %s %.6g on the others)",
+                state["step"],
+                self.metric,
+                state["value"] or math.nan,
+            )
+            return
+        self.step, self.value = state["step"], state["value"]
 
     def forget(self) -> None:
         """The best one's checkpoint is gone: the next evaluation is the best one."""

@@ -7,14 +7,21 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from pear_megatron.data import AnyDataset, DataSource, as_sources, prepare_everywhere
 from pear_megatron.data.columns import REFERENCE, Columns, needs_behavior_logprobs
 from pear_megatron.data.errors import DataError
 from pear_megatron.data.options import in_options
-from pear_megatron.ranks import from_main
+from pear_megatron.ranks import from_main, is_main
 from pear_megatron.recipe import Recipe, RecipeError
 
 log = logging.getLogger("pear_megatron")
+
+_LOOKED_AT, _MOST_CANDIDATES = (
+    100,
+    200,
+)  # of held-out trajectories, and of trained ones as long as one of them
 
 
 def open_dataset(recipe: Recipe) -> AnyDataset:
@@ -59,7 +66,28 @@ def open_validation(recipe: Recipe, train: AnyDataset) -> AnyDataset | None:
             log.warning(
                 "data.validation: %s is in data.train too; evaluations on it say how well it is learnt", file
             )
+            break
+    else:
+        _warn_of_shared(train, held_out)
     return held_out
+
+
+def _warn_of_shared(train: AnyDataset, held_out: AnyDataset) -> None:
+    """Says how many held-out trajectories are trained on as well, token for token; looks at a hundred of them."""
+    looked_at = np.unique(np.linspace(0, len(held_out) - 1, _LOOKED_AT).astype(int)) if is_main() else ()
+    shared = 0
+    for i in looked_at:
+        alike = (train.lengths == held_out.lengths[i]) & (train.num_decisions == held_out.num_decisions[i])
+        ids = held_out[int(i)].input_ids
+        candidates = np.flatnonzero(alike)[:_MOST_CANDIDATES]
+        shared += any(np.array_equal(train[int(k)].input_ids, ids) for k in candidates)
+    if shared:
+        log.warning(
+            "data.validation: %d of the %d held-out trajectories that were looked at are in data.train too; evaluations "
+            "on them say how well they are learnt",
+            shared,
+            len(looked_at),
+        )
 
 
 def _open(recipe: Recipe, sources: Sequence[DataSource]) -> AnyDataset:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pear_megatron.recipe import Recipe, to_yaml
+from pear_megatron.recipe import Recipe, RecipeError, to_yaml
 from pear_megatron.storage import check_same_settings, read_settings, write_atomically
 from pear_megatron.train.weights_and_biases import WandbLog
 from pear_megatron.watch import now, said
@@ -41,6 +41,7 @@ _MAY_CHANGE = (
     "optimizer.optimizer_cpu_offload",
     "optimizer.optimizer_offload_fraction",
     "data.cache_dir",
+    "data.train",  # where the same trajectories lie now: DataPosition knows them by their content
     "data.validation",
 )
 
@@ -49,11 +50,15 @@ def check_same_run(folder: Path, recipe: Recipe) -> None:
     """Refuses to continue a run with another recipe.
 
     Raises:
-        RecipeError: names the keys that differ.
+        RecipeError: names the keys that differ, or that none are known.
     """
     path = folder / "config.yaml"
     if not path.exists():
-        return
+        raise RecipeError(
+            f"{folder} holds checkpoints and no config.yaml, so that nobody knows under which settings they were "
+            "trained; put the run's config.yaml beside them, or start from their weights: checkpoint.pretrained="
+            f"{folder} and another output_dir"
+        )
     check_same_settings(
         f"output_dir {folder}",
         _with_defaults(read_settings(path)),
@@ -111,12 +116,12 @@ class RunFolder:
         if not path.exists():
             return
         kept = []
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 if 0 < step >= json.loads(line)["step"]:
                     kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError):
-                continue  # the line a killed run was writing
+            except (ValueError, KeyError, TypeError):
+                continue  # the line a killed run was writing, or damage
         write_atomically(path, "".join(kept))
 
     def log_step(self, metrics: dict[str, Any]) -> None:

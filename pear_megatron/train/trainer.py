@@ -104,7 +104,8 @@ class Trainer:
         self.optimizer = build_optimizer(recipe, self.model)
         self.scheduler = build_scheduler(recipe, self.optimizer, self.total_steps)
         self.step = 0
-        self.best, self.evaluated = Best(recipe.checkpoint.keep_best), False
+        self.best = Best(recipe.checkpoint.keep_best, None if held_out is None else held_out.fingerprint())
+        self.evaluated = False
         if saved:
             self.step = resume.load(root, saved, layout, self.model, self.optimizer, self.scheduler)
             common = read_common(checkpoint_path(root, self.step))

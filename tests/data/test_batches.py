@@ -170,5 +170,7 @@ def test_batch_moves_to_a_device() -> None:
 def test_arrays_of_another_length_are_named() -> None:
     row = make(0, 5)
     short = replace(row, behavior_logprobs=row.behavior_logprobs[1:])
-    with pytest.raises(ValueError, match="behavior_logprobs has 4 entries and input_ids 5; give one per token"):
+    with pytest.raises(
+        ValueError, match="behavior_logprobs has 4 entries and input_ids 5; give one per token"
+    ):
         collate([short], [[0]], 8)

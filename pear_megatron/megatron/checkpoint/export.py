@@ -34,7 +34,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def export_checkpoint(
     checkpoint: Path, output: Path, *, precision: str | None = None, max_shard_size: int = 5 * 10**9
-) -> None:
+) -> Path:
     """Writes the folder; ``AutoModelForCausalLM.from_pretrained`` opens it.
 
     No model is built: a rank holds one parameter at a time, with a LoRA run's adapters merged into it. Where
@@ -46,6 +46,9 @@ def export_checkpoint(
         output: the folder.
         precision: ``bf16`` or ``fp32``; None = as stored.
         max_shard_size: bytes of a safetensors file, unless one tensor is larger.
+
+    Returns:
+        the checkpoint's own folder, ``.../iter_0000020``.
 
     Raises:
         RecipeError, CheckpointError: on every rank: the checkpoint cannot be read, no architecture fits its
@@ -100,9 +103,10 @@ def export_checkpoint(
     finally:
         if rank == 0:
             remove(partial)
+    return folder
 
 
-def export_adapters(checkpoint: Path, output: Path) -> None:
+def export_adapters(checkpoint: Path, output: Path) -> Path:
     """Writes a LoRA run's adapters as the folder that PEFT reads; transformers' ``load_adapter`` opens it too.
 
     It appears whole or not at all, in the place of what may be there. One process.
@@ -110,6 +114,9 @@ def export_adapters(checkpoint: Path, output: Path) -> None:
     Args:
         checkpoint: the run, its checkpoints/, or one of them.
         output: the folder.
+
+    Returns:
+        the checkpoint's own folder.
 
     Raises:
         RecipeError, CheckpointError: it is no LoRA run, or cannot be read.
@@ -130,6 +137,7 @@ def export_adapters(checkpoint: Path, output: Path) -> None:
         publish(output)
     finally:
         remove(partial)
+    return folder
 
 
 class _Tensors:

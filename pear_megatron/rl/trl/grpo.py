@@ -19,6 +19,7 @@ from pear_megatron.problems.load import load_problems
 from pear_megatron.problems.problem import ProblemSet
 from pear_megatron.problems.prompts import as_tokenizer_takes_it, encode_prompts, end_tokens
 from pear_megatron.rl.trl.recipe import DataConfig, TrlRecipe
+from pear_megatron.storage import lock
 
 
 def prompt_order(num_problems: int, num_prompts_per_step: int, max_num_steps: int, seed: int) -> list[int]:
@@ -83,14 +84,15 @@ def run(recipe: TrlRecipe, checkpoint: str | Path, output: str | Path) -> Path:
 
     model = check_model_folder(checkpoint)
     problems = training_problems(recipe.data)
-    folder = TrlRunFolder(Path(output), recipe, read_model_facts(model).digest)
-    latest, done = folder.latest_checkpoint()
-    folder.forget_after(done)
-    if done < recipe.grpo.max_num_steps:
-        folder.remove_final()
-        trainer = _trainer(recipe, model, problems, folder)
-        trainer.train(resume_from_checkpoint=str(latest) if latest else None)
-    return folder.make_final()
+    with lock(Path(output), "pear-megatron grpo", patience=10.0):
+        folder = TrlRunFolder(Path(output), recipe, read_model_facts(model).digest)
+        latest, done = folder.latest_checkpoint()
+        folder.forget_after(done)
+        if done < recipe.grpo.max_num_steps:
+            folder.remove_final()
+            trainer = _trainer(recipe, model, problems, folder)
+            trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+        return folder.make_final()
 
 
 def _trainer(recipe: TrlRecipe, model: Path, problems: ProblemSet, folder: Any) -> Any:
