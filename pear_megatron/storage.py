@@ -215,6 +215,8 @@ def _value(settings: Mapping[str, Any], key: str) -> str:
     """What a dotted key holds, for people; ``-`` where it is not there."""
     value: Any = settings
     for name in key.split("."):
-        value = value.get(name, "-") if isinstance(value, Mapping) else "-"
+        if not isinstance(value, Mapping) or name not in value:
+            return "-"
+        value = value[name]
     text = json.dumps(value, default=str)
     return text if len(text) <= 80 else f"{text[:77]}..."

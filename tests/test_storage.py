@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pear_megatron.data import DataConfig, TrajectoryDataset, prepare
-from pear_megatron.errors import RecipeError
+from pear_megatron.errors import PearError, RecipeError
 from pear_megatron.megatron.checkpoint.folder import CheckpointFolder
 from pear_megatron.megatron.checkpoint.paths import FILES, LATEST, checkpoint_path, steps_on_disk
-from pear_megatron.storage import lock, partial_of, publish, read_settings, remove, write_atomically
+from pear_megatron.storage import (
+    check_output,
+    check_same_settings,
+    lock,
+    partial_of,
+    publish,
+    read_settings,
+    remove,
+    write_atomically,
+)
 
 
 @pytest.fixture
@@ -47,7 +58,7 @@ def test_files_are_not_written_through_links(tmp_path: Path, elsewhere: Path) ->
         (run / name).symlink_to(precious)
     write_atomically(run / "config.yaml", "new")
     assert (run / "config.yaml").read_text() == "new"
-    with lock(run, wait=False):
+    with lock(run, patience=0.0):
         pass
     assert untouched(elsewhere)
 
@@ -126,3 +137,73 @@ def test_settings_that_a_command_left_are_data(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=r"settings\.yaml cannot be read: "):
             read_settings(file)
     assert not marker.exists()
+
+
+def hold(folder: Path, started: Any, ends: Any) -> None:
+    with lock(folder, "run"):
+        started.set()
+        ends.wait()
+
+
+def test_a_folder_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    started, ends = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(tmp_path / "run", started, ends))
+    holder.start()
+    assert started.wait(60)
+    with (
+        pytest.raises(
+            PearError, match=r"another run is at work in .*run; wait for it, or choose another output_dir"
+        ),
+        lock(tmp_path / "run", "run", other="output_dir", patience=0.2),
+    ):
+        raise AssertionError("two hold it")
+    holder.kill()
+    with lock(tmp_path / "run", "run", patience=30.0):  # who was killed has let go
+        holder.join()
+
+
+def make(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return folder
+
+
+def test_what_an_output_is_made_from_is_not_overwritten(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", "config.yaml", "checkpoints/iter_0000002/metadata.json")
+    model = make(tmp_path / "model", "config.json", "model.safetensors")
+    checkpoint = run / "checkpoints" / "iter_0000002"
+    for output, source in (
+        (run, run), (run, checkpoint), (tmp_path, run), (checkpoint, run), (checkpoint / "export", run), (model, model),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match="would remove what it is made from"):
+            check_output(output, source=source, overwrite=True)
+    with pytest.raises(RecipeError, match="holds more than an earlier export"):
+        check_output(run / "checkpoints", source=run, overwrite=True)
+    check_output(run / "export", source=run, overwrite=False)
+
+
+def test_an_earlier_output_alone_is_overwritten(tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "config.json")
+    exported = make(tmp_path / "exported", "config.json", "model.safetensors", "tokenizer.json")
+    converted = make(tmp_path / "converted", "model.yaml", "hf/config.json", "iter_0000000/a", LATEST)
+    adapters = make(tmp_path / "adapters", "adapter_config.json", "adapter_model.safetensors")
+    for earlier in (exported, converted, adapters):
+        with pytest.raises(RecipeError, match="is not empty.*--overwrite"):
+            check_output(earlier, source=source, overwrite=False)
+        check_output(earlier, source=source, overwrite=True)
+    for other in (
+        make(tmp_path / "many", "a/config.json", "b/config.json"),
+        make(tmp_path / "run", "model.yaml", "config.yaml", "metrics.jsonl", "checkpoints/iter_0000002/a"),
+        make(tmp_path / "notes", "notes.txt"),
+    ):
+        with pytest.raises(RecipeError, match="holds more than an earlier export or conversion"):
+            check_output(other, source=source, overwrite=True)
+
+
+def test_what_differs_is_said_with_both_values() -> None:
+    old, new = {"a": {"b": 1, "c": "x"}}, {"a": {"b": 2, "c": "x"}, "d": [1]}
+    with pytest.raises(RecipeError, match=r"other settings: a.b 1 -> 2, d - -> \[1\]; go away"):
+        check_same_settings("it", old, new, may_change=(), way_out="go away")

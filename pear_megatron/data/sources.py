@@ -36,7 +36,7 @@ def prepare_sources(
         try:
             folders.append(
                 prepare(
-                    config.model_copy(update={"train": source.path}),
+                    config.model_copy(update={"train": source.path, "blend_by": "trajectories"}),
                     require_behavior_logprobs=require_behavior_logprobs,
                     columns=columns,
                     vocab_size=vocab_size,

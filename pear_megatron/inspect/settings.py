@@ -68,7 +68,7 @@ def read_settings(
 
         missing = {"output_dir": "."} | ({"data": {"train": files}} if files else {})
         read = load_recipe(recipe, overrides, missing=missing)
-        changes = {**text, **({"train": files} if files else {})}
+        changes = {**text, **({"train": files, "blend_by": "trajectories"} if files else {})}
         tokenizer = tokenizer or read.data.tokenizer or fallback
         data = read.data.model_copy(update={**changes, "tokenizer": tokenizer})
         return Settings(data, read.pear, read.model.vocab_size, read.train.precision)

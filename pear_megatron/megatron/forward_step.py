@@ -110,6 +110,8 @@ class PearForwardStep:
         check_alignment: bool = False,
     ) -> None:
         require_config(config)
+        if not isinstance(vocab_size, int):
+            raise TypeError(f"vocab_size must be the model's number of real tokens, got {vocab_size!r}")
         if packed_attention not in ("mask", "thd"):
             raise ValueError(f"packed_attention must be 'mask' or 'thd', got {packed_attention!r}")
         if output_chunk_tokens is not None and use_output_processor is False:

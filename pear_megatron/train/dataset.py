@@ -83,8 +83,8 @@ def _warn_of_shared(train: AnyDataset, held_out: AnyDataset) -> None:
         shared += any(np.array_equal(train[int(k)].input_ids, ids) for k in candidates)
     if shared:
         log.warning(
-            "data.validation: %d of the %d held-out trajectories that were looked at are in data.train too; evaluations "
-            "on them say how well they are learnt",
+            "data.validation: %d of the %d held-out trajectories that were looked at are in data.train too; "
+            "evaluations on them say how well they are learnt",
             shared,
             len(looked_at),
         )

@@ -116,14 +116,14 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(finished: Path,
 def test_two_commands_at_once_are_refused_the_folder(finished: Path) -> None:
     from pear_megatron.storage import lock
 
-    with lock(finished / "out", wait=False):
+    with lock(finished / "out", patience=0.0):
         assert "another pear-megatron compare is at work" in compare(finished / "compare.yaml", code=1)
 
 
 def test_another_recipe_is_refused_the_folder_by_key(finished: Path) -> None:
     config, before = finished / "compare.yaml", tiny.logs(finished)
     said = compare(config, "eval.temperature=0.5", "tune=null", code=1)
-    assert "holds a run with other settings (eval.temperature" in said
+    assert "holds a run with other settings: eval.temperature 1.0 -> 0.5" in said
     batch = "'train.global_batch_size=16','train.micro_batch_size=8'"
     longer = f"offline.overrides=['train.max_steps=4','checkpoint.pretrained=x',{batch}]"
     assert "offline.train.max_steps" in compare(config, longer, code=1)

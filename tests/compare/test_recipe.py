@@ -84,6 +84,22 @@ def test_mistakes_in_the_recipes_that_it_names_are_found_before_anything_is_run(
     assert "no recipe at" in refused(rl={**base["rl"], "recipe": "elsewhere.yaml"})
 
 
+def test_overrides_that_the_comparison_would_ignore_are_refused(tmp_path: Path) -> None:
+    base = tiny.values(tmp_path)
+    for changes, said in (
+        ({"arms": {**base["arms"], "seedy": ["seed=5"]}}, "arms.seedy: seed=5: the comparison sets it"),
+        (
+            {"arms": {**base["arms"], "out": ["+output_dir=z"]}},
+            "arms.out: +output_dir=z: the comparison sets it",
+        ),
+        (
+            {"rl": {**base["rl"], "overrides": ["grpo.seed=1"]}},
+            "rl.overrides: grpo.seed=1: the comparison sets it",
+        ),
+    ):
+        assert said in refusal(tiny.write(tmp_path, **changes))
+
+
 def test_an_arm_without_an_offline_phase_needs_something_to_start_from(tmp_path: Path) -> None:
     base = tiny.values(tmp_path)
     recipe = {**base["offline"]}
@@ -102,8 +118,8 @@ def test_the_recipes_of_the_repository_are_whole() -> None:
         if path.stem.endswith("_base"):  # what others inherit
             continue
         recipe = load_compare_recipe(path, ["seeds=[0]"])
-        if recipe.tune:  # one value tells whether the key is right
-            tune = recipe.tune.model_copy(update={"values": recipe.tune.values[:1]})
+        if recipe.tune:  # two values tell whether the key is right
+            tune = recipe.tune.model_copy(update={"values": recipe.tune.values[:2]})
             recipe = recipe.model_copy(update={"tune": tune})
         check_recipe(recipe, prepared=False)
         assert recipe.baseline == "SFT"
@@ -166,7 +182,7 @@ def test_what_changes_no_number_may_change_in_a_folder_that_is_there(tmp_path: P
     more = [*base["offline"]["overrides"], "checkpoint.save_interval=1", "checkpoint.keep_last=3"]
     tiny.write(tmp_path, keep="all", offline={**base["offline"], "overrides": more})
     cells_of(load_compare_recipe(config), {})[1].claim()
-    with pytest.raises(RecipeError, match=r"\(offline.optimizer.lr differ\)"):
+    with pytest.raises(RecipeError, match=r"other settings: offline.optimizer.lr 0.004 -> 0.5;"):
         cells_of(load_compare_recipe(config), {"token": ("optimizer.lr=0.5",)})[1].claim()
 
 

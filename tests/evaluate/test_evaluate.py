@@ -276,3 +276,16 @@ def test_the_stretches_world_is_words() -> None:
         assert tokenizer(text)["input_ids"] == ids.tolist()
         assert tokenizer.decode(ids.tolist(), skip_special_tokens=True) == text
     assert tokenizer.decode(answers.responses[0].tolist(), skip_special_tokens=True).split()[-1] != "."
+
+
+def test_two_evaluations_are_not_in_one_folder(word_model: Path, tmp_path: Path) -> None:
+    from pear_megatron.errors import PearError
+    from pear_megatron.storage import lock
+
+    problems = write_problems(tmp_path)
+    with (
+        lock(tmp_path / "out", patience=0.0),
+        pytest.raises(PearError, match="another evaluation is at work"),
+    ):
+        run(word_model, problems, tmp_path / "out")
+    run(word_model, problems, tmp_path / "out")

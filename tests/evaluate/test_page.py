@@ -21,6 +21,12 @@ def results(right: list[int], truncated: float = 0.0) -> Results:
     return Results(SETTINGS, 1.0, [1, 4], problems)
 
 
+def test_scores_on_another_scale_are_noticed() -> None:
+    problems = [ProblemResult(f"p{i}", 4, 7.5, 5.0, 0.0) for i in range(40)]
+    assert about_one(Results(SETTINGS, 1.0, [1, 4], problems))[0].title == "scores above 1"
+    assert "scores above 1" not in [v.title for v in about_one(Results(SETTINGS, 10.0, [1, 4], problems))]
+
+
 def parse(page: str) -> ElementTree.Element:
     return ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>\n"))
 

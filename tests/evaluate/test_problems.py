@@ -88,6 +88,8 @@ def test_a_bad_grade_names_the_problem_and_its_line(tmp_path: Path, body: str, m
         ("x = 1\n", "no function grade"),
         ("x = 1\ndef grade(:\n", "grader.py:2"),
         ("\nimport nothing_such\n", "grader.py:2"),
+        ("import sys\nsys.exit(3)\n", "the grader cannot be imported: SystemExit: 3"),
+        ("def grade(response, answer):\n    return 1\n", "grade cannot be called with three arguments"),
     ],
 )
 def test_a_bad_grader_file_is_named_with_its_line(tmp_path: Path, code: str | None, message: str) -> None:

@@ -94,8 +94,13 @@ def test_export_refuses_a_folder_in_use_and_replaces_it_when_told(
     assert refused.exit_code == 1
     assert "is not empty; name a new folder" in refused.stderr
     assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    kept = CliRunner().invoke(app, [*run, "--overwrite"])
+    assert kept.exit_code == 1
+    assert "holds more than an earlier export or conversion (precious.txt, ...)" in kept.stderr
+    (out / "precious.txt").rename(out / "config.json")  # as an earlier export has one
+    (out / "old.safetensors").touch()
     assert CliRunner().invoke(app, [*run, "--overwrite"]).exit_code == 0
-    assert not (out / "precious.txt").exists()
+    assert not (out / "old.safetensors").exists()
     assert_same_bits(out, hf_models["qwen2"])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -132,5 +137,5 @@ def test_both_commands_start_their_own_processes(hf_models: dict[str, Path], tmp
     ):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("\n") == 1  # rank 0 alone speaks
+        assert done.stdout.count("\n") == (1 if arguments[0] == "convert" else 2)  # rank 0 alone speaks
     assert_same_bits(tmp_path / "out", hf_models["qwen3"])

@@ -123,3 +123,45 @@ def test_help_shows_an_example() -> None:
         [sys.executable, "-m", "pear_megatron.train", "--help"], capture_output=True, text=True, check=True
     )
     assert "torchrun --nproc-per-node 2 -m pear_megatron.train" in done.stdout
+
+
+def test_two_runs_are_not_in_one_folder(tmp_path: Path) -> None:
+    from pear_megatron.storage import lock
+
+    data = write_trajectories(tmp_path / "data.jsonl", count=4)
+    with lock(tmp_path / "run", patience=0.0):
+        said = failure(f"data.train={data}", f"output_dir={tmp_path / 'run'}", processes=2)
+    assert "another run is at work in" in said
+    assert "choose another output_dir" in said
+    launch(1, f"data.train={data}", f"output_dir={tmp_path / 'run'}", "train.max_steps=1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        (["--output_dir=a"], {}, "keys of the recipe have no dashes: output_dir=a"),
+        (["--nproc-per-node", "0"], {}, "0 is no number of ranks; give 1 or more"),
+        (["--nproc-per-node", "2"], {"WORLD_SIZE": "1"}, "WORLD_SIZE=1 is in the environment"),
+        ([], {"WORLD_SIZE": "2"}, "beside no RANK"),
+    ],
+)
+def test_arguments_that_would_be_ignored_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str],
+    environment: dict[str, str], said: str,
+) -> None:  # fmt: skip
+    from pear_megatron.train.__main__ import main
+
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", "x.yaml", *arguments])
+    assert said in capsys.readouterr().err + str(ended.value)
+
+
+def test_overrides_stand_on_both_sides_of_options() -> None:
+    from pear_megatron.train.__main__ import parse_arguments
+
+    args = parse_arguments(["a=1", "--config", "x.yaml", "b=2", "--nproc-per-node", "2", "c=3"])
+    assert args.overrides == ["a=1", "b=2", "c=3"]
+    assert args.nproc_per_node == 2

@@ -299,6 +299,8 @@ def test_arguments_of_another_kind_are_named() -> None:
 
     with pytest.raises(ValueError, match="packed_attention must be 'mask' or 'thd', got 'Mask'"):
         PearForwardStep(PearConfig(), vocab_size=300, packed_attention="Mask")
+    with pytest.raises(TypeError, match="vocab_size must be the model's number of real tokens, got None"):
+        PearForwardStep(PearConfig(), vocab_size=None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"pass PearConfig\(\*\*config\)"):
         PearForwardStep({"variant": "token"}, vocab_size=300)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="must yield PackedBatch.*got dict"):

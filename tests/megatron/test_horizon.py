@@ -85,5 +85,5 @@ def test_steps_after_the_schedule_at_rate_0_are_refused(tmp_path: Path, trajecto
 
 def test_another_rate_is_another_run(finished: Path, trajectories: Path) -> None:
     (message,) = failures(1, trajectories, finished, "train.max_steps=12", "optimizer.lr=1e-4")
-    assert "optimizer.lr differ" in message
+    assert "other settings: optimizer.lr " in message
     assert "checkpoint.pretrained starts from this run's weights" in message

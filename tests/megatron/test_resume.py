@@ -105,7 +105,7 @@ def test_another_recipe_does_not_continue_a_run(trajectories: Path, one_rank_fol
         "pear.variant=sequence",
     )
     assert run.wait() == [1]
-    assert "pear.variant differ" in run.output()
+    assert "other settings: pear.variant " in run.output()
     assert "choose another output_dir" in run.output()
     assert len(metrics(one_rank_folder)) == 6
 

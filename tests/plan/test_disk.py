@@ -66,7 +66,7 @@ def test_checkpoints_are_counted(
 
 def test_the_best_checkpoint_and_exports_are_counted() -> None:
     own = ["data.train=x.jsonl", "data.validation=y.jsonl", "output_dir=z", "checkpoint.save_interval=5"]
-    own += ["checkpoint.keep_best=validation/nll", "checkpoint.export_interval=10"]
+    own += ["checkpoint.keep_best=validation/nll", "checkpoint.export_interval=10", "train.eval_interval=5"]
     disk = run_disk(load_recipe(TINY, own), 25)
     assert (disk.kept, disk.most, disk.exports) == (3, 4, 3)
     disk = run_disk(load_recipe(TINY, [*own, "checkpoint.keep_last=null"]), None)

@@ -63,6 +63,17 @@ def test_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
             ["data.train=x", "train.seed=2"],
             "train: unknown key 'seed'; did you mean 'seed' outside of this section?",
         ),
+        (["data.train=x", "output_dir="], "output_dir: String should have at least 1 character"),
+        (["data.train=x", "output_dir='$RUN/a'"], "output_dir $RUN/a has a $ in it"),
+        (["data.train=x", "train.max_steps=true"], "train: max_steps is a number, and true is none"),
+        (
+            ["data.train=x", "pear.log_ratio_clip=0.3"],
+            "pear.log_ratio_clip: give a list, as [low,high] (got 0.3)",
+        ),
+        (
+            ["data.train=x", "data.validation=y", "checkpoint.keep_best=validation/nll"],
+            "checkpoint.keep_best validation/nll has the last step's evaluation alone to choose from",
+        ),
         (["data.train=a,b"], "override data.train=a,b: a list is written in brackets, key=[a,b]"),
         (["train.max_steps=5", "data.train=x=y"], "override data.train=x=y: mismatched input '='"),
         ([], "data.train: this key is required"),
@@ -112,3 +123,13 @@ def test_missing_parent_and_circles_are_named(tmp_path: Path) -> None:
 
 def test_differing_keys_are_dotted() -> None:
     assert differing_keys({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "d": 3}) == ["a.c"]
+
+
+def test_a_path_at_home_is_found_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    child = tmp_path / "child.yaml"
+    child.write_text(f"defaults: {TINY}\ndata: {{train: [~/a.jsonl]}}\ncheckpoint: {{pretrained: ~/base}}\n")
+    recipe = load_recipe(child, ["output_dir=~/run one"])
+    assert recipe.data.train == [f"{tmp_path}/a.jsonl"]
+    assert recipe.checkpoint.pretrained == f"{tmp_path}/base"
+    assert recipe.output_dir == f"{tmp_path}/run one"

@@ -174,3 +174,25 @@ def test_held_out_files_that_are_trained_on_are_named(
     recipe = load_recipe(TINY, [*SMALL, *overrides])
     open_validation(recipe, open_dataset(recipe))
     assert "near.jsonl is in data.train too" in caplog.text
+
+
+def test_held_out_trajectories_that_are_trained_on_are_counted(
+    tmp_path: Path, data: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    from pear_megatron.recipe import load_recipe
+    from pear_megatron.train.dataset import open_dataset, open_validation
+    from tests.megatron.runs import TINY
+
+    mixed = tmp_path / "mixed.jsonl"
+    rows = [*data["held_out"].read_text().splitlines(), *data["near"].read_text().splitlines()[:5]]
+    mixed.write_text("\n".join(rows) + "\n")
+
+    def opened(validation: Path) -> None:
+        overrides = [f"data.train={data['near']}", f"data.validation={validation}", f"output_dir={tmp_path}"]
+        recipe = load_recipe(TINY, [*SMALL, *overrides])
+        open_validation(recipe, open_dataset(recipe))
+
+    opened(data["held_out"])
+    assert "data.validation" not in caplog.text
+    opened(mixed)
+    assert "5 of the 18 held-out trajectories that were looked at are in data.train too" in caplog.text

@@ -178,3 +178,12 @@ def test_a_profile_has_the_steps_that_were_asked_for(tmp_path: Path, data: dict[
     assert {"step 2", "step 3"} <= names
     assert not {"step 1", "step 4"} & names
     assert any("pear_weights" in name for name in names)
+
+
+def test_the_best_on_other_held_out_data_is_not_the_best(tmp_path: Path, data: dict[str, Path]) -> None:
+    folder = tmp_path / "run"
+    train_runs(1, data["near"], {folder: [*validating(data), BEST, "train.max_steps=4"]})
+    other = [*EACH_STEP, *OVERFITS, BEST, "train.max_steps=6", f"data.validation={data['far']}"]
+    train_runs(1, data["near"], {folder: other})
+    rows = [row for row in metrics(folder) if row["step"] > 4]
+    assert link_of(folder) == f"iter_{min(rows, key=lambda row: row[METRIC])['step']:07d}"

@@ -91,7 +91,7 @@ def test_a_run_may_go_on_elsewhere_and_log_elsewhere(tmp_path: Path, override: s
 
 def test_a_run_may_not_go_on_with_other_settings(tmp_path: Path) -> None:
     _write(tmp_path, range(1, 2))
-    with pytest.raises(RecipeError, match=r"pear\.gamma differ"):
+    with pytest.raises(RecipeError, match=r"other settings: pear\.gamma 0.999 -> 0.9;"):
         check_same_run(tmp_path, _recipe(tmp_path, "pear.gamma=0.9"))
 
 
@@ -184,3 +184,28 @@ def test_mfu_is_shown_where_there_is_one(tmp_path: Path, capsys: pytest.CaptureF
     run.log_step(_metrics(1, mfu=0.412))
     run.close()
     assert "MFU 41.2%" in capsys.readouterr().err
+
+
+def test_checkpoints_without_the_settings_of_their_run_are_not_gone_on_with(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no config.yaml.*checkpoint.pretrained="):
+        check_same_run(tmp_path, _recipe(tmp_path))
+
+
+def test_where_the_trajectories_lie_may_change(tmp_path: Path) -> None:
+    _write(tmp_path, range(1, 2))
+    check_same_run(tmp_path, _recipe(tmp_path, "data.train=/elsewhere/x.jsonl"))
+    with pytest.raises(RecipeError, match=r"optimizer.lr 1e-05 -> 0.5"):
+        check_same_run(tmp_path, _recipe(tmp_path, "optimizer.lr=0.5"))
+
+
+def test_damaged_metrics_do_not_stop_a_run_that_goes_on(tmp_path: Path) -> None:
+    _write(tmp_path, range(1, 4))
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'5\n["step"]\n\xff\xfe\x00garbage\n{"step": "x"}\n')
+    _write(tmp_path, range(4, 5))
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+        4,
+    ]
