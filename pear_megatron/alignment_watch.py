@@ -11,6 +11,7 @@ from torch import Tensor
 from pear_megatron.alignment import MIN_PAIRS, Alignment, alignment_sums, read_alignment
 from pear_megatron.config import PearConfig
 from pear_megatron.data.errors import DataError
+from pear_megatron.ranks import is_main
 
 log = logging.getLogger("pear_megatron")
 
@@ -85,6 +86,7 @@ class AlignmentWatch:
         alignment, name = read_alignment(self._sums), self._name
         if self._seen == _READ_AT[-1]:
             self._name = self._sums = None
-            warn_if_unrelated(alignment, name, "the model")
+            if is_main():
+                warn_if_unrelated(alignment, name, "the model")
         if alignment.shift:
             raise DataError([alignment.refusal(name, f"{VARIABLE}=0 in the environment")])

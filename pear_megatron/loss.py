@@ -131,6 +131,17 @@ def _check_statistics(
     require_everywhere(positive.logical_not(), "logprob", "positive on a decision: give log p, not -log p")
 
 
+def _check_source(source: Tensor, cu: Tensor, num_sources: int) -> None:
+    """[segments], each one of the sources."""
+    require_tensors(cu.device, source=source)
+    if source.shape != (cu.numel() - 1,):
+        raise ValueError(
+            f"source has shape {tuple(source.shape)}; give one per trajectory ({cu.numel() - 1})"
+        )
+    inside = (source >= 0) & (source < num_sources)
+    require_everywhere(inside, "source", f"no number from 0 to num_sources - 1 = {num_sources - 1}")
+
+
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
     """[T] or [B, S] -> [T] float32, 0 off the mask."""
     return x.reshape(-1).float().where(mask.reshape(-1), 0.0)
@@ -138,12 +149,12 @@ def _masked(x: Tensor, mask: Tensor) -> Tensor:
 
 def _check_rows(mask: Tensor, cu: Tensor, cp_size: int) -> None:
     """In [B, S] every row begins a trajectory: one that ran over its end would be weighed by another row's tokens."""
-    if mask.dim() != 2 or torch.compiler.is_compiling():
+    if mask.dim() != 2 or mask.shape[0] == 1 or torch.compiler.is_compiling():
         return
     rows, length = mask.shape
     begins = torch.arange(1, rows, dtype=cu.dtype, device=cu.device) * length * cp_size
     require_everywhere(
-        torch.isin(begins, cu),
+        (begins[:, None] == cu).any(dim=1),  # isin would wait for the device
         "cu_seqlens",
         f"not at the beginnings of all {rows} rows of {length} tokens: give [B, S] tensors with every row's end "
         "among the boundaries, and Megatron's [S, B] transposed",
@@ -402,13 +413,7 @@ def loss_of_logprobs(
             f"{num_sources}); give both, or none for a report that does not tell sources apart"
         )
     if source is not None:
-        require_tensors(mask.device, source=source)
-        if source.shape != (cu_seqlens.numel() - 1,):
-            raise ValueError(
-                f"source has shape {tuple(source.shape)}; give one per trajectory ({cu_seqlens.numel() - 1})"
-            )
-        inside = (source >= 0) & (source < num_sources)
-        require_everywhere(inside, "source", f"no number from 0 to num_sources - 1 = {num_sources - 1}")
+        _check_source(source, as_cu_seqlens(cu_seqlens, mask.device), num_sources)
     logprob = _masked(logprob, mask)  # [T]
     kl = None if kl is None else _masked(kl, mask)
     entropy = None if entropy is None else _masked(entropy, mask)
