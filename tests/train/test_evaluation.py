@@ -184,7 +184,8 @@ def test_held_out_trajectories_that_are_trained_on_are_counted(
     from tests.megatron.runs import TINY
 
     mixed = tmp_path / "mixed.jsonl"
-    rows = [*data["held_out"].read_text().splitlines(), *data["near"].read_text().splitlines()[:5]]
+    shared = [line.replace("trajectory-", "again-") for line in data["near"].read_text().splitlines()[:5]]
+    rows = [*data["held_out"].read_text().splitlines(), *shared]
     mixed.write_text("\n".join(rows) + "\n")
 
     def opened(validation: Path) -> None:

@@ -194,7 +194,7 @@ def test_checkpoints_without_the_settings_of_their_run_are_not_gone_on_with(tmp_
 def test_where_the_trajectories_lie_may_change(tmp_path: Path) -> None:
     _write(tmp_path, range(1, 2))
     check_same_run(tmp_path, _recipe(tmp_path, "data.train=/elsewhere/x.jsonl"))
-    with pytest.raises(RecipeError, match=r"optimizer.lr 1e-05 -> 0.5"):
+    with pytest.raises(RecipeError, match=r"optimizer.lr 0.001 -> 0.5"):
         check_same_run(tmp_path, _recipe(tmp_path, "optimizer.lr=0.5"))
 
 
