@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -17,6 +18,10 @@ from typing import Any
 
 from pear_megatron.errors import PearError, RecipeError
 
+log = logging.getLogger("pear_megatron")
+
+PATIENCE = 120.0  # seconds: network file systems keep a lost node's locks for about a minute and a half
+_QUIET = 3.0
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
@@ -139,7 +144,8 @@ def lock(
         folder: it is made if it is not there.
         what: whose work it is, for the message.
         other: what the user may choose another folder by, for the message.
-        patience: seconds to wait for another process, which may be one that was killed and ends now.
+        patience: seconds to wait for another process, which may be one that was killed and ends now, or on a node
+            whose locks the file system has not given up yet.
 
     Raises:
         PearError: another process holds it for longer.
@@ -147,15 +153,21 @@ def lock(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
-        deadline = time.monotonic() + patience
+        began, said = time.monotonic(), False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                if time.monotonic() > deadline:
+                waited = time.monotonic() - began
+                if waited > patience:
                     raise PearError(
                         f"another {what} is at work in {folder}; wait for it, or choose another {other}"
                     ) from error
+                if what and waited > _QUIET and not said:
+                    said = True
+                    log.warning(
+                        "another %s is at work in %s, or was until now; waiting for it to end", what, folder
+                    )
                 time.sleep(0.1)
                 continue
             except OSError as error:

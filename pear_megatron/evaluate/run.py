@@ -20,7 +20,7 @@ from pear_megatron.megatron.checkpoint.model_folder import check_model_folder
 from pear_megatron.problems.problem import ProblemSet
 from pear_megatron.problems.prompts import encode_prompts, end_tokens
 from pear_megatron.progress import sampling_progress
-from pear_megatron.storage import lock
+from pear_megatron.storage import PATIENCE, lock
 
 
 def evaluate(
@@ -73,7 +73,7 @@ def evaluate(
         GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
     )
     end_ids = end_tokens(tokenizer, named)
-    with lock(output, "evaluation", patience=2.0):
+    with lock(output, "evaluation", patience=PATIENCE):
         rows = _samples(output, chosen, problems, prompts, batch_size, folder, tokenizer, end_ids)
         ids = [problem.id for problem in problems]
         results = Results(chosen.model_dump(mode="json"), right_at, ks, summarize(rows, ids, right_at))

@@ -18,7 +18,7 @@ from pear_megatron.errors import PearError
 from pear_megatron.interrupt import EXIT_INTERRUPTED
 from pear_megatron.ranks import from_main, is_main, report_error, run_ranks
 from pear_megatron.recipe import RecipeError, check_layout, load_recipe
-from pear_megatron.storage import lock
+from pear_megatron.storage import PATIENCE, lock
 from pear_megatron.train.stop import EXIT_REQUEUE, StopRequest, remove_requeue_file
 from pear_megatron.train.weights_and_biases import check_wandb
 from pear_megatron.watch import working
@@ -133,7 +133,7 @@ def _run(args: argparse.Namespace, stop: StopRequest) -> bool:
 def _hold(held: ExitStack, output_dir: str) -> None:
     """Makes the folder this run's own, for as long as it takes."""
     try:
-        held.enter_context(lock(Path(output_dir), "run", other="output_dir", patience=10.0))
+        held.enter_context(lock(Path(output_dir), "run", other="output_dir", patience=PATIENCE))
     except OSError as error:
         raise RecipeError(f"output_dir {output_dir} cannot be made or written to: {error}") from error
 

@@ -278,7 +278,10 @@ def test_the_stretches_world_is_words() -> None:
     assert tokenizer.decode(answers.responses[0].tolist(), skip_special_tokens=True).split()[-1] != "."
 
 
-def test_two_evaluations_are_not_in_one_folder(word_model: Path, tmp_path: Path) -> None:
+def test_two_evaluations_are_not_in_one_folder(
+    word_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pear_megatron.evaluate.run.PATIENCE", 0.2)
     from pear_megatron.errors import PearError
     from pear_megatron.storage import lock
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.megatron.runs import launch, write_trajectories
+from tests.megatron.runs import Started, launch, write_trajectories
+from tests.megatron.test_resume import wait_until
 
 
 def failure(*overrides: str, processes: int = 1) -> str:
@@ -130,10 +131,11 @@ def test_two_runs_are_not_in_one_folder(tmp_path: Path) -> None:
 
     data = write_trajectories(tmp_path / "data.jsonl", count=4)
     with lock(tmp_path / "run", patience=0.0):
-        said = failure(f"data.train={data}", f"output_dir={tmp_path / 'run'}", processes=2)
-    assert "another run is at work in" in said
-    assert "choose another output_dir" in said
-    launch(1, f"data.train={data}", f"output_dir={tmp_path / 'run'}", "train.max_steps=1")
+        run = Started(2, f"data.train={data}", f"output_dir={tmp_path / 'run'}", "train.max_steps=1")
+        wait_until(lambda: "another run is at work in" in run.output(), seconds=120)
+        assert not (tmp_path / "run" / "config.yaml").exists()
+    assert run.wait() == [0, 0]  # the other one has ended
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pear_megatron.problems.load import load_problems
 from pear_megatron.problems.problem import ProblemSet
 from pear_megatron.problems.prompts import as_tokenizer_takes_it, encode_prompts, end_tokens
 from pear_megatron.rl.trl.recipe import DataConfig, TrlRecipe
-from pear_megatron.storage import lock
+from pear_megatron.storage import PATIENCE, lock
 
 
 def prompt_order(num_problems: int, num_prompts_per_step: int, max_num_steps: int, seed: int) -> list[int]:
@@ -84,7 +84,7 @@ def run(recipe: TrlRecipe, checkpoint: str | Path, output: str | Path) -> Path:
 
     model = check_model_folder(checkpoint)
     problems = training_problems(recipe.data)
-    with lock(Path(output), "pear-megatron grpo", patience=10.0):
+    with lock(Path(output), "pear-megatron grpo", patience=PATIENCE):
         folder = TrlRunFolder(Path(output), recipe, read_model_facts(model).digest)
         latest, done = folder.latest_checkpoint()
         folder.forget_after(done)
