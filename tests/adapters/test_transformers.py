@@ -14,12 +14,13 @@ import torch
 
 from pear_megatron import PearConfig, pear_loss
 from pear_megatron.data import DataConfig, TrajectoryDataset, collate, prepare
+from tests.adapters.tiny_llama import VOCABULARY, save_tiny_llama
 from tests.megatron.runs import write_trajectories
 
 pytest.importorskip("transformers")
 
 REPOSITORY = Path(__file__).parents[2]
-ROWS, STEPS, LEARNING_RATE, VOCABULARY = 8, 3, 1e-3, 1002
+ROWS, STEPS, LEARNING_RATE = 8, 3, 1e-3
 # Bounds that keep the weights small, so that they do not multiply rounding.
 PEAR = PearConfig(variant="token", log_ratio_clip=(-0.05, 0.05), log_weight_clip=(-1.0, 0.7))
 
@@ -27,23 +28,8 @@ PEAR = PearConfig(variant="token", log_ratio_clip=(-0.05, 0.05), log_weight_clip
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a tokenizer in model/, eight rows in data.jsonl and three in heldout.jsonl."""
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     root = tmp_path_factory.mktemp("transformers")
-    words = {f"t{i}": i for i in range(VOCABULARY - 2)} | {"<unk>": VOCABULARY - 2, "<pad>": VOCABULARY - 1}
-    PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
-        unk_token="<unk>",
-        pad_token="<pad>",
-        eos_token="<pad>",
-    ).save_pretrained(root / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, dtype="float32",
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(root / "model")
+    save_tiny_llama(root / "model")
     write_trajectories(root / "data.jsonl", ROWS)
     write_trajectories(root / "heldout.jsonl", 3, seed=1)
     (root / "pear.json").write_text(PEAR.model_dump_json())

@@ -21,6 +21,7 @@ from pear_megatron import PearConfig
 from pear_megatron.data import DataConfig, TrajectoryDataset, collate, prepare
 from pear_megatron.loss import pear_loss
 from tests.adapters.checkouts import needs_checkout
+from tests.adapters.tiny_llama import VOCABULARY, save_tiny_llama
 from tests.adapters.verl_bridge import NO_ATTENTION
 from tests.megatron.runs import write_trajectories
 
@@ -38,7 +39,7 @@ _NEEDED = (
 )
 pytestmark = needs_checkout("verl", "VERL_DIR", _NEEDED)
 
-ROWS, BATCH, STEPS, LEARNING_RATE, VOCABULARY = 32, 8, 3, 1e-4, 1002
+ROWS, BATCH, STEPS, LEARNING_RATE = 32, 8, 3, 1e-4
 # Bounds that keep the weights small, so that they do not multiply rounding; the other has most weights at its floor.
 PEAR = PearConfig(log_ratio_clip=(-0.05, 0.05), log_weight_clip=(-1.0, 0.7))
 COLLAPSED = PearConfig(log_ratio_clip=(-0.05, 0.05), log_weight_clip=(0.5, 1.0))
@@ -65,31 +66,8 @@ MEGATRON = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a tokenizer in model/, and rows in data.jsonl."""
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     root = tmp_path_factory.mktemp("verl")
-    words = {f"t{i}": i for i in range(VOCABULARY - 2)} | {"<unk>": VOCABULARY - 2, "<pad>": VOCABULARY - 1}
-    PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
-        unk_token="<unk>",
-        pad_token="<pad>",
-        eos_token="<pad>",
-    ).save_pretrained(root / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=VOCABULARY - 1,
-        eos_token_id=VOCABULARY - 1,
-        dtype="float32",
-    )
-    LlamaForCausalLM(config).save_pretrained(root / "model")
+    save_tiny_llama(root / "model")
     write_trajectories(root / "data.jsonl", ROWS)
     return root
 
