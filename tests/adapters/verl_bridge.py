@@ -33,6 +33,7 @@ class AutoBridge:
             tp_group=mpu.get_tensor_model_parallel_group(),
             vpp_size=1,
             sequence_parallel=False,
+            tp_comm_overlap=False,
         )
         train = TrainConfig.model_validate({"global_batch_size": 1, "precision": "fp32"})
         self.config = transformer_config(self.model, self.layout, train)
