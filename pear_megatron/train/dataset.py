@@ -61,13 +61,12 @@ def open_validation(recipe: Recipe, train: AnyDataset) -> AnyDataset | None:
             ]
         )
     trained = {Path(file).resolve() for file in train.meta["files"]}
-    for file in held_out.meta["files"]:
-        if Path(file).resolve() in trained:
-            log.warning(
-                "data.validation: %s is in data.train too; evaluations on it say how well it is learnt", file
-            )
-            break
-    else:
+    shared = [file for file in held_out.meta["files"] if Path(file).resolve() in trained]
+    for file in shared:
+        log.warning(
+            "data.validation: %s is in data.train too; evaluations on it say how well it is learnt", file
+        )
+    if not shared:
         _warn_of_shared(train, held_out)
     return held_out
 

@@ -78,7 +78,7 @@ class PearSFTLoss:
                 token_weights = _next_token(_column(data, "token_weights", cu_seqlens), cu_seqlens)
             if self.config.ratio == "reference" or REFERENCE in data:
                 reference = _next_token(_column(data, REFERENCE, cu_seqlens), cu_seqlens)
-            given = (_flat(log_probs).where(mask, 0.0), behavior, mask, cu_seqlens)
+            given = (_flat(log_probs), behavior, mask, cu_seqlens)
             self._check_alignment(*given, reference_logprobs=reference)
             loss_sum, _, report = loss_of_logprobs(
                 *given,
