@@ -29,7 +29,13 @@ class Given:
     data: str = field(metadata={"help": "scored trajectories: a file, or a pattern in quotes"})
     validation_data: str | None = field(default=None, metadata={"help": "held-out trajectories"})
     seq_length: int = field(
-        default=4096, metadata={"help": "the longest row, in tokens - 1; longer ones are errors"}
+        default=4096, metadata={"help": "the longest row; a trajectory of n tokens takes n - 1"}
+    )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "as many trajectories as fit into a row; without, one, padded to the longest of its batch"
+        },
     )
     pear: Path | None = field(default=None, metadata={"help": "JSON file of PearConfig's fields"})
 
@@ -45,7 +51,9 @@ def main(arguments: list[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype="float32")  # --bf16 computes in bfloat16
 
     def rows(files: str) -> Trajectories:
-        data = DataConfig(train=files, seq_length=given.seq_length, tokenizer=given.model)
+        data = DataConfig(
+            train=files, seq_length=given.seq_length, packing=given.packing, tokenizer=given.model
+        )
         return Trajectories(data, pear, vocab_size=model.config.vocab_size)
 
     trainer = PearTrainer(

@@ -1,44 +1,45 @@
 """PEAR in Hugging Face's Trainer: PearTrainer, and scored trajectories as the data set that it takes.
 
-One trajectory a row, padded to the longest of its batch: what the Trainer's data loaders, samplers and accelerate's
-DDP, FSDP and DeepSpeed know. docs/adapters/transformers.md.
+Items are rows: what the Trainer's data loaders, samplers and accelerate's DDP, FSDP and DeepSpeed know.
+docs/adapters/transformers.md.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from pear_megatron.adapters.offline_data import open_trajectories
 from pear_megatron.alignment_watch import AlignmentWatch
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig, PackedBatch, Trajectory, TrajectoryDataset, collate
 from pear_megatron.data.columns import Columns, needs_behavior_logprobs
+from pear_megatron.data.packing import plan_epoch
 from pear_megatron.errors import CheckpointError, RecipeError
 from pear_megatron.loss import loss_of_logprobs, report_keys, topk_of
 from pear_megatron.ops.statistics import vocab_parallel_statistics
 from pear_megatron.report import ReportWatch
-from pear_megatron.storage import write_atomically
 
 _BATCH = "trajectories"  # the input that is not the model's
-_CONFIG = "pear.json"
+_THE_TRAINERS_OWN = ("shift_labels", "skip_logits")
 
 
 class Trajectories(torch.utils.data.Dataset):  # type: ignore[type-arg]
-    """Scored rows as a map-style data set: item i is ``{"input_ids": int32 [n], "trajectory": Trajectory}``.
+    """Scored trajectories as a map-style data set of rows: ``{"input_ids": int32 [n], "trajectories": [...]}``.
 
     Every process builds it; rank 0 prepares the files where a process group runs (TrainingArguments starts it).
 
     Args:
-        data: the files, and how rows become trajectories; ``seq_length`` is the longest row in positions, tokens - 1.
-            ``packing`` has no say: a row is one trajectory.
+        data: the files, and how rows become trajectories; ``seq_length`` is the longest row in positions, a
+            trajectory's tokens - 1. With ``packing`` a row holds as many trajectories as fit, the same in every
+            epoch; without, it holds one.
         pear: the loss, which says what is read of the rows.
         vocab_size: real tokens of the model.
 
@@ -54,18 +55,26 @@ class Trajectories(torch.utils.data.Dataset):  # type: ignore[type-arg]
             vocab_size=vocab_size,
             columns=Columns.of(pear),
         )
+        self.packing = data.packing
+        self.rows = plan_epoch(
+            self.trajectories.lengths, data.seq_length, seed=0, epoch=0, packing=data.packing
+        )
 
     def __len__(self) -> int:
-        return len(self.trajectories)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        trajectory = self.trajectories[index]
-        return {"input_ids": trajectory.input_ids, "trajectory": trajectory}
+        trajectories = [self.trajectories[i] for i in self.rows[index]]
+        return {
+            "input_ids": np.concatenate([t.input_ids for t in trajectories]),  # for samplers by length
+            "trajectories": trajectories,
+            "packed": self.packing,
+        }
 
 
 @dataclass(frozen=True)
 class PearCollator:
-    """Items of ``Trajectories`` -> what PearTrainer takes: B rows of one trajectory each, padded at their ends.
+    """Items of ``Trajectories`` -> what PearTrainer takes: B rows, padded at their ends to the longest of them.
 
     Labels are shifted already: position p is scored against ``labels[p]``.
 
@@ -76,14 +85,26 @@ class PearCollator:
     pad_to_multiple_of: int = 8
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """``input_ids``, ``attention_mask``, ``labels`` int64 [B, S], and the rest of a PackedBatch."""
-        trajectories: list[Trajectory] = [item["trajectory"] for item in items]
-        longest = max(len(t.input_ids) for t in trajectories) - 1
+        """``input_ids``, ``labels`` int64 [B, S], and the rest of a PackedBatch.
+
+        Packed rows have ``position_ids`` int64 [B, S] that begin anew at every trajectory and no ``attention_mask``,
+        which is how transformers keeps trajectories apart; others have an ``attention_mask`` int64 [B, S].
+        """
+        trajectories: list[Trajectory] = []
+        rows, longest = [], 0
+        for item in items:
+            rows.append(range(len(trajectories), len(trajectories) + len(item["trajectories"])))
+            trajectories += item["trajectories"]
+            longest = max(longest, len(item["input_ids"]) - len(item["trajectories"]))
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        batch = collate(trajectories, [[i] for i in range(len(items))], length)
+        batch = collate(trajectories, rows, length)
         return {
             "input_ids": batch.tokens,
-            "attention_mask": (~batch.padding_mask).long(),
+            **(
+                {"position_ids": batch.position_ids}
+                if any(item["packed"] for item in items)
+                else {"attention_mask": (~batch.padding_mask).long()}
+            ),
             "labels": batch.labels,
             "shift_labels": batch.labels,  # the Trainer counts decisions in these as they are
             _BATCH: _tensors(batch),
@@ -132,9 +153,12 @@ class PearTrainer(Trainer):
             True  # the Trainer counts a step's decisions, and leaves the loss as it is
         )
         self.pear = pear
+        self.add_callback(LossOfTheRun(**pear.model_dump(mode="json")))
         self._keys = report_keys(pear)
         self._sums: dict[bool, Tensor] = {}  # in training, in evaluation: [keys, 2] float64
         self._check_alignment = AlignmentWatch(pear)
+        self._model_config: Any = getattr(self.model, "config", None)
+        self._rows_stay_apart = False  # until it was seen
         self._watch = ReportWatch(pear) if self.is_world_process_zero() else None
 
     def compute_loss(
@@ -145,13 +169,15 @@ class PearTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """A micro-batch's loss: its sum over the decisions of the step, times the processes that are averaged."""
-        inputs = {name: value for name, value in inputs.items() if name != "shift_labels"}
+        inputs = {name: value for name, value in inputs.items() if name not in _THE_TRAINERS_OWN}
         labels, given = inputs.pop("labels"), inputs.pop(_BATCH)
-        outputs = model(**inputs, use_cache=False)
-        with torch.autocast(outputs.logits.device.type, enabled=False):
-            loss_sum, decisions, report = self._loss(
-                outputs.logits, labels, given, keep_logits=return_outputs
-            )
+        if "position_ids" in inputs and not self._rows_stay_apart:
+            _check_rows_stay_apart(model, vocab_size=self._model_config.get_text_config().vocab_size)
+            self._rows_stay_apart = True
+        outputs = model(**self._as_attention_takes(inputs), use_cache=False)
+        logits = outputs.logits.view(*labels.shape, -1)
+        with torch.autocast(logits.device.type, enabled=False):
+            loss_sum, decisions, report = self._loss(logits, labels, given, keep_logits=return_outputs)
         self._add(report)
         if num_items_in_batch is None:
             if torch.is_grad_enabled():
@@ -164,6 +190,12 @@ class PearTrainer(Trainer):
             loss_sum = loss_sum * (copies // self.get_tp_size() if hasattr(self, "get_tp_size") else copies)
         loss = loss_sum / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
+
+    def _as_attention_takes(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Packed rows as one, [1, B * S], for flash attention: it looks for trajectories in a single row alone."""
+        if "position_ids" in inputs and "flash" in (self._model_config._attn_implementation or ""):
+            return {name: value.view(1, -1) for name, value in inputs.items()}
+        return inputs
 
     def _loss(
         self, logits: Tensor, labels: Tensor, given: dict[str, Tensor], *, keep_logits: bool
@@ -233,22 +265,59 @@ class PearTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in means.items()})
         return output
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = str(output_dir or self.args.output_dir)
-            write_atomically(Path(folder) / _CONFIG, self.pear.model_dump_json(indent=1) + "\n")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        if (file := Path(resume_from_checkpoint) / _CONFIG).is_file():
-            before, now = json.loads(file.read_text()), json.loads(self.pear.model_dump_json())
-            if changed := [key for key in now if key in before and before[key] != now[key]]:
-                was, given = ({key: values[key] for key in changed} for values in (before, now))
-                raise CheckpointError(
-                    f"{resume_from_checkpoint} was trained with pear {was}, this run has {given}; give those again, or "
-                    "begin another run from its weights"
-                )
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+class LossOfTheRun(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Puts the loss's settings into trainer_state.json, and refuses to go on from a checkpoint of another loss.
+
+    Args:
+        pear: the loss.
+    """
+
+    def __init__(self, **pear: Any) -> None:
+        self._pear = pear
+
+    def state(self) -> dict[str, Any]:
+        """What trainer_state.json keeps."""
+        return {"args": self._pear, "attributes": {}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Compares: the state is the checkpoint's by now, under DDP, FSDP and DeepSpeed alike."""
+        before = state.stateful_callbacks.get(type(self).__name__, self.state())["args"]
+        if changed := [key for key in self._pear if key in before and before[key] != self._pear[key]]:
+            was, given = ({key: values[key] for key in changed} for values in (before, self._pear))
+            raise CheckpointError(
+                f"the checkpoint was trained with pear {was}, this run has {given}; give those again, or begin "
+                "another run from its weights"
+            )
+
+
+def _check_rows_stay_apart(model: Any, *, vocab_size: int) -> None:
+    """Whether a trajectory of a packed row is read alone: what stands before it must not move its logits.
+
+    Every process calls it (a sharded model's forward is a collective).
+
+    Raises:
+        RecipeError: it moves them.
+    """
+    training, n = model.training, 16
+    device = next(model.parameters()).device
+    first, other, second = torch.randint(
+        vocab_size // 2, (3, n), generator=torch.Generator().manual_seed(0)
+    ).to(device)
+    position_ids = torch.arange(n, device=device).repeat(2)[None]
+    model.eval()
+    with torch.no_grad():
+        alone, moved = (
+            model(torch.cat([before, second])[None], position_ids=position_ids, use_cache=False).logits[0, n:]
+            for before in (first, other)
+        )
+    model.train(training)
+    if (moved - alone).abs().max() > 0.01 * alone.std():
+        raise RecipeError(
+            "this model lets packed trajectories see each other (its attention does not look at position_ids): pack "
+            "none with DataConfig(packing=False), or load it with attn_implementation flash_attention_2, sdpa or eager "
+            "in a transformers that packs with it"
+        )
 
 
 def _check(trainer: Trainer) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from pear_megatron import PearConfig, pear_loss
 from pear_megatron.data import DataConfig, TrajectoryDataset, collate, prepare
+from pear_megatron.errors import RecipeError
 from tests.adapters.tiny_llama import VOCABULARY, save_tiny_llama
 from tests.megatron.runs import write_trajectories
 
@@ -21,6 +22,7 @@ pytest.importorskip("transformers")
 
 REPOSITORY = Path(__file__).parents[2]
 ROWS, STEPS, LEARNING_RATE = 8, 3, 1e-3
+PACKED_ROWS, PACKED = 4, ("--seq_length=94", "--packing=True")  # what ROWS come to in rows of 94 positions
 # Bounds that keep the weights small, so that they do not multiply rounding.
 PEAR = PearConfig(variant="token", log_ratio_clip=(-0.05, 0.05), log_weight_clip=(-1.0, 0.7))
 
@@ -37,7 +39,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def program(
-    folder: Path, output: Path, *options: str, processes: int = 1
+    folder: Path,
+    output: Path,
+    *options: str,
+    processes: int = 1,
+    rows: int = ROWS,
+    module: str = "examples.transformers.sft_pear",
 ) -> subprocess.CompletedProcess[str]:
     """The example on some processes; every step sees all rows, whatever their order."""
     start = [sys.executable, "-W", "ignore"]
@@ -49,8 +56,9 @@ def program(
         "pear": folder / "pear.json",
         "output_dir": output,
         "seq_length": 63,
+        "packing": False,
         "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": ROWS // 2 // processes,
+        "gradient_accumulation_steps": rows // 2 // processes,
         "max_steps": STEPS,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
@@ -61,7 +69,7 @@ def program(
     }
     given = [f"--{name}={value}" for name, value in settings.items()]
     return subprocess.run(
-        [*start, "-m", "examples.transformers.sft_pear", *given, *options],
+        [*start, "-m", module, *given, *options],
         capture_output=True,
         text=True,
         timeout=600,
@@ -70,9 +78,9 @@ def program(
     )
 
 
-def train(folder: Path, output: Path, *options: str, processes: int = 1) -> list[dict[str, float]]:
+def train(folder: Path, output: Path, *options: str, **started: Any) -> list[dict[str, float]]:
     """The same -> the Trainer's log: a dict a step, and one of each evaluation."""
-    done = program(folder, output, *options, processes=processes)
+    done = program(folder, output, *options, **started)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads((output / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
 
@@ -110,9 +118,43 @@ def assert_same(log: list[dict[str, float]], wanted: list[dict[str, float]], wit
         assert {name: step[name] for name in want} == pytest.approx(want, rel=within, abs=within / 10)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_it_trains_as_the_loss_says(folder: Path, tmp_path: Path, processes: int) -> None:
-    assert_same(train(folder, tmp_path / "run", processes=processes), expected(folder))
+def test_it_trains_as_the_loss_says(folder: Path, tmp_path: Path) -> None:
+    assert_same(train(folder, tmp_path / "run"), expected(folder))
+
+
+def test_packed_rows_on_two_processes_train_as_the_loss_says(folder: Path, tmp_path: Path) -> None:
+    log = train(folder, tmp_path / "run", *PACKED, processes=2, rows=PACKED_ROWS)
+    assert_same(log, expected(folder))
+
+
+FSDP = '{"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "SHARDED_STATE_DICT"}'
+ZERO = {
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+}
+
+
+def test_fsdp_trains_as_the_loss_says_and_resumes(folder: Path, tmp_path: Path) -> None:
+    assert_sharded(folder, tmp_path, "--fsdp=full_shard", f"--fsdp_config={FSDP}")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_as_the_loss_says_and_resumes(folder: Path, tmp_path: Path, stage: int) -> None:
+    pytest.importorskip("deepspeed")
+    (tmp_path / "zero.json").write_text(json.dumps(ZERO | {"zero_optimization": {"stage": stage}}))
+    assert_sharded(folder, tmp_path, f"--deepspeed={tmp_path / 'zero.json'}")
+
+
+def assert_sharded(folder: Path, tmp_path: Path, *options: str) -> None:
+    sharded = {"processes": 2, "rows": PACKED_ROWS, "module": "tests.adapters.sharded_on_cpu"}
+    output = tmp_path / "run"
+    whole = train(folder, output, *PACKED, *options, **sharded)
+    assert_same(whole, expected(folder))
+    checkpoint = f"--resume_from_checkpoint={output / 'checkpoint-2'}"
+    resumed = train(folder, output, *PACKED, *options, checkpoint, **sharded)
+    assert resumed[-2]["loss"] == pytest.approx(whole[-2]["loss"], rel=1e-6)
 
 
 def test_mixed_precision_and_recomputation_stay_within_rounding(folder: Path, tmp_path: Path) -> None:
@@ -184,7 +226,62 @@ def test_a_run_resumes_under_its_own_loss_alone(folder: Path, tmp_path: Path) ->
     ]
     refused = program(folder, tmp_path / "run", *other)
     assert refused.returncode == 1
-    assert "was trained with pear {'gamma': 0.999}, this run has {'gamma': 0.9}" in refused.stderr
+    assert (
+        "the checkpoint was trained with pear {'gamma': 0.999}, this run has {'gamma': 0.9}" in refused.stderr
+    )
+
+
+@pytest.fixture
+def attention() -> None:
+    """``flash_on_cpu``, torch's attention under flash attention's name, and ``blind``, causal over the whole row."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def blind(module: Any, query: Any, key: Any, value: Any, _: Any, **rest: Any) -> Any:
+        return sdpa_attention_forward(module, query, key, value, None, **rest)
+
+    for name, function in (("flash_on_cpu", sdpa_attention_forward), ("blind", blind)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def trainer_and_batch(folder: Path, attention: str, output: Path) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM, TrainingArguments
+
+    from pear_megatron.adapters.transformers import PearCollator, PearTrainer, Trajectories
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    model.config._attn_implementation = attention  # from_pretrained looks for an installed flash attention
+    data = DataConfig(train=[str(folder / "data.jsonl")], seq_length=94)
+    rows = Trajectories(data, PEAR, vocab_size=VOCABULARY)
+    assert len(rows) == PACKED_ROWS
+    args = TrainingArguments(str(output), use_cpu=True, report_to="none")
+    return PearTrainer(model, args, pear=PEAR, train_dataset=rows), PearCollator()(list(rows))
+
+
+@pytest.mark.usefixtures("attention")
+def test_flash_attention_gets_the_rows_as_one_and_the_loss_is_the_same(folder: Path, tmp_path: Path) -> None:
+    seen = []
+    losses = []
+    for name in ("sdpa", "flash_on_cpu"):
+        trainer, batch = trainer_and_batch(folder, name, tmp_path)
+        trainer.model.register_forward_pre_hook(
+            lambda _, args, given: (
+                seen.append(tuple(given["input_ids"].shape)) if "input_ids" in given else None
+            ),
+            with_kwargs=True,
+        )
+        losses.append(trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(100)).item())
+    assert seen == [(PACKED_ROWS, 88), (1, PACKED_ROWS * 88)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.usefixtures("attention")
+def test_a_model_that_reads_over_the_trajectories_of_a_row_is_refused(folder: Path, tmp_path: Path) -> None:
+    trainer, batch = trainer_and_batch(folder, "blind", tmp_path)
+    with pytest.raises(RecipeError, match=r"lets packed trajectories see each other.*packing=False"):
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(100))
 
 
 @pytest.mark.parametrize(
