@@ -162,7 +162,7 @@ def test_messages_hold_the_reference_log_probs_where_the_loss_takes_them(tmp_pat
 
 def test_batches_carry_the_reference_and_a_kl_is_refused(runner: Any) -> None:
     write_reference(Path("data.jsonl"))
-    losses(runner, "pear.ratio=reference")
+    losses(runner, "+pear.ratio=reference")
     for batch in OneProcess.batches:
         decisions = batch["token_mask"].bool()
         moved = (batch["behavior_logprobs"] - 0.25).where(decisions, 0.0)
@@ -170,7 +170,7 @@ def test_batches_carry_the_reference_and_a_kl_is_refused(runner: Any) -> None:
     with pytest.raises(
         RecipeError, match="base_loss kl needs behavior_topk_ids, which NeMo-RL's loop does not"
     ):
-        losses(runner, "pear.base_loss=kl")
+        losses(runner, "+pear.base_loss=kl")
 
 
 def test_training_follows_the_weighted_loss(runner: Any) -> None:
