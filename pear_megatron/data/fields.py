@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -32,55 +31,6 @@ KNOWN_FIELDS = (
     "truncated",
     "metadata",
 )
-
-
-# Names that other programs give to the fields.
-_MEANT = {"completion": "response", "output": "response", "instruction": "prompt"}
-
-
-def check_names(names: Iterable[str]) -> None:
-    """Raise RowProblem on a field nobody reads, with the nearest known one."""
-    for name in names:
-        if name not in KNOWN_FIELDS:
-            near = (
-                [_MEANT[name]]
-                if name in _MEANT
-                else difflib.get_close_matches(str(name), KNOWN_FIELDS, n=1, cutoff=0.6)
-            )
-            hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(KNOWN_FIELDS)}"
-            raise RowProblem(f"unknown field {name!r}; {hint} (anything of your own goes under 'metadata')")
-
-
-def form_of(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """The one of FORMS that the row uses; RowProblem if none, several, or half of one."""
-    used = [form for form in FORMS if any(name in fields for name in form)]
-    if len(used) != 1:
-        found = " and ".join("+".join(form) for form in used) or "none of them"
-        raise RowProblem(
-            "a row has one of input_ids+loss_mask, messages (or conversations), or prompt+response; this one has "
-            f"{found}"
-        )
-    for name in used[0]:
-        if name not in fields:
-            other = next(other for other in used[0] if other in fields)
-            raise RowProblem(f"missing field {name!r}: {other!r} does not come without it; add it")
-    _check_company(fields, used[0][0])
-    return used[0]
-
-
-def _check_company(fields: Mapping[str, Any], form: str) -> None:
-    if form != "input_ids":
-        if "token_weights" in fields:
-            raise RowProblem(
-                f"token_weights belongs to tokens, and {form} is text; give input_ids+loss_mask (`pear-megatron score` "
-                "writes them), or 'weight' 0 in a message to keep its turn out of training"
-            )
-        return
-    for name in OF_TEXT:
-        if name in fields:
-            raise RowProblem(
-                f"{name} beside input_ids changes nothing: the tokens are there already; put it under 'metadata'"
-            )
 
 
 def get_number(fields: Mapping[str, Any], name: str, default: float) -> float:

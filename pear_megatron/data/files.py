@@ -14,11 +14,19 @@ from typing import Any, BinaryIO, cast
 
 from pear_megatron.data.columns import REFERENCE, TOPK_IDS, TOPK_LOGPROBS
 from pear_megatron.data.errors import Problems, RowProblem
-from pear_megatron.data.fields import HALF_WAY_OUT, Ragged, check_names, short
+from pear_megatron.data.fields import HALF_WAY_OUT, Ragged, short
 
 _PARQUET_BATCH = 256  # rows in memory at a time
 _TOPK_BATCH = 16  # the same of a file with a list of numbers per token
 _TOPK = (TOPK_IDS, TOPK_LOGPROBS)
+_ONE_A_LINE = "write one object a line: jq -c '.[]' OLD.json > NEW.jsonl"
+_CONVERSIONS = {
+    ".json": f" ({_ONE_A_LINE})",
+    ".csv": " (datasets.load_dataset('csv', data_files='OLD.csv', split='train').to_parquet('NEW.parquet'))",
+    ".arrow": " (datasets.Dataset.from_file('OLD.arrow').to_parquet('NEW.parquet'))",
+    ".pt": " (torch.load it and write JSON: docs/score.md)",
+    ".zst": " (zstd -d)",
+}
 _GZIP = b"\x1f\x8b"
 
 
@@ -69,15 +77,16 @@ def read_rows(
 ) -> Iterator[Row]:
     """The rows of one file; what cannot be read goes to ``problems``, with the line and the way out.
 
-    ``strict=False`` lets unknown fields and float16 log-probs pass: the caller checks or replaces them. Fields in
-    ``skip`` are left out of the rows, and columns not read.
+    ``strict=False`` lets float16 log-probs pass: the caller replaces them. Fields in ``skip`` are left out of the
+    rows, and columns not read.
     """
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        rows = _read_jsonl(path, problems, strict, skip)
+        rows = _read_jsonl(path, problems, skip)
     elif path.suffix == ".parquet":
         rows = _read_parquet(path, problems, strict, skip)
     else:
-        problems.add(str(path), f"ends in {path.suffix!r}; expected .jsonl, .jsonl.gz or .parquet")
+        way_out = _CONVERSIONS.get(path.suffix, "")
+        problems.add(str(path), f"ends in {path.suffix!r}; expected .jsonl, .jsonl.gz or .parquet{way_out}")
         return
     before, empty = problems.total, True
     for row in rows:
@@ -87,7 +96,7 @@ def read_rows(
         problems.add(str(path), "has no rows; write one trajectory a row, or take it out of data.train")
 
 
-def _read_jsonl(path: Path, problems: Problems, strict: bool, skip: Collection[str]) -> Iterator[Row]:
+def _read_jsonl(path: Path, problems: Problems, skip: Collection[str]) -> Iterator[Row]:
     number, position, rewards = 0, 0, _Rewards()
     try:
         raw = path.open("rb")
@@ -119,7 +128,7 @@ def _read_jsonl(path: Path, problems: Problems, strict: bool, skip: Collection[s
             if not line.strip():
                 continue
             try:
-                fields = _parse(line, strict)
+                fields = _parse(line)
                 rewards.check(fields, f"{path}:{number}")
                 yield Row(f"{path}:{number}", _given(fields, skip), size)
             except RowProblem as problem:
@@ -152,7 +161,7 @@ class _Rewards:
             )
 
 
-def _parse(line: bytes, strict: bool) -> dict[str, Any]:
+def _parse(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line, object_pairs_hook=_object)
     except RowProblem:
@@ -164,15 +173,17 @@ def _parse(line: bytes, strict: bool) -> dict[str, Any]:
             raise RowProblem(
                 "not valid JSON: the lines end with CR alone; end them with LF (tr '\\r' '\\n' < OLD > NEW)"
             ) from None
+        if line.strip() in (b"[", b"[{"):
+            raise RowProblem(f"the file is one JSON list; {_ONE_A_LINE}") from None
         if not line.endswith(b"\n"):
             raise RowProblem(
                 f"the last line is cut off ({error}); the file was written or copied in part: write it again"
             ) from None
         raise RowProblem(f"not valid JSON: {error}; write one JSON object a line") from None
+    if isinstance(value, list):
+        raise RowProblem(f"{short(value)} is a list; {_ONE_A_LINE}")
     if not isinstance(value, dict):
         raise RowProblem(f"{short(value)} is no JSON object; write one a line, {{...}}")
-    if strict:
-        check_names(value)
     return value
 
 
@@ -195,7 +206,6 @@ def _read_parquet(path: Path, problems: Problems, strict: bool, skip: Collection
             schema = file.schema_arrow
             try:
                 if strict:
-                    check_names(schema.names)
                     _refuse_half(schema)
             except RowProblem as problem:
                 problems.add(str(path), problem)

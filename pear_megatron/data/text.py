@@ -148,6 +148,14 @@ def conversation_of(fields: Mapping[str, Any], form: tuple[str, ...]) -> Convers
     if form[0] == "prompt":
         if not isinstance(prompt, list):
             prompt = get_text(fields, "prompt")
+            if _is_messages_as_text(prompt):
+                raise RowProblem(
+                    "prompt is a list of messages written as JSON text; parse it (json.loads): a list may stand there"
+                )
+        if isinstance(fields["response"], list):
+            raise RowProblem(
+                "response is a list; it must be a string: give prompt and response as one list of 'messages'"
+            )
         get_text(fields, "response")
     return Conversation(
         messages=fields.get("messages", fields.get("conversations")),
@@ -158,6 +166,16 @@ def conversation_of(fields: Mapping[str, Any], form: tuple[str, ...]) -> Convers
         chat_template_kwargs=_object(fields, "chat_template_kwargs"),
         truncated=get_flag(fields, "truncated"),
     )
+
+
+def _is_messages_as_text(text: str) -> bool:
+    if not (text.lstrip().startswith("[") and '"role"' in text):
+        return False
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(found, list) and all(isinstance(one, dict) and "role" in one for one in found)
 
 
 def _object(fields: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:

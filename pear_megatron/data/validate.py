@@ -15,7 +15,6 @@ from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import (
     check_encodable,
-    form_of,
     get_flag,
     get_integers,
     get_mask,
@@ -26,6 +25,7 @@ from pear_megatron.data.fields import (
     vocabulary,
 )
 from pear_megatron.data.files import Row
+from pear_megatron.data.names import UnreadFields, form_of, unread_names
 from pear_megatron.data.text import TextReader, Tokenized, conversation_of
 from pear_megatron.data.topk import TopK, read_behavior_topk
 from pear_megatron.data.trajectory import Trajectory
@@ -82,6 +82,7 @@ class Validator:
         self.tokenizer_hash = self._text.tokenizer_hash
         self.encoder = self._text.encoder
         self._notes: Counter[str] = Counter()
+        self._unread = UnreadFields()
         self._rows: Counter[bool] = Counter()  # with a reward, and without
         self.counts: Counter[str] = Counter(
             trajectories=0, dropped_truncated=0, dropped_overlong=0, half_precision=0
@@ -90,7 +91,7 @@ class Validator:
     @property
     def notes(self) -> dict[str, int]:
         """What the user should know of the rows, and how many times it happened."""
-        notes = {**self._text.notes, **self._notes}
+        notes = {**self._text.notes, **self._notes, **self._unread.note}
         if all(self._rows[has] for has in (True, False)):
             notes["rows without a reward, which count as 1, beside rows with one"] = self._rows[False]
         return notes
@@ -98,6 +99,7 @@ class Validator:
     def __call__(self, row: Row) -> list[Trajectory]:
         """The row's trajectories, none if a policy drops them; RowProblem if the row is wrong."""
         fields = row.fields
+        self._unread.add(unread_names(fields))
         identity = self._identity(row)
         required = self._required
         if required is None:

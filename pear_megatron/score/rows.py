@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pear_megatron.data.columns import ALL_COLUMNS, REFERENCE, TOPK_IDS, TOPK_LOGPROBS
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.data.fields import OF_TEXT, check_names, get_flag, get_number
+from pear_megatron.data.fields import OF_TEXT, get_flag, get_number
 from pear_megatron.data.files import Row
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.data.validate import IDS_WITHOUT_END, Validator
@@ -116,7 +116,6 @@ class RowReader:
     def __call__(self, row: Row) -> list[ScoreRow]:
         """The row's ScoreRows, one per trajectory, none if they are dropped; RowProblem if the row is wrong."""
         if self._purpose != "import":
-            check_names(row.fields)
             return list(
                 self._rows(row, {name: row.fields[name] for name in _TEXT_FIELDS if name in row.fields})
             )

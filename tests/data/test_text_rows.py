@@ -280,8 +280,8 @@ BAD = {
     ),
     "tools that are no list": ({"prompt": "a", "response": "b", "tools": "get"}, ["tools = 'get'"]),
     "misspelt": (
-        {"prompt": "a", "response": "b", "chat_template_kwarg": {}},
-        ["unknown field 'chat_template_kwarg'; did you mean 'chat_template_kwargs'?"],
+        {"prompt": "a", "response": "b", "chat_template_kwarg": {"a": 1}},
+        ["unknown field 'chat_template_kwarg' = {'a': 1}: did you mean 'chat_template_kwargs'?"],
     ),
     "ShareGPT, a key that is not read": (
         {
@@ -293,6 +293,14 @@ BAD = {
         ["conversations[1].train = False would not be read"],
     ),
     "ShareGPT, bad": ({"conversations": [{"from": "human"}]}, ["conversations[0]"]),
+    "prompt as JSON text": (
+        {"prompt": '[{"role": "user", "content": "Hi"}]', "response": "b"},
+        ["prompt is a list of messages written as JSON text"],
+    ),
+    "response as messages": (
+        {"prompt": [{"role": "user", "content": "Hi"}], "response": [{"role": "assistant", "content": "b"}]},
+        ["response is a list; it must be a string: give prompt and response as one list of 'messages'"],
+    ),
     "prompt that is a number": ({"prompt": 3, "response": "b"}, ["prompt = 3 is a int"]),
 }
 

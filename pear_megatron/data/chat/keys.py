@@ -14,7 +14,22 @@ from pear_megatron.data.fields import short
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _READ = ("role", "content", "from", "value", "weight", "tool_calls", "name", "tool_call_id", *REASONING)
 # What other programs call the choice of the turns that are trained.
-_CHOICES = ("train", "trainable", "training", "trained", "loss", "loss_mask", "loss_weight", "mask", "masked")
+_LEFT_OUT = ("masked", "is_masked", "ignore", "ignored", "exclude")
+_CHOICES = (
+    *(
+        "train",
+        "trainable",
+        "training",
+        "trained",
+        "is_trainable",
+        "should_train",
+        "train_on_turn",
+        "train_detail",
+    ),
+    *("loss", "loss_mask", "loss_weight", "loss_scale", "mask", *_LEFT_OUT),
+)
+_ENDS = ("finish_reason", "stop_reason", "done_reason")
+_CUT_OFF = ("length", "max_tokens", "max_output_tokens", "content_filter")
 _THINKING = ("reasoning_details", "reasoning_text", "thinking_blocks", "thoughts", "thought")
 _CHECKED = {*_READ, *_CHOICES, *_THINKING, "reward"}
 _NO_MISSPELLING = ("context",)
@@ -42,6 +57,11 @@ def check_keys(message: Mapping[str, Any], where: str, body: str) -> None:
             raise RowProblem(
                 f'{found}{either}; "weight": 0 in an assistant\'s message keeps its turn out of training, every other '
                 "assistant turn is trained, and nothing else"
+            )
+        if assistant and key in _ENDS and value in _CUT_OFF and message.get("weight") != 0:
+            raise RowProblem(
+                f"{where}.{key} = {short(value)}: the turn was cut off and would be trained to end there; take the key "
+                'out, and write "truncated": true on the row if the turn is its last, or "weight": 0 in the message'
             )
         if key == "reward" and (assistant or value):
             raise RowProblem(
@@ -107,9 +127,13 @@ def _fits(meant: str, value: Any, assistant: bool) -> bool:
 
 def _is_done_anyway(key: str, value: Any, assistant: bool) -> bool:
     """Whether a choice is what happens without it; an assistant's ``mask`` means either, as programs differ."""
-    if not assistant and key != "masked" and (value == 0 or (isinstance(value, list) and not any(value))):
+    if (
+        not assistant
+        and key not in _LEFT_OUT
+        and (value == 0 or (isinstance(value, list) and not any(value)))
+    ):
         return True
-    trained = not assistant if key == "masked" else assistant
+    trained = not assistant if key in _LEFT_OUT else assistant
     return key != "mask" and isinstance(value, (int, float)) and value == trained
 
 

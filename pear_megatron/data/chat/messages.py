@@ -21,12 +21,24 @@ _UNREAD = {
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "assistant"), "assistant"),
     "function_call": "assistant",
     "system": "system",
     "tool": "tool",
     "observation": "tool",
+}
+# Other programs' names of roles that no chat template knows.
+_ROLES = {
+    **dict.fromkeys(("model", "ai", "gpt", "chatgpt", "bot", "assistant"), "assistant"),
+    **dict.fromkeys(("human", "prompter", "user"), "user"),
+    **dict.fromkeys(("observation", "tool"), "tool"),
+    "system": "system",
+}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_PARTS = {
+    **dict.fromkeys(("thinking", "reasoning"), "write it into the message's 'reasoning_content'"),
+    "tool_use": "write it into the message's 'tool_calls'",
+    "tool_result": "write it as a message of role tool",
 }
 
 
@@ -71,8 +83,10 @@ def check_order(messages: list[Message], field: str = "messages") -> None:
     if not answers:
         roles = ", ".join(message["role"] for message in messages)
         raise RowProblem(f"{field} has no assistant turn (roles: {roles}): no decision; drop the row")
-    if is_assistant(messages[0]):
-        raise RowProblem(f"{field}[0] is an assistant turn without a prompt; begin with system or user")
+    if is_assistant(messages[0]) and messages[0]["weight"]:
+        raise RowProblem(
+            f'{field}[0] is an assistant turn without a prompt; begin with system or user, or give it "weight": 0'
+        )
     if all(is_empty(answer) for answer in answers):
         raise RowProblem(f"{field}: every assistant turn is an empty response; drop the row")
     if not any(answer["weight"] for answer in answers if not is_empty(answer)):
@@ -139,6 +153,8 @@ def _read_message(value: Any, where: str) -> Message:
         body, value = "value", _from_sharegpt(value, where)
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         raise RowProblem(f"{where} = {short(value)}; it must be an object with a role")
+    if (role := value["role"]) not in _ROLES.values() and (meant := _ROLES.get(role.lower())):
+        raise RowProblem(f"{where}.role = {short(role)}; write {meant!r}")
     calls = value.get("tool_calls")
     message = _without_nulls({**value, "tool_calls": None})
     check_keys({**message, "tool_calls": calls}, where, body)
@@ -187,13 +203,16 @@ def _from_sharegpt(value: Message, where: str) -> Message:
     others = {key: inner for key, inner in value.items() if key not in ("from", "value")}
     message = {**others, "role": _SHAREGPT_ROLES[sender], "content": value.get("value")}
     if sender == "function_call":
-        called = _json(value.get("value"))
+        called, thinking = value.get("value"), None
+        if isinstance(called, str):
+            before, tag, rest = called.rpartition("</think>")
+            called, thinking = _json(rest), before + tag
         calls = called if isinstance(called, list) else [called]
         if not all(isinstance(call, dict) for call in calls):
             raise RowProblem(
                 f"{where}.value = {short(value.get('value'))}; a function_call is JSON: name, arguments"
             )
-        message |= {"content": None, "tool_calls": calls}
+        message |= {"content": thinking, "tool_calls": calls}
     return message
 
 
@@ -211,8 +230,10 @@ def _text(value: Any, where: str, *, needed: bool) -> str:
     texts = []
     for i, part in enumerate(value):
         text = part.get("text") if isinstance(part, dict) else part
-        if not isinstance(text, str) or (isinstance(part, dict) and part.get("type", "text") != "text"):
-            raise RowProblem(f"{where}[{i}] = {short(part)} is no text part, and only text can be trained on")
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if not isinstance(text, str) or kind not in _TEXT_PARTS:
+            way_out = _PARTS.get(kind, "only text can be trained on; drop the row")
+            raise RowProblem(f"{where}[{i}] = {short(part)} is no text part; {way_out}")
         for name, beside in part.items() if isinstance(part, dict) else ():
             if name not in ("type", "text", "cache_control") and beside not in (None, [], {}, ""):
                 raise RowProblem(
@@ -231,7 +252,13 @@ def _call(value: Any, where: str) -> Message:
         raise RowProblem(f"{where} = {short(value)}; it must be {{type, function: {{name, arguments}}}}")
     check_call(call, function, where)
     arguments = function.get("arguments")
+    if isinstance(arguments, str) and not arguments.strip():
+        arguments = None  # of a function without parameters
     parsed = _json(arguments) if isinstance(arguments, str) else arguments or {}
+    if isinstance(parsed, dict) and isinstance(arguments, str) and _has_a_key_twice(arguments):
+        raise RowProblem(
+            f"{where}.function.arguments = {short(arguments)} has a key twice; keep the one that was meant"
+        )
     function = {**_without_nulls(function), "arguments": parsed if isinstance(parsed, dict) else arguments}
     if not isinstance(function["arguments"], (dict, str)):
         raise RowProblem(f"{where}.function.arguments = {short(arguments)}; give an object, or its JSON")
@@ -247,3 +274,9 @@ def _json(text: Any) -> Any:
         return json.loads(text)
     except (TypeError, ValueError):
         return None
+
+
+def _has_a_key_twice(text: str) -> bool:
+    objects: list[list[tuple[str, Any]]] = []
+    json.loads(text, object_pairs_hook=objects.append)
+    return any(len(dict(pairs)) != len(pairs) for pairs in objects)

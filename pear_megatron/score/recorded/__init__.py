@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.data.fields import check_names, short
+from pear_megatron.data.fields import short
 from pear_megatron.score.recorded import nemo_rl, openai, responses, sglang, slime, verl, vllm
 from pear_megatron.score.recorded.answers import UNFINISHED, Recorded
 from pear_megatron.score.recorded.beside import CARRIED, Remarks, check_inside, unread_fields
@@ -115,7 +115,6 @@ def _read(fields: Mapping[str, Any], tokens: Tokens, raw: bool, remarks: Remarks
         return read
     if "behavior_logprobs" in fields:
         own = {name: value for name, value in fields.items() if name not in _CHECKED}
-        check_names(own)
         return [(own, {})]
     raise RowProblem(
         f"no recorded log-probs among the fields {', '.join(fields)}; known are answers with logprobs (vLLM, SGLang, "

@@ -30,6 +30,34 @@ def test_sharegpt_is_read_as_what_it_is() -> None:
     ]
 
 
+def test_what_other_programs_write_as_texts_and_calls_is_read() -> None:
+    rows = [
+        {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+        {"from": "function_call", "value": '<think>add</think>\n{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "function_call", "value": {"name": "f", "arguments": {"x": 1}}},
+        {"from": "chatgpt", "value": "Two."},
+    ]
+    asked, thought, called, said = read_messages(rows)
+    assert asked == USER
+    assert thought["content"] == "<think>add</think>"
+    assert thought["tool_calls"] == called["tool_calls"] == [CALL]
+    assert said["role"] == "assistant"
+
+
+@pytest.mark.parametrize("arguments", ["", " ", None, {}])
+def test_a_function_without_parameters_is_called_with_none(arguments: Any) -> None:
+    (message,) = read_messages([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}])
+    assert message["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_a_greeting_without_a_prompt_may_stand_as_context() -> None:
+    greeting = {"role": "assistant", "content": "Welcome!"}
+    rows = [greeting, USER, {"role": "assistant", "content": "Hello"}]
+    with pytest.raises(RowProblem, match='or give it "weight": 0'):
+        check_order(read_messages(rows))
+    check_order(read_messages([greeting | {"weight": 0}, *rows[1:]]))
+
+
 @pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}'])
 @pytest.mark.parametrize("envelope", [True, False])
 def test_call_is_read_with_and_without_its_envelope(arguments: Any, envelope: bool) -> None:
@@ -91,6 +119,27 @@ BAD = {
         r"from = \{'role': 'gpt'\}; it is one of",
     ),
     "ShareGPT's text under content": ({"from": "gpt", "content": "r"}, r"content = 'r' .*; write 'value'"),
+    "a role that templates do not know": (
+        {"role": "model", "content": "4"},
+        "role = 'model'; write 'assistant'",
+    ),
+    "a role in capitals": ({"role": "User", "content": "4"}, "role = 'User'; write 'user'"),
+    "a thinking part": (
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "add"}]},
+        r"content\[0\] = .* no text part; write it into the message's 'reasoning_content'",
+    ),
+    "a part with a tool's result": (
+        {"role": "user", "content": [{"type": "tool_result", "content": "22"}]},
+        "write it as a message of role tool",
+    ),
+    "a turn that was cut off": (
+        {"role": "assistant", "content": "4", "finish_reason": "length"},
+        "finish_reason = 'length': the turn was cut off .*\"truncated\": true",
+    ),
+    "a key twice in arguments": (
+        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"x": {"y": 1, "y": 2}}'}]},
+        "has a key twice",
+    ),
     "two thoughts": (
         {"role": "assistant", "content": "", "reasoning": "a", "thinking": "b"},
         "different texts",
@@ -113,6 +162,10 @@ UNREAD = {
     "loss_weight": (0.5, WEIGHT),
     "mask": (1, WEIGHT),
     "masked": (True, WEIGHT),
+    "is_trainable": (False, WEIGHT),
+    "ignore": (True, WEIGHT),
+    "loss_scale": (0.0, WEIGHT),
+    "train_detail": ([{"begin_offset": 0, "train": False}], WEIGHT),
     "weights": (0, "did you mean 'weight'"),
     "Weight": (0, "did you mean 'weight'"),
     "wieght": (0, "did you mean 'weight'"),
@@ -151,7 +204,9 @@ def test_a_misspelt_text_is_no_empty_turn(message: dict[str, Any], meant: str) -
     "others",
     [
         {"id": "m1", "timestamp": 3, "annotations": [1], "context": "c", "height": 3, "logprobs": [0.5]},
-        {"train": True, "loss": 1.0, "masked": False},
+        {"train": True, "loss": 1.0, "masked": False, "ignore": False, "loss_scale": 1},
+        {"finish_reason": "stop", "stop_reason": "end_turn"},
+        {"weight": 0, "finish_reason": "length"},
         {"reasoning": "add", "reasoning_details": [{"text": "add"}], "thinking_blocks": [{}]},
         {"contents": "of the page"},
         {"is_reasoning": False, "isThinking": False, "reasoning_id": "rs_1", "reasoning_ms": 12},
