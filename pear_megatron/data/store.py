@@ -20,7 +20,7 @@ from pear_megatron.data.topk import TopK
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.storage import sync
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _META = "meta.json"
 # Per token, per trajectory, and per byte of an id; offsets have one more entry than there are trajectories.
 _DTYPES: dict[str, Any] = {

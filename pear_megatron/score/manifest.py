@@ -10,7 +10,7 @@ from typing import Any
 
 from pear_megatron.errors import ScoreError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # What a user calls the parts of an identity; those without an option are named as they are.
 _OPTIONS = {
     "model": "--model",
