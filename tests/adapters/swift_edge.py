@@ -1,0 +1,99 @@
+"""mcore-bridge's and ms-swift's own files without a GPU: Transformer Engine's layers replaced at the edge.
+
+mcore-bridge builds models of Transformer Engine's layers alone. Here Megatron's own layers stand for them, under the
+same names and with the same parameters, so that weights are loaded, trained and saved by mcore-bridge's own code; packed
+rows go through ``VarlenAttention``. For tests of ``megatron sft``'s loop on CPU ranks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from tests.adapters import bridge_edge
+
+# With any value: attention that gives zeros, for context parallelism, which Transformer Engine would have to do.
+NO_ATTENTION = "PEAR_TEST_NO_ATTENTION"
+
+
+def install() -> None:
+    """Call it before anything imports megatron."""
+    importlib.import_module("swift.sequence_parallel")  # scripts functions of torch's, before they are replaced
+    edge = bridge_edge._Edge()
+    sys.meta_path.insert(0, edge)
+    from pear_megatron.megatron import cpu
+
+    cpu.enable()
+    engine: Any = importlib.import_module("megatron.core.extensions.transformer_engine")
+    stand_ins = _layers()
+    vars(engine).update(stand_ins)
+    provider: Any = importlib.import_module("megatron.core.extensions.transformer_engine_spec_provider")
+    specs: Any = importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
+    for module in (provider, specs):
+        vars(module).update({name: layer for name, layer in stand_ins.items() if hasattr(module, name)})
+    specs.HAVE_TE, specs.TESpecProvider = True, provider.TESpecProvider
+    importlib.import_module("megatron.core.utils")._te_version = Version("2.0")  # type: ignore[attr-defined]
+    edge.hidden = False
+
+
+def _layers() -> dict[str, Any]:
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    from pear_megatron.megatron.core_attention import VarlenAttention
+
+    class TENorm:
+        """A factory, as the original is."""
+
+        def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:  # type: ignore[misc]
+            return WrappedTorchNorm(config, hidden_size, eps)
+
+    class TEColumnParallelLinear(ColumnParallelLinear):
+        def __init__(self, *args: Any, tp_comm_buffer_name: Any = None, name: Any = None, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
+        def __init__(self, input_size: int, *args: Any, config: Any, **kwargs: Any) -> None:
+            super().__init__(input_size, *args, config=config, **kwargs)
+            norm = WrappedTorchNorm(config, input_size, config.layernorm_epsilon)
+            self.layer_norm_weight = norm.weight
+            self._eps = config.layernorm_epsilon
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return super().forward(torch.nn.functional.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self._eps))
+
+        def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+            from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+            axes = {"weight": 0, "bias": 0}
+            state = self.state_dict(prefix="", keep_vars=True)
+            return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
+
+    class TERowParallelLinear(RowParallelLinear):
+        def __init__(self, *args: Any, tp_comm_buffer_name: Any = None, name: Any = None, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    class TEDotProductAttention(VarlenAttention):
+        def __init__(self, *args: Any, k_channels: Any = None, v_channels: Any = None, num_splits: Any = None,
+                     name: Any = None, **kwargs: Any) -> None:  # fmt: skip
+            super().__init__(*args, **kwargs)
+
+        def forward(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if NO_ATTENTION in os.environ:
+                return torch.zeros_like(query)
+            return super().forward(query, *args, **kwargs)
+
+    class TELinear(torch.nn.Linear):
+        """For classes that inherit from it; none is built."""
+
+    class TEGroupedLinear(torch.nn.Module):
+        """The same."""
+
+    return {
+        name: layer for name, layer in locals().items() if isinstance(layer, type) and name.startswith("TE")
+    } | {"HAVE_TE": False}
