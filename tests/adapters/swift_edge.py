@@ -39,6 +39,17 @@ def install() -> None:
     specs.HAVE_TE, specs.TESpecProvider = True, provider.TESpecProvider
     importlib.import_module("megatron.core.utils")._te_version = Version("2.0")  # type: ignore[attr-defined]
     edge.hidden = False
+    _move_within_the_host()
+
+
+def _move_within_the_host() -> None:
+    """mcore-bridge moves weights that it saves to "cuda"."""
+    original = torch.Tensor.to
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return original(self, *("cpu" if x == "cuda" else x for x in args), **kwargs)
+
+    torch.Tensor.to = to  # type: ignore[method-assign,assignment]
 
 
 def _layers() -> dict[str, Any]:

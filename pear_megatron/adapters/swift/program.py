@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, make_dataclass
 from typing import Any
@@ -50,6 +51,16 @@ class PearSftArguments(_Options):
             self.train_iters = train_dataset.batches().plan.first_step(self.num_train_epochs)
 
 
+def _show_warnings() -> None:
+    """Gives our loggers a handler of their own: ms-swift lets those of other libraries say errors alone."""
+    log = logging.getLogger("pear_megatron")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[%(levelname)s:%(name)s] %(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
+
+
 @dataclass(frozen=True)
 class PackedRows:
     """Trajectories as what ``megatron sft`` calls a data set: so many rows, in whole steps.
@@ -95,6 +106,10 @@ class PearMegatronSft(MegatronSft):
     """
 
     args_class = PearSftArguments
+
+    def __init__(self, args: Any = None) -> None:
+        _show_warnings()
+        super().__init__(args)
 
     def _prepare_dataset(self) -> tuple[PackedRows, PackedRows | None]:
         held_out = self._open(self.args.val_dataset) if self.args.val_dataset else None

@@ -1,0 +1,204 @@
+"""Megatron-SWIFT's own trainer trains with PEAR as the one-rank loss says: its program, model, loop, logs, checkpoints.
+
+Needs ms-swift and mcore-bridge (docs/adapters/swift.md). Transformer Engine's layers are replaced at the edge (swift_edge).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pear_megatron import PearConfig
+from pear_megatron.data import BatchPlan, DataConfig, TrajectoryDataset, collate, prepare
+from pear_megatron.loss import pear_loss
+from tests.adapters.checkouts import needs_modules
+from tests.adapters.swift_edge import NO_ATTENTION
+from tests.adapters.tiny_llama import VOCABULARY, save_tiny_llama
+from tests.megatron.runs import write_trajectories
+
+REPOSITORY = Path(__file__).parents[2]
+pytestmark = needs_modules("Megatron-SWIFT", ("swift", "mcore_bridge", "megatron.core", "modelscope"))
+
+SEQ_LENGTH, BATCH, STEPS, LEARNING_RATE, SEED = 64, 4, 3, 1e-4, 42
+# Bounds that keep the weights small, so that they do not multiply rounding; the other has most weights at its floor.
+PEAR = PearConfig(log_ratio_clip=(-0.05, 0.05), log_weight_clip=(-1.0, 0.7))
+COLLAPSED = PearConfig(log_ratio_clip=(-0.05, 0.05), log_weight_clip=(0.5, 1.0))
+# What has no CPU: half precision's kernels, fused ones, NCCL. The rest is what a user would give.
+COMMON = {
+    "model_type": "llama", "template": "dummy", "check_model": False, "packing": True, "max_length": SEQ_LENGTH,
+    "global_batch_size": BATCH, "train_iters": STEPS, "lr": LEARNING_RATE, "lr_decay_style": "constant",
+    "weight_decay": 0, "logging_steps": 1, "add_version": False, "save_safetensors": False, "no_save_optim": True,
+    "torch_dtype": "float32", "fp16": False, "bf16": False, "ddp_backend": "gloo", "use_cpu_initialization": True,
+    "masked_softmax_fusion": False, "bias_dropout_fusion": False, "bias_activation_fusion": False,
+    "gradient_accumulation_fusion": False, "megatron_extra_kwargs": '{"persist_layer_norm": false}',
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer in model/, and rows in data.jsonl and held_out.jsonl."""
+    root = tmp_path_factory.mktemp("swift")
+    save_tiny_llama(root / "model")
+    write_trajectories(root / "data.jsonl", 32)
+    write_trajectories(root / "held_out.jsonl", 9, seed=1)
+    return root
+
+
+def start(folder: Path, ranks: int, pear: PearConfig = PEAR, *, failing: bool = False, environment: Any = None, **options: Any) -> str:  # fmt: skip
+    """The program on some ranks, with its options in a YAML file -> all that it said."""
+    given = {
+        "model": folder / "model", "dataset": folder / "data.jsonl", "output_dir": folder / "out", **COMMON, **options,
+        **{f"pear_{name}": list(getattr(pear, name)) for name in ("log_ratio_clip", "log_weight_clip")},
+    }  # fmt: skip
+    file = Path(given["output_dir"]).with_suffix(".yaml")
+    file.write_text("".join(f"{name}: {json.dumps(value, default=str)}\n" for name, value in given.items()))
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", "-m", "tests.adapters.swift_cpu", str(file)]
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": ":".join(filter(None, paths)),
+            "OMP_NUM_THREADS": "1",
+            **(environment or {}),
+        },
+    )
+    assert (done.returncode != 0) == failing, done.stdout[-8000:]
+    return done.stdout
+
+
+def train(folder: Path, ranks: int, *args: Any, **options: Any) -> tuple[list[dict[str, float]], str]:
+    """The same -> the lines of its logging.jsonl, and all that it said."""
+    output = folder / f"out-{len(list(folder.glob('out-*.yaml')))}"
+    said = start(folder, ranks, *args, output_dir=output, **options)
+    lines = [json.loads(line) for line in (output / "logging.jsonl").read_text().splitlines()]
+    return [line for line in lines if "iteration" in line], said
+
+
+@cache
+def expected(
+    folder: Path, pear: PearConfig = PEAR, *, steps: int = STEPS, attention: bool = True
+) -> tuple[list[dict[str, float]], Any]:
+    """Of every step: loss, gradient norm and report of the one-rank loss on Hugging Face's model; and that model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="eager")
+    if not attention:
+        for layer in model.model.layers:
+            layer.self_attn.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    rows = trajectories(folder / "data.jsonl")
+    plan = BatchPlan(rows.lengths, SEQ_LENGTH, BATCH, seed=SEED, multiple=1 if attention else 4)
+    found = []
+    for step in range(steps):
+        loss, decisions, report = loss_of(model, rows, [i for row in plan.rows(step)[1] for i in row], pear)
+        optimizer.zero_grad()
+        (loss / decisions).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        found.append({"grad_norm": float(norm), **means(report)})
+    return found, model
+
+
+def trajectories(file: Path) -> TrajectoryDataset:
+    return TrajectoryDataset.open(
+        prepare(DataConfig(train=[str(file)], seq_length=SEQ_LENGTH), vocab_size=VOCABULARY)
+    )
+
+
+def loss_of(model: Any, rows: TrajectoryDataset, own: list[int], pear: PearConfig) -> Any:
+    batch = collate(rows, [own], int(sum(rows.lengths[i] - 1 for i in own)))
+    logits = [model(torch.as_tensor(rows[i].input_ids[:-1].astype("int64"))[None]).logits[0] for i in own]
+    return pear_loss(
+        torch.cat(logits), batch.labels.flatten(), batch.behavior_logprobs.flatten(), batch.loss_mask.flatten(),
+        batch.cu_seqlens, pear, reward=batch.reward,
+    )  # fmt: skip
+
+
+def means(report: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {key: float(total / count) for key, (total, count) in report.items()}
+
+
+def assert_same(steps: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
+    assert len(steps) == len(wanted)
+    for step, want in zip(steps, wanted, strict=True):
+        assert {name: step[name] for name in want} == pytest.approx(want, rel=1e-5, abs=1e-6)
+
+
+def test_it_trains_evaluates_and_saves_what_the_loss_says(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    lines, said = train(folder, 1, val_dataset=folder / "held_out.jsonl", eval_steps=STEPS, save_safetensors=True)
+    wanted, model = expected(folder)
+    assert_same([line for line in lines if "loss" in line], wanted)
+    assert "PEAR: an epoch is 5 iterations; 0.60 epochs are asked for" in said
+    assert "of the weights are at" not in said
+
+    held_out = trajectories(folder / "held_out.jsonl")
+    with torch.no_grad():
+        report = means(loss_of(model, held_out, list(range(len(held_out))), PEAR)[2])
+    evaluations = [line for line in lines if "eval_loss" in line]
+    assert_same(evaluations, [{f"eval_{name}": value for name, value in report.items()}])
+
+    saved = AutoModelForCausalLM.from_pretrained(folder / "out-0" / f"checkpoint-{STEPS}", dtype=torch.float32)
+    for name, parameter in model.state_dict().items():
+        torch.testing.assert_close(saved.state_dict()[name], parameter, rtol=1e-4, atol=1e-6)
+
+
+def test_two_data_parallel_ranks_train_as_one_and_say_that_weights_collapse(folder: Path) -> None:
+    lines, said = train(folder, 2, COLLAPSED, global_batch_size=BATCH * 16, train_iters=1)
+    assert lines[0]["pear/weight_at_floor"] > 0.5
+    assert said.count("of the weights are at their floor") == 1
+    assert_same(train(folder, 2)[0], expected(folder)[0])
+
+
+def test_tensor_parallel_ranks_train_as_one(folder: Path) -> None:
+    assert_same(train(folder, 2, tensor_model_parallel_size=2)[0], expected(folder)[0])
+
+
+def test_pipeline_stages_train_as_one_on_micro_batches_of_two_rows(folder: Path) -> None:
+    lines, _ = train(folder, 2, pipeline_model_parallel_size=2, micro_batch_size=2)
+    assert_same(lines, expected(folder)[0])
+
+
+def test_context_parallel_ranks_train_as_one(folder: Path) -> None:
+    lines, _ = train(folder, 2, context_parallel_size=2, environment={NO_ATTENTION: "1"})
+    assert_same(lines, expected(folder, attention=False)[0])
+
+
+def test_a_resumed_run_goes_on_where_it_was_and_refuses_another_loss(folder: Path) -> None:
+    first, _ = train(folder, 1, no_save_optim=False)
+    checkpoint = max(folder.glob("out-*/checkpoint-*/iter_*")).parent
+    going_on = {"mcore_model": checkpoint, "finetune": False, "train_iters": 2 * STEPS}
+    then, _ = train(folder, 1, **going_on)
+    assert_same(first + then, expected(folder, steps=2 * STEPS)[0])
+    said = start(folder, 1, failing=True, **going_on, pear_variant="block")
+    assert "was trained with --pear_variant token, and this run has block" in said
+
+
+def test_options_of_ms_swift_that_are_looked_at_are_there() -> None:
+    """One that is renamed would be looked at no more."""
+    program = (
+        "from tests.adapters import swift_edge; swift_edge.install();"
+        "from pear_megatron.adapters.swift import program, settings;"
+        "known = set(program.PearSftArguments.__dataclass_fields__);"
+        "print('MISSING', ({name for name, *_ in settings._NEEDED} | set(settings._UNREAD)) - known)"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert "MISSING set()" in done.stdout, done.stdout + done.stderr
