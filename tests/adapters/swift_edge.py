@@ -7,6 +7,7 @@ rows go through ``VarlenAttention``. For tests of ``megatron sft``'s loop on CPU
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import sys
@@ -90,13 +91,16 @@ def _layers() -> dict[str, Any]:
             super().__init__(*args, **kwargs)
 
     class TEDotProductAttention(VarlenAttention):
-        def __init__(self, *args: Any, k_channels: Any = None, v_channels: Any = None, num_splits: Any = None,
-                     name: Any = None, **kwargs: Any) -> None:  # fmt: skip
-            super().__init__(*args, **kwargs)
+        def __init__(self, config: Any, *args: Any, k_channels: Any = None, v_channels: Any = None,
+                     num_splits: Any = None, name: Any = None, **kwargs: Any) -> None:  # fmt: skip
+            if NO_ATTENTION in os.environ:
+                config = copy.copy(config)
+                config.context_parallel_size = 1
+            super().__init__(config, *args, **kwargs)
 
         def forward(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if NO_ATTENTION in os.environ:
-                return torch.zeros_like(query)
+                return query * 0.0
             return super().forward(query, *args, **kwargs)
 
     class TELinear(torch.nn.Linear):

@@ -182,8 +182,8 @@ def test_context_parallel_ranks_train_as_one(folder: Path) -> None:
 
 def test_a_resumed_run_goes_on_where_it_was_and_refuses_another_loss(folder: Path) -> None:
     first, _ = train(folder, 1, no_save_optim=False)
-    checkpoint = max(folder.glob("out-*/checkpoint-*/iter_*")).parent
-    going_on = {"mcore_model": checkpoint, "finetune": False, "train_iters": 2 * STEPS}
+    checkpoint = max(folder.glob("out-*/checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    going_on = {"mcore_model": checkpoint, "finetune": False, "train_iters": 2 * STEPS, "no_save_optim": False}
     then, _ = train(folder, 1, **going_on)
     assert_same(first + then, expected(folder, steps=2 * STEPS)[0])
     said = start(folder, 1, failing=True, **going_on, pear_variant="block")
