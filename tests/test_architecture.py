@@ -18,6 +18,7 @@ MEETS_MEGATRON = {
     "adapters/bridge/loop.py": "megatron.bridge, the loop that it plugs into",
     "adapters/megatron_lm.py": "megatron.training, the loop that it plugs into",
     "adapters/slime/loss.py": "slime's process groups are Megatron's global ones",
+    "adapters/swift/trainer.py": "ms-swift's process groups are Megatron's global ones",
     "hf/bridge.py": "Megatron-Bridge, for architectures that this package does not know",
 }
 

@@ -10,7 +10,9 @@ import pytest
 
 def needs_checkout(project: str, variable: str, modules: tuple[str, ...]) -> list[pytest.MarkDecorator]:
     """Marks that skip a file, with the reason, where ``variable`` names no checkout or a module is missing."""
-    here = pytest.mark.skipif(not os.environ.get(variable), reason=f"{variable} names no checkout of {project}")
+    here = pytest.mark.skipif(
+        not os.environ.get(variable), reason=f"{variable} names no checkout of {project}"
+    )
     return [here, needs_modules(project, modules)]
 
 

@@ -1,7 +1,7 @@
 """mcore-bridge's and ms-swift's own files without a GPU: Transformer Engine's layers replaced at the edge.
 
 mcore-bridge builds models of Transformer Engine's layers alone. Here Megatron's own layers stand for them, under the
-same names and with the same parameters, so that weights are loaded, trained and saved by mcore-bridge's own code; packed
+same names and with the same parameters, so that mcore-bridge's own code loads, trains and saves the weights; packed
 rows go through ``VarlenAttention``. For tests of ``megatron sft``'s loop on CPU ranks.
 """
 
@@ -24,7 +24,9 @@ NO_ATTENTION = "PEAR_TEST_NO_ATTENTION"
 
 def install() -> None:
     """Call it before anything imports megatron."""
-    importlib.import_module("swift.sequence_parallel")  # scripts functions of torch's, before they are replaced
+    importlib.import_module(
+        "swift.sequence_parallel"
+    )  # scripts functions of torch's, before they are replaced
     edge = bridge_edge._Edge()
     sys.meta_path.insert(0, edge)
     from pear_megatron.megatron import cpu
@@ -66,7 +68,9 @@ def _layers() -> dict[str, Any]:
             return WrappedTorchNorm(config, hidden_size, eps)
 
     class TEColumnParallelLinear(ColumnParallelLinear):
-        def __init__(self, *args: Any, tp_comm_buffer_name: Any = None, name: Any = None, **kwargs: Any) -> None:
+        def __init__(
+            self, *args: Any, tp_comm_buffer_name: Any = None, name: Any = None, **kwargs: Any
+        ) -> None:
             super().__init__(*args, **kwargs)
 
     class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
@@ -77,9 +81,13 @@ def _layers() -> dict[str, Any]:
             self._eps = config.layernorm_epsilon
 
         def forward(self, x: torch.Tensor) -> Any:
-            return super().forward(torch.nn.functional.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self._eps))
+            return super().forward(
+                torch.nn.functional.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self._eps)
+            )
 
-        def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        def sharded_state_dict(
+            self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+        ) -> Any:
             from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
             axes = {"weight": 0, "bias": 0}
@@ -87,7 +95,9 @@ def _layers() -> dict[str, Any]:
             return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
 
     class TERowParallelLinear(RowParallelLinear):
-        def __init__(self, *args: Any, tp_comm_buffer_name: Any = None, name: Any = None, **kwargs: Any) -> None:
+        def __init__(
+            self, *args: Any, tp_comm_buffer_name: Any = None, name: Any = None, **kwargs: Any
+        ) -> None:
             super().__init__(*args, **kwargs)
 
     class TEDotProductAttention(VarlenAttention):

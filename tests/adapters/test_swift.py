@@ -1,6 +1,6 @@
 """Megatron-SWIFT's own trainer trains with PEAR as the one-rank loss says: its program, model, loop, logs, checkpoints.
 
-Needs ms-swift and mcore-bridge (docs/adapters/swift.md). Transformer Engine's layers are replaced at the edge (swift_edge).
+Needs ms-swift and mcore-bridge (docs/adapters/swift.md); Transformer Engine's layers are replaced (swift_edge).
 """
 
 from __future__ import annotations
@@ -52,7 +52,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(folder: Path, ranks: int, pear: PearConfig = PEAR, *, failing: bool = False, environment: Any = None, **options: Any) -> str:  # fmt: skip
+def start(
+    folder: Path,
+    ranks: int,
+    pear: PearConfig = PEAR,
+    *,
+    failing: bool = False,
+    environment: dict[str, str] | None = None,
+    **options: Any,
+) -> str:
     """The program on some ranks, with its options in a YAML file -> all that it said."""
     given = {
         "model": folder / "model", "dataset": folder / "data.jsonl", "output_dir": folder / "out", **COMMON, **options,
@@ -96,7 +104,9 @@ def expected(
     """Of every step: loss, gradient norm and report of the one-rank loss on Hugging Face's model; and that model."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.float32, attn_implementation="eager"
+    )
     if not attention:
         for layer in model.model.layers:
             layer.self_attn.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
@@ -142,7 +152,9 @@ def assert_same(steps: list[dict[str, float]], wanted: list[dict[str, float]]) -
 def test_it_trains_evaluates_and_saves_what_the_loss_says(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    lines, said = train(folder, 1, val_dataset=folder / "held_out.jsonl", eval_steps=STEPS, save_safetensors=True)
+    lines, said = train(
+        folder, 1, val_dataset=folder / "held_out.jsonl", eval_steps=STEPS, save_safetensors=True
+    )
     wanted, model = expected(folder)
     assert_same([line for line in lines if "loss" in line], wanted)
     assert "PEAR: an epoch is 5 iterations; 0.60 epochs are asked for" in said
@@ -154,7 +166,9 @@ def test_it_trains_evaluates_and_saves_what_the_loss_says(folder: Path) -> None:
     evaluations = [line for line in lines if "eval_loss" in line]
     assert_same(evaluations, [{f"eval_{name}": value for name, value in report.items()}])
 
-    saved = AutoModelForCausalLM.from_pretrained(folder / "out-0" / f"checkpoint-{STEPS}", dtype=torch.float32)
+    saved = AutoModelForCausalLM.from_pretrained(
+        folder / "out-0" / f"checkpoint-{STEPS}", dtype=torch.float32
+    )
     for name, parameter in model.state_dict().items():
         torch.testing.assert_close(saved.state_dict()[name], parameter, rtol=1e-4, atol=1e-6)
 
@@ -181,9 +195,11 @@ def test_context_parallel_ranks_train_as_one(folder: Path) -> None:
 
 
 def test_a_resumed_run_goes_on_where_it_was_and_refuses_another_loss(folder: Path) -> None:
-    first, _ = train(folder, 1, no_save_optim=False)
+    # The distributed optimizer loads nothing into torch's Adam, which stands for Transformer Engine's here.
+    options = {"no_save_optim": False, "use_distributed_optimizer": False}
+    first, _ = train(folder, 1, **options)
     checkpoint = max(folder.glob("out-*/checkpoint-*"), key=lambda path: path.stat().st_mtime)
-    going_on = {"mcore_model": checkpoint, "finetune": False, "train_iters": 2 * STEPS, "no_save_optim": False}
+    going_on = {"mcore_model": checkpoint, "finetune": False, "train_iters": 2 * STEPS, **options}
     then, _ = train(folder, 1, **going_on)
     assert_same(first + then, expected(folder, steps=2 * STEPS)[0])
     said = start(folder, 1, failing=True, **going_on, pear_variant="block")

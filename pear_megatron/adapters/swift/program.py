@@ -7,13 +7,11 @@ import math
 from dataclasses import dataclass, make_dataclass
 from typing import Any
 
-from megatron.core import parallel_state
 from swift.megatron.arguments import MegatronSftArguments
 from swift.megatron.pipelines.train.sft import MegatronSft
 from swift.megatron.utils import get_padding_to
-from swift.utils import get_current_device
 
-from pear_megatron.adapters.offline_data import OfflineBatches, open_trajectories
+from pear_megatron.adapters.offline_data import open_trajectories
 from pear_megatron.adapters.swift.settings import (
     check_completed,
     check_options,
@@ -21,8 +19,7 @@ from pear_megatron.adapters.swift.settings import (
     option_fields,
     pear_config,
 )
-from pear_megatron.adapters.swift.trainer import PearMegatronTrainer
-from pear_megatron.data import TrajectoryDataset
+from pear_megatron.adapters.swift.trainer import PackedRows, PearMegatronTrainer
 from pear_megatron.data.columns import Columns, needs_behavior_logprobs
 
 _Options: Any = make_dataclass("_Options", option_fields(), bases=(MegatronSftArguments,))
@@ -59,39 +56,6 @@ def _show_warnings() -> None:
         handler.setFormatter(logging.Formatter("[%(levelname)s:%(name)s] %(message)s"))
         log.addHandler(handler)
         log.propagate = False
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """Trajectories as what ``megatron sft`` calls a data set: so many rows, in whole steps.
-
-    Attributes:
-        trajectories: the data.
-        args: the complete arguments.
-    """
-
-    trajectories: TrajectoryDataset
-    args: PearSftArguments
-
-    def batches(self, **options: Any) -> OfflineBatches:
-        """This rank's micro-batches; ``options`` are OfflineBatches'."""
-        args = self.args
-        return OfflineBatches(
-            self.trajectories,
-            seq_length=args.seq_length,
-            global_batch_size=args.global_batch_size,
-            micro_batch_size=args.micro_batch_size,
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            dp_size=parallel_state.get_data_parallel_world_size(),
-            cp_rank=parallel_state.get_context_parallel_rank(),
-            cp_size=parallel_state.get_context_parallel_world_size(),
-            seed=args.data_seed,
-            device=get_current_device(),
-            **options,
-        )
-
-    def __len__(self) -> int:
-        return self.batches().steps_per_epoch * self.args.global_batch_size
 
 
 class PearMegatronSft(MegatronSft):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import MISSING, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -36,8 +38,8 @@ _NEEDED: tuple[_Rule, ...] = (
     ("mtp_num_layers", (None,), "ms-swift's model computes their loss with its own loss alone; leave it out"),
     ("truncation_strategy", (None,), "a cut trajectory has lost its suffix, so that its weights would be another's; to "
      "leave long ones out, --pear_overlong drop"),
-    ("attention_backend", ("flash", "flash_2", "flash_3", "flash_4", "fused", "auto"), "ms-swift packs no rows with it; "
-     "use flash"),
+    ("attention_backend", ("flash", "flash_2", "flash_3", "flash_4", "fused", "auto"),
+     "ms-swift packs no rows with it; use flash"),
     ("cp_partition_mode", ("zigzag",), "suffix sums know zigzag chunks; leave it out"),
     ("sequence_packing_scheduler", (None,), "it would pack the packed rows anew; leave it out"),
     ("bridge_backend", ("mcore-bridge",), "how its models take packed rows was not checked; use mcore-bridge"),
@@ -54,17 +56,17 @@ _UNREAD = (
 
 def option_fields() -> list[tuple[str, Any, Any]]:
     """PearConfig's fields, and the data's, as fields of a dataclass that ms-swift's parser reads."""
-    models: list[tuple[type[StrictModel], tuple[str, ...]]] = [
-        (PearConfig, tuple(PearConfig.model_fields)),
+    models: list[tuple[type[StrictModel], Iterable[str]]] = [
+        (PearConfig, PearConfig.model_fields),
         (DataConfig, _OF_DATA),
     ]
-    found = []
+    found: list[tuple[str, Any, Any]] = []
     for model, names in models:
         for name in names:
             info = model.model_fields[name]
             shown = {"help": f"{model.__name__}.{name}; default: {info.default}"}
             if get_origin(info.annotation) is tuple:
-                pair = field(default_factory=lambda default=info.default: list(default), metadata=shown)
+                pair: Any = field(default_factory=partial(list, info.default), metadata=shown)
                 found.append((PREFIX + name, list[float], pair))
             else:
                 found.append((PREFIX + name, info.annotation, field(default=info.default, metadata=shown)))
@@ -117,8 +119,8 @@ def check_options(args: Any) -> None:
         default = known.default if known.default_factory is MISSING else known.default_factory()
         if known.name in _UNREAD and getattr(args, known.name) != default:
             wrong.append(
-                f"--{known.name} {getattr(args, known.name)}: it is of ms-swift's own data sets and templates, and the rows "
-                "are scored trajectories, read as they are; leave it out"
+                f"--{known.name} {getattr(args, known.name)}: it is of ms-swift's own data sets and templates, and the "
+                "rows are scored trajectories, read as they are; leave it out"
             )
     if not args.dataset:
         wrong.append("--dataset is missing; name the scored trajectories")
@@ -184,6 +186,6 @@ def _check_resumed(args: Any) -> None:
     ]
     if changed:
         raise CheckpointError(
-            f"{folder} was trained with {'; '.join(changed)}; give the same again, or begin another run from its weights "
-            "with --finetune true"
+            f"{folder} was trained with {'; '.join(changed)}; give the same again, or begin another run from its "
+            "weights with --finetune true"
         )

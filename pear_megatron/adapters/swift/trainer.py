@@ -3,18 +3,53 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from swift.megatron.trainers import MegatronTrainer
-from swift.utils import is_master
+from swift.utils import get_current_device, is_master
 
+from pear_megatron.adapters.offline_data import OfflineBatches
 from pear_megatron.adapters.swift.settings import check_model, pear_config
-from pear_megatron.data import PackedBatch
+from pear_megatron.data import PackedBatch, TrajectoryDataset
 from pear_megatron.loss import report_keys
 from pear_megatron.megatron.forward_step import PearForwardStep
 from pear_megatron.megatron.model import unwrap
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Trajectories as what ``megatron sft`` calls a data set: so many rows, in whole steps.
+
+    Attributes:
+        trajectories: the data.
+        args: PearSftArguments, complete.
+    """
+
+    trajectories: TrajectoryDataset
+    args: Any
+
+    def batches(self, **options: Any) -> OfflineBatches:
+        """This rank's micro-batches; ``options`` are OfflineBatches'."""
+        args = self.args
+        return OfflineBatches(
+            self.trajectories,
+            seq_length=args.seq_length,
+            global_batch_size=args.global_batch_size,
+            micro_batch_size=args.micro_batch_size,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            cp_size=parallel_state.get_context_parallel_world_size(),
+            seed=args.data_seed,
+            device=get_current_device(),
+            **options,
+        )
+
+    def __len__(self) -> int:
+        return self.batches().steps_per_epoch * self.args.global_batch_size
 
 
 class _ForwardStep(PearForwardStep):
@@ -23,13 +58,14 @@ class _ForwardStep(PearForwardStep):
     def _meet(self, model: Any) -> None:
         super()._meet(model)
         self._of_block = "extra_block_kwargs" in inspect.signature(unwrap(model).forward).parameters
-        self._parts = self.tp_group.size() if unwrap(model).config.sequence_parallel else 1
+        self._sequence_parallel = unwrap(model).config.sequence_parallel
 
     def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
         inputs = super()._inputs(batch)
         if (mask := inputs.pop("padding_mask", None)) is not None:
-            if self._parts > 1:  # the sequence is shared out among the tensor-parallel ranks
-                mask = mask.chunk(self._parts, dim=1)[self.tp_group.rank()].contiguous()
+            if self._sequence_parallel:  # the sequence is shared out among the tensor-parallel ranks
+                assert self.tp_group is not None
+                mask = mask.chunk(self.tp_group.size(), dim=1)[self.tp_group.rank()].contiguous()
             given = {"padding_mask": mask}
             inputs |= {"extra_block_kwargs": given} if self._of_block else given
         return inputs
@@ -67,7 +103,9 @@ class PearMegatronTrainer(MegatronTrainer):
         """A micro-batch's output, and the function that makes (loss_sum, num_tokens, report) of it."""
         return self._step(data_iterator, model)
 
-    def _prepare_data_iterator(self, train_dataset: Any, val_dataset: Any = None, **_: Any) -> tuple[Any, Any]:
+    def _prepare_data_iterator(
+        self, train_dataset: Any, val_dataset: Any = None, **_: Any
+    ) -> tuple[Any, Any]:
         batches = train_dataset.batches(consumed_samples=self.state.consumed_train_samples)
         if is_master():
             batches.announce(self.args.train_iters)
