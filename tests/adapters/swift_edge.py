@@ -67,13 +67,36 @@ def _layers() -> dict[str, Any]:
         def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:  # type: ignore[misc]
             return WrappedTorchNorm(config, hidden_size, eps)
 
-    class TEColumnParallelLinear(ColumnParallelLinear):
+    class TELinear(torch.nn.Module):
+        """What LoRA asks a layer for; and a whole layer on every rank, as LoRA makes one."""
+
+        parallel_mode: Any = None
+        use_bias, tp_size = False, 1  # when it is printed
+        in_features = property(lambda self: self.input_size)
+        out_features = property(lambda self: self.output_size)
+
+        def __init__(
+            self, input_size: int = 0, output_size: int = 0, *, config: Any = None, **_: Any
+        ) -> None:
+            super().__init__()
+            if config is not None:
+                self.input_size, self.output_size, self.config = input_size, output_size, config
+                self.weight = torch.nn.Parameter(
+                    torch.empty(output_size, input_size, dtype=config.params_dtype)
+                )
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return x @ self.weight.T, None
+
+    class TEColumnParallelLinear(ColumnParallelLinear, TELinear):
         def __init__(
             self, *args: Any, tp_comm_buffer_name: Any = None, name: Any = None, **kwargs: Any
         ) -> None:
             super().__init__(*args, **kwargs)
 
     class TELayerNormColumnParallelLinear(TEColumnParallelLinear):
+        return_layernorm_output = False
+
         def __init__(self, input_size: int, *args: Any, config: Any, **kwargs: Any) -> None:
             super().__init__(input_size, *args, config=config, **kwargs)
             norm = WrappedTorchNorm(config, input_size, config.layernorm_epsilon)
@@ -81,9 +104,9 @@ def _layers() -> dict[str, Any]:
             self._eps = config.layernorm_epsilon
 
         def forward(self, x: torch.Tensor) -> Any:
-            return super().forward(
-                torch.nn.functional.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self._eps)
-            )
+            x = torch.nn.functional.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self._eps)
+            output, bias = super().forward(x)
+            return ((output, x) if self.return_layernorm_output else output), bias
 
         def sharded_state_dict(
             self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
@@ -94,7 +117,7 @@ def _layers() -> dict[str, Any]:
             state = self.state_dict(prefix="", keep_vars=True)
             return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
 
-    class TERowParallelLinear(RowParallelLinear):
+    class TERowParallelLinear(RowParallelLinear, TELinear):
         def __init__(
             self, *args: Any, tp_comm_buffer_name: Any = None, name: Any = None, **kwargs: Any
         ) -> None:
@@ -113,11 +136,14 @@ def _layers() -> dict[str, Any]:
                 return query * 0.0
             return super().forward(query, *args, **kwargs)
 
-    class TELinear(torch.nn.Linear):
-        """For classes that inherit from it; none is built."""
-
     class TEGroupedLinear(torch.nn.Module):
-        """The same."""
+        """None is built, nor of its kinds."""
+
+    class TEColumnParallelGroupedLinear(TEGroupedLinear):
+        pass
+
+    class TERowParallelGroupedLinear(TEGroupedLinear):
+        pass
 
     return {
         name: layer for name, layer in locals().items() if isinstance(layer, type) and name.startswith("TE")

@@ -180,8 +180,9 @@ def test_two_data_parallel_ranks_train_as_one_and_say_that_weights_collapse(fold
     assert_same(train(folder, 2)[0], expected(folder)[0])
 
 
-def test_tensor_parallel_ranks_train_as_one(folder: Path) -> None:
-    assert_same(train(folder, 2, tensor_model_parallel_size=2)[0], expected(folder)[0])
+def test_tensor_and_sequence_parallel_ranks_train_as_one_for_an_epoch(folder: Path) -> None:
+    lines, _ = train(folder, 2, tensor_model_parallel_size=2, sequence_parallel=True, num_train_epochs=1)
+    assert_same(lines, expected(folder, steps=5)[0])
 
 
 def test_pipeline_stages_train_as_one_on_micro_batches_of_two_rows(folder: Path) -> None:
@@ -192,6 +193,22 @@ def test_pipeline_stages_train_as_one_on_micro_batches_of_two_rows(folder: Path)
 def test_context_parallel_ranks_train_as_one(folder: Path) -> None:
     lines, _ = train(folder, 2, context_parallel_size=2, environment={NO_ATTENTION: "1"})
     assert_same(lines, expected(folder, attention=False)[0])
+
+
+def test_lora_trains_on_and_its_merged_model_has_the_loss_of_the_next_step(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    options = {"tuner_type": "lora", "lora_dropout": 0, "save_safetensors": True, "save_steps": STEPS}
+    lines, _ = train(folder, 1, **options, train_iters=STEPS + 1, lr=1e-2)
+    assert lines[0]["loss"] == pytest.approx(expected(folder)[0][0]["loss"], rel=1e-5)
+    (saved,) = folder.glob(f"out-*/checkpoint-{STEPS}-merged")
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32, attn_implementation="eager")
+    rows = trajectories(folder / "data.jsonl")
+    own = [i for row in BatchPlan(rows.lengths, SEQ_LENGTH, BATCH, seed=SEED).rows(STEPS)[1] for i in row]
+    report = means(loss_of(model, rows, own, PEAR)[2])
+    assert_same(lines[STEPS:], [report])
+    before = means(loss_of(expected(folder, steps=0)[1], rows, own, PEAR)[2])
+    assert abs(report["nll"] - before["nll"]) > 1e-3
 
 
 def test_a_resumed_run_goes_on_where_it_was_and_refuses_another_loss(folder: Path) -> None:
