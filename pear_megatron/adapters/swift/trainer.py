@@ -44,7 +44,7 @@ class PackedRows:
             cp_rank=parallel_state.get_context_parallel_rank(),
             cp_size=parallel_state.get_context_parallel_world_size(),
             seed=args.data_seed,
-            device=get_current_device(),
+            device=torch.device(get_current_device()),
             **options,
         )
 
@@ -116,7 +116,7 @@ class PearMegatronTrainer(MegatronTrainer):
     def _log_callback(self, logs: dict[str, Any], n_steps: int) -> None:
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             # Of this rank so far; ms-swift adds up ``loss`` itself. A key is missing where nothing was counted.
-            nothing = torch.zeros(2, device=torch.cuda.current_device())
+            nothing = torch.zeros(2, device=get_current_device())
             sums = torch.stack([logs.pop(key, nothing) for key in self._keys])
             torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(True))
             logs |= {key: pair for key, pair in zip(self._keys, sums, strict=True) if pair[1] > 0}
