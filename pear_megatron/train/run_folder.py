@@ -41,7 +41,12 @@ _MAY_CHANGE = (
     "optimizer.optimizer_cpu_offload",
     "optimizer.optimizer_offload_fraction",
     "data.cache_dir",
-    "data.train",  # where the same trajectories lie now: DataPosition knows them by their content
+    # Where the same things lie now: DataPosition knows trajectories by their tokens, lora.yaml its base by a digest, and
+    # what config.json says is compared key by key.
+    "data.train",
+    "data.tokenizer",
+    "data.chat_template",
+    "model.hf",
     "data.validation",
 )
 

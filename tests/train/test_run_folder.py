@@ -193,7 +193,8 @@ def test_checkpoints_without_the_settings_of_their_run_are_not_gone_on_with(tmp_
 
 def test_where_the_trajectories_lie_may_change(tmp_path: Path) -> None:
     _write(tmp_path, range(1, 2))
-    check_same_run(tmp_path, _recipe(tmp_path, "data.train=/elsewhere/x.jsonl"))
+    for moved in ("data.train=/elsewhere/x.jsonl", "data.tokenizer=/elsewhere/model"):
+        check_same_run(tmp_path, _recipe(tmp_path, moved))
     with pytest.raises(RecipeError, match=r"optimizer.lr 0.001 -> 0.5"):
         check_same_run(tmp_path, _recipe(tmp_path, "optimizer.lr=0.5"))
 
