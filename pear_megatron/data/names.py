@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.data.fields import FORMS, KNOWN_FIELDS, OF_TEXT, short
+from pear_megatron.data.fields import FORMS, KNOWN_FIELDS, OF_TEXT
 
 _BAD_ANSWERS = (
     "give the good answer as a row, and the bad one as a row with a 'reward' below zero, or leave it out"
@@ -178,7 +178,7 @@ def _way_out(name: str, fields: Mapping[str, Any]) -> str | None:
         said = "padding was left in: take the ids out where it is 0, from every list"
     if said is None and (near := _misspelt(name, fields)) is not None:
         said = f"did you mean {near!r}?"
-    return f"unknown field {name!r} = {short(value)}: {said}" if said else None
+    return f"unknown field {name!r}: {said}" if said else None
 
 
 def _misspelt(name: str, fields: Mapping[str, Any]) -> str | None:

@@ -14,7 +14,7 @@ PAIR = {"prompt": "Hi", "response": "Hello"}
 IDS = {"input_ids": [1, 2], "loss_mask": [0, 1]}
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    (CHAT | {"system": "Be brief."}, "'system' = 'Be brief.': write it as the first message, of role system"),
+    (CHAT | {"system": "Be brief."}, "'system': write it as the first message, of role system"),
     (PAIR | {"system_prompt": "Be brief."}, "write it as the first message"),
     (CHAT | {"functions": [{"name": "f"}]}, "write the functions into 'tools'"),
     (CHAT | {"images": ["a.png"]}, "only text can be trained on"),

@@ -281,7 +281,7 @@ BAD = {
     "tools that are no list": ({"prompt": "a", "response": "b", "tools": "get"}, ["tools = 'get'"]),
     "misspelt": (
         {"prompt": "a", "response": "b", "chat_template_kwarg": {"a": 1}},
-        ["unknown field 'chat_template_kwarg' = {'a': 1}: did you mean 'chat_template_kwargs'?"],
+        ["unknown field 'chat_template_kwarg': did you mean 'chat_template_kwargs'?"],
     ),
     "ShareGPT, a key that is not read": (
         {
