@@ -41,7 +41,7 @@ _MAY_CHANGE = (
     "optimizer.optimizer_cpu_offload",
     "optimizer.optimizer_offload_fraction",
     "data.cache_dir",
-    # Where the same things lie now: DataPosition knows trajectories by their tokens, lora.yaml its base by a digest, and
+    # Where the same things lie now: DataPosition knows trajectories by their tokens, lora.yaml its base by a digest;
     # what config.json says is compared key by key.
     "data.train",
     "data.tokenizer",
