@@ -205,6 +205,11 @@ def _shape_of_call(call: Message, words: _Words, where: str) -> Message:
     function = call["function"]
     name = words.instead_of(function["name"], f"{where}.function.name")
     arguments = words.in_leaves(function["arguments"], f"{where}.function.arguments")
+    if isinstance(
+        identity := call.get("id"), str
+    ):  # functions.NAME:0, which Kimi's template writes in the name's place
+        inside = rf"(?<!\w){re.escape(function['name'])}(?!\w)"
+        call = {**call, "id": re.sub(inside, lambda _: name, identity)}
     return {**call, "function": {**function, "name": name, "arguments": arguments}}
 
 

@@ -132,6 +132,28 @@ def has_nulls(value: Any) -> bool:
     return value is None
 
 
+def unseen_changes(message: Any) -> Iterator[str]:
+    """What reading a message changes of it, or loses, as notes to the user.
+
+    Args:
+        message: as it stands in the row.
+    """
+    if not isinstance(message, dict):
+        return
+    parts = message.get("content")
+    if isinstance(parts, list) and message.get("role") != "assistant" and sum(map(bool, parts)) > 1:
+        yield "messages of several text parts, joined as they are (some engines put a line break between them)"
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call) if isinstance(call, dict) else None
+        text = function.get("arguments") if isinstance(function, dict) else None
+        parsed = _json(text) if isinstance(text, str) else None
+        if isinstance(parsed, dict) and text not in (
+            json.dumps(parsed, ensure_ascii=False),
+            json.dumps(parsed),
+        ):
+            yield "calls whose arguments, JSON text, are written anew: with other spaces or numbers than they had"
+
+
 def thinks_inline(content: str) -> bool:
     """Whether thinking stands inside the content, with the tag that ends it."""
     return "</think>" in content
@@ -171,6 +193,10 @@ def _read_message(value: Any, where: str) -> Message:
     if calls:
         if not isinstance(calls, list):
             raise RowProblem(f"{where}.tool_calls = {short(calls)}; it must be a list of calls")
+        if "<tool_call>" in message["content"]:
+            raise RowProblem(
+                f"{where} has calls both in its content, as <tool_call>, and in tool_calls; keep one"
+            )
         message["tool_calls"] = [_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
     weight = message.pop("weight", 1)
     if weight not in (0, 1):

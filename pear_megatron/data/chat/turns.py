@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pear_megatron.data.chat.ends import End
 from pear_megatron.data.chat.fit import MOST_KNOWN, Fitter, stands_in
-from pear_megatron.data.chat.messages import Message, parts_of, thinks_inline
+from pear_megatron.data.chat.messages import Message, is_assistant, parts_of, thinks_inline
 from pear_megatron.data.chat.template import Setting
 from pear_megatron.data.chat.text import common_prefix, overlap
 from pear_megatron.data.errors import RowProblem
@@ -18,11 +18,21 @@ _THINKING, _CONTENT = "Zqthinkingx", "Zqcontentx"
 _ROLE = re.compile(r"\s*(system|developer|user|human|assistant|tool)\b")
 _OPENED = re.compile(r"\s*<think>\s*(</think>\s*)?")
 _EMPTY_BLOCK = re.compile(r"^(\s*)<think>\s*</think>\s*")
+_EMPTY_AT_END = re.compile(r"<think>\s*</think>\s*$")
 _CLOSED_BLOCK = re.compile(r"^\s*</think>\s*")
 THINK_TAGS = ("<think>", "</think>")
 THINKING_LEFT_OPEN = (
     "answers without thinking inside the think block that the generation prompt opens, which they never close; a chat "
     "template that opens none (data.chat_template) would fit them"
+)
+
+
+THINKING_NOT_OPENED = (
+    "answers that close a think block which neither they nor the generation prompt open; the chat template that they "
+    "were sampled with opened one (data.chat_template)"
+)
+THINKING_CLOSED = (
+    "answers that think behind a prompt that has closed thinking (chat_template_kwargs: enable_thinking)"
 )
 
 
@@ -89,8 +99,7 @@ class TurnWriter:
             if not stands_in(part.text, written):
                 raise RowProblem(f"{part.name}: the chat template leaves it out in this turn; change the row")
         written = not_doubled(context, written)
-        if not truncated and leaves_thinking_open(context, written):
-            self._notes[THINKING_LEFT_OPEN] += 1
+        self._notes.update(check_thinking(context, written, where, truncated=truncated))
         return written
 
     def end_raw(self, response: str, field: str, *, truncated: bool) -> str:
@@ -99,6 +108,20 @@ class TurnWriter:
         stop = next((stop for stop in self._stops if response.endswith(stop)), "")
         check_stops(response.removesuffix(stop), field, self._stops)
         return response if stop or truncated else response + end
+
+    def check_beginning(self, response: str, field: str, setting: Setting) -> None:
+        """RowProblem where the template begins every answer with a special token that the response lacks (gpt-oss)."""
+        try:
+            written = self._rendered({"role": "assistant", "content": _CONTENT}, field, setting)
+        except RowProblem:  # it takes no single message of a user
+            return
+        header = written.partition(_CONTENT)[0].strip()
+        first = next((token for token in self._tokens if header.startswith(token)), None)
+        if first is not None and not response.lstrip().startswith(first):
+            raise RowProblem(
+                f"{field}: the chat template begins an answer with {header!r}, as the policy did; write the response "
+                "as it was sampled, or give 'messages', which the template writes"
+            )
 
     def length_of_end(self, written: str) -> int:
         """How many characters of a turn are its end."""
@@ -124,6 +147,23 @@ class TurnWriter:
         if any(map(str.isalpha, end)) and prompt.rstrip().endswith(end):
             return f"ends with {end!r}"
         return ""
+
+    def placed(self, messages: list[Message], setting: Setting) -> list[Message]:
+        """The messages with thinking in the template's own place, where that is no <think> block."""
+        if not any(thinks_inline(m["content"]) for m in messages if is_assistant(m)):
+            return messages
+        return [_with_thinking_apart(m) for m in messages] if self._thinks_elsewhere(setting) else messages
+
+    def _thinks_elsewhere(self, setting: Setting) -> bool:
+        """Whether the template has a place for thinking that is no <think> block (gpt-oss's analysis)."""
+        if not self._fitter.template.thinks_in_fields:
+            return False
+        message = {"role": "assistant", "content": _CONTENT, "reasoning_content": _THINKING}
+        try:
+            written = self._rendered(message, "", setting)
+        except RowProblem:
+            return False
+        return _THINKING in written and "think>" not in written
 
     def _rendered(self, message: Message, where: str, setting: Setting) -> str:
         """The turn after a user's, with words for its texts, from the generation prompt on."""
@@ -178,9 +218,30 @@ def check_stops(text: str, name: str, stops: Iterable[str]) -> None:
             )
 
 
-def leaves_thinking_open(context: str, written: str) -> bool:
-    """Whether the generation prompt opens a think block that the turn does not close."""
-    return context.rstrip().endswith("<think>") and "</think>" not in written
+def check_thinking(context: str, written: str, name: str, *, truncated: bool) -> Iterator[str]:
+    """Notes on what a turn does with think blocks.
+
+    Args:
+        context: a text that ends with the generation prompt.
+        written: what follows it.
+        name: the field that holds it.
+        truncated: sampling was cut off, and may have been within a block.
+
+    Raises:
+        RowProblem: the turn opens a block and does not close it.
+    """
+    before, closed, _ = written.partition("</think>")
+    if closed and "<think>" not in before and not context.rstrip().endswith("<think>"):
+        yield THINKING_NOT_OPENED
+    if not truncated and written.rfind("<think>") > written.rfind("</think>"):
+        raise RowProblem(
+            f"{name} opens a think block that it does not close, and would be trained to end there; mark the row "
+            '"truncated": true, or drop it'
+        )
+    if _EMPTY_AT_END.search(context) and written.lstrip().startswith("<think>"):
+        yield THINKING_CLOSED
+    if not truncated and context.rstrip().endswith("<think>") and not closed:
+        yield THINKING_LEFT_OPEN
 
 
 def not_doubled(context: str, written: str) -> str:
@@ -194,6 +255,17 @@ def not_doubled(context: str, written: str) -> str:
             space = context[len(context.rstrip()) :]
             return rest[overlap(space, rest) :]
     return written
+
+
+def _with_thinking_apart(message: Message) -> Message:
+    before, closed, answer = message["content"].partition("</think>")
+    if not (closed and is_assistant(message) and before.lstrip().startswith("<think>")):
+        return message
+    return {
+        **message,
+        "reasoning_content": before.lstrip().removeprefix("<think>").strip(),
+        "content": answer.lstrip(),
+    }
 
 
 def _behind(context: str, through: str, where: str) -> str:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from chat_tokenizers import Families, shown
 
@@ -341,8 +342,10 @@ def test_stop_token_in_the_middle_is_refused(families: Families) -> None:
 )
 def test_turn_ends_as_the_template_says(name: str, ends: list[str], families: Families) -> None:
     tokenizer = families(name)
-    (encoded,) = ChatEncoder(tokenizer).encode(Conversation(prompt="Hi", response="Hello"))
-    assert tokenizer.convert_ids_to_tokens(encoded.input_ids[-len(ends) :]) == ends
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    (encoded,) = ChatEncoder(tokenizer).encode(Conversation(messages=messages))
+    last = int(np.flatnonzero(encoded.loss_mask)[-1]) + 1
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids[last - len(ends) : last]) == ends
 
 
 def test_call_ends_with_the_token_that_hands_over_to_the_tool(families: Families) -> None:
@@ -410,3 +413,96 @@ def test_recorded_answers_are_encoded_as_rows_are(families: Families) -> None:
     assert len(response) == sum(encoded.loss_mask)
     assert encoder.response_ids(ask, "<think>\nadd\n</think>\n\n4", truncated=False) == response
     assert encoder.response_ids(ask, answer, truncated=True) == response[:-1]
+
+
+KIMI = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+    "<call>{{ c['id'] }}<args>{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_name_that_stands_in_the_calls_id_alone_is_rendered(families: Families) -> None:
+    call = {
+        "id": "functions.get_weather:0",
+        "function": {"name": "get_weather", "arguments": {"city": "Paris"}},
+    }
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    fields = {"messages": [{"role": "user", "content": "Weather?"}, answer]}
+    (text,) = encode(families, "qwen3", fields, chat_template=KIMI)
+    assert '[[<call>functions.get_weather:0<args>{"city": "Paris"}<|im_end|>]]' in text
+    call["id"] = "call_1"
+    with pytest.raises(RowProblem, match=r"function\.name: the chat template leaves it out"):
+        encode(families, "qwen3", fields, chat_template=KIMI)
+
+
+def test_a_response_without_the_header_that_begins_every_answer_is_refused(families: Families) -> None:
+    with pytest.raises(
+        RowProblem, match=r"begins an answer with '<\|channel\|>final<\|message\|>'.*'messages'"
+    ):
+        encode(families, "gptoss", {"prompt": "2+2?", "response": "4"})
+    (text,) = encode(families, "gptoss", {"prompt": "2+2?", "response": "<|channel|>final<|message|>4"})
+    assert text.endswith("[[<|channel|>final<|message|>4<|return|>]]")
+
+
+def test_a_think_block_goes_where_the_template_has_thinking(families: Families) -> None:
+    messages = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "<think>\nadd\n</think>\n\n4"},
+    ]
+    (text,) = encode(families, "gptoss", {"messages": messages})
+    assert "[[<|channel|>analysis<|message|>add<|end|>" in text
+    assert text.endswith("<|channel|>final<|message|>4<|return|>]]")
+
+
+@pytest.mark.parametrize("form", ["response", "messages"])
+def test_a_think_block_that_is_left_open_is_no_end(form: str, families: Families) -> None:
+    fields: dict[str, Any] = {"prompt": "2+2?", "response": "<think>\nadd so long"}
+    if form == "messages":
+        answer = {"role": "assistant", "content": fields["response"]}
+        fields = {"messages": [{"role": "user", "content": "2+2?"}, answer]}
+    with pytest.raises(RowProblem, match="opens a think block that it does not close.*truncated"):
+        encode(families, "qwen3", fields)
+    (text,) = encode(families, "qwen3", {**fields, "truncated": True})
+    assert text.endswith("[[<think>\nadd so long]]")
+
+
+def noted(families: Families, name: str, fields: dict[str, Any], **options: Any) -> str:
+    encoder = ChatEncoder(families(name), **options)
+    encoder.encode(Conversation(**fields))
+    return "; ".join(encoder.notes)
+
+
+def test_what_is_read_otherwise_than_it_stands_there_is_noted(families: Families) -> None:
+    parts = [{"type": "text", "text": "Weather"}, {"type": "text", "text": "in Paris?"}]
+    call = {"function": {"name": "get_weather", "arguments": '{"city":"Paris"}'}}
+    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+    tools = [{"type": "function", "function": {"name": "get_weather", "description": None}}]
+    said = noted(
+        families, "qwen3", {"messages": [{"role": "user", "content": parts}, answer], "tools": tools}
+    )
+    assert "messages of several text parts" in said
+    assert "JSON text, are written anew" in said
+    assert "tools hold null" in said
+    plain = {"prompt": "2+2?", "response": "4"}
+    assert noted(families, "qwen3", plain) == ""
+    assert "close a think block" in noted(families, "qwen3", plain | {"response": "add\n</think>\n\n4"})
+    closed = {"response": "<think>add</think>4", "chat_template_kwargs": {"enable_thinking": False}}
+    assert "has closed thinking" in noted(families, "qwen3", plain | closed)
+    dated = "{{ strftime_now('%Y') }}" + str(families("qwen3").chat_template)
+    assert "date of today" in noted(families, "qwen3", plain, chat_template=dated)
+
+
+def test_a_result_with_the_tag_that_the_template_writes_is_refused(families: Families) -> None:
+    call = {"function": {"name": "get_weather", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "<tool_response>\n22\n</tool_response>"},
+        {"role": "assistant", "content": "22"},
+    ]
+    with pytest.raises(RowProblem, match=r"messages\[2\]\.content begins with <tool_response>.*take it out"):
+        encode(families, "qwen3", {"messages": messages})
+    twice = {"role": "assistant", "content": '<tool_call>{"name": "f"}</tool_call>', "tool_calls": [call]}
+    with pytest.raises(RowProblem, match="calls both in its content"):
+        encode(families, "qwen3", {"messages": [messages[0], twice]})

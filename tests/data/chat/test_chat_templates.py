@@ -99,6 +99,10 @@ def conversation(kind: str) -> Conversation:
     return Conversation(messages=KINDS[kind], tools=TOOLS if kind == "tools" else None)
 
 
+# Templates with a place for thinking that is no <think> block: a block in the content goes there.
+THINK_ELSEWHERE = ("diffusion_gemma", "gemma4_v5", "gptoss", "muse_glimmer")
+
+
 def texts_of(message: Message) -> list[str]:
     content = message["content"] or ""
     parts = [content] if isinstance(content, str) else [part["text"] for part in content]
@@ -160,6 +164,17 @@ def tried(encoder: ChatEncoder, kind: str) -> tuple[list[Encoded], str]:
         return [], str(problem)
 
 
+def apart(message: Message) -> Message:
+    """With its thinking in a field of its own."""
+    thinking, closed, answer = str(message["content"]).partition("</think>")
+    if not closed:
+        return message
+    return message | {
+        "reasoning_content": thinking.removeprefix("<think>").strip(),
+        "content": answer.strip(),
+    }
+
+
 def check(name: str, kind: str, families: Families) -> None:
     """What holds for every conversation that is accepted."""
     tokenizer, messages = families(name), KINDS[kind]
@@ -172,15 +187,20 @@ def check(name: str, kind: str, families: Families) -> None:
         context = encoded.input_ids[: -len(decisions)]
         assert not any(encoded.loss_mask[: len(context)]), "decisions stand behind the context"
         text = tokenizer.decode(decisions)
+        elsewhere = name.removesuffix("_training") in THINK_ELSEWHERE
         for part in texts_of(messages[place]):
-            assert part in text, "a turn's text is in its decisions"
+            for piece in part.split("</think>") if elsewhere else [part]:
+                assert piece.strip().removeprefix("<think>").strip() in text, (
+                    "a turn's text is in its decisions"
+                )
         for other in messages:
             if other["role"] != "assistant":
                 assert not any(part in text for part in texts_of(other)), (
                     "no other role's text is in a decision"
                 )
         assert decisions[-1] in encoder.special_ids, "the last decision ends the turn"
-        prompt = engine_prompt(tokenizer, messages[:place], TOOLS if kind == "tools" else None)
+        sent = [apart(message) for message in messages[:place]] if elsewhere else messages[:place]
+        prompt = engine_prompt(tokenizer, sent, TOOLS if kind == "tools" else None)
         # DeepSeek's templates take calls with arguments as text and `content` null only, which transformers drops.
         cannot = name.startswith("deepseek") and kind in (*CALLING_KINDS, "text and call")
         assert context == prompt or (prompt is None and cannot), "the context is an engine's"
@@ -211,7 +231,8 @@ def test_response_is_what_it_is_in_every_template(name: str, families: Families)
     encoder = ChatEncoder(tokenizer)
     ask = [user("Capital of Peru?")]
     prompt = engine_prompt(tokenizer, ask, None)
-    for response in ("Lima.", " Lima. \n", "hm\n</think>\n\nLima."):
+    header = "<|channel|>final<|message|>" if "gptoss" in name else ""
+    for response in (header + "Lima.", header + " Lima. \n", header + "hm\n</think>\n\nLima."):
         (encoded,) = encoder.encode(Conversation(prompt="Capital of Peru?", response=response))
         (decisions,) = runs(encoded)
         assert encoded.input_ids[: -len(decisions)] == prompt
