@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from pear_megatron.data import DataConfig, DataError, TrajectoryDataset, prepare
+from pear_megatron.data.errors import RowProblem
+from pear_megatron.score.recorded.tokens import Tokens
 from tests.byte_tokenizer import make_byte_tokenizer
 from tests.score.jobs import Row, score_rows
 from tests.score.tiny import VOCAB_SIZE
@@ -298,3 +300,25 @@ def test_what_is_not_aligned_for_certain_is_refused(name: str, tmp_path: Path, t
 
 def test_invalid_rollouts_are_marked_so_that_training_drops_them(tmp_path: Path) -> None:
     assert imported(tmp_path, train_data(sample_loss_mask=[0.0]))["truncated"] is True
+
+
+@pytest.mark.parametrize("space", ["Ġ", "▁"])
+def test_white_space_counts_where_a_vocabulary_holds_it(space: str) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    byte_level = space == "Ġ"
+    made = Tokenizer(
+        models.WordLevel({"Blue": 0, space + "Blue": 1, space: 2, "<unk>": 3}, unk_token="<unk>")
+    )
+    made.pre_tokenizer = pre_tokenizers.ByteLevel() if byte_level else pre_tokenizers.Metaspace()
+    made.decoder = decoders.ByteLevel() if byte_level else decoders.Metaspace()
+    tokens = Tokens(PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>"), None)
+    tokens.check([1, 0], [" Blue", "Blue"], "logprobs")
+    if byte_level:
+        with pytest.raises(
+            RowProblem, match=r"logprobs\[0\] is ' Blue', but the token there is id 0 \('Blue'\)"
+        ):
+            tokens.check([0], [" Blue"], "logprobs")
+    else:  # whose decoding of one token loses it
+        tokens.check([1], ["Blue"], "logprobs")

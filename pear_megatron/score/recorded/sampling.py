@@ -13,9 +13,11 @@ from pear_megatron.data.fields import short
 # Where engines, clients, batch files and rollout dumps keep the parameters of a request, within one another too. Those
 # of a judge, a tool or a retriever have other names, and are none of this answer's.
 _SETTINGS = "(?:params|parameters|args|kwargs|config|options|settings)"
-_SAMPLING_PLACE = re.compile(
-    "sampling|extra_body|params|parameters|model_(?:params|parameters|args|kwargs)"
-    f"|(?:sampling|generation|generate|gen|request|inference|decoding|completion|llm|rollout|vllm|sglang)_{_SETTINGS}"
+_SAMPLING_PLACE = re.compile(  # sampling_params and samplingParams alike
+    "sampling|extra_?body|params|(?:hyper_?)?parameters|model_?(?:params|parameters|args|kwargs)"
+    "|(?:sampling|generation|generate|gen|request|inference|invocation|decoding|completion|llm|rollout|vllm|sglang)"
+    f"_?{_SETTINGS}",
+    re.IGNORECASE,
 )
 _GENERAL_PLACE = re.compile(f"{_SETTINGS}|payload|json")  # in metadata they may be about anything
 _PLACES = ("body", "request", "response", "metadata", "meta_info", "manifest")
