@@ -184,7 +184,7 @@ def _way_out(name: str, fields: Mapping[str, Any]) -> str | None:
 def _misspelt(name: str, fields: Mapping[str, Any]) -> str | None:
     """The field that the name is nearly, if the row does not have it, nor its text in another form."""
     for known in KNOWN_FIELDS:
-        if known not in fields and _is_nearly(name, known):
+        if known not in fields and is_nearly(name, known):
             form = next((form for form in FORMS if known in form), None)
             if form is None or not any(set(other) <= set(fields) for other in FORMS):
                 return known
@@ -192,7 +192,7 @@ def _misspelt(name: str, fields: Mapping[str, Any]) -> str | None:
 
 
 @lru_cache(4096)
-def _is_nearly(name: str, known: str) -> bool:
+def is_nearly(name: str, known: str) -> bool:
     """Two letters swapped, one wrong, one too many or too few."""
     lower = name.lower().replace("-", "_").strip("_")
     alike = len(known) > 3 and abs(len(lower) - len(known)) <= 1

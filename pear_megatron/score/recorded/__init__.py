@@ -98,7 +98,7 @@ def _read(fields: Mapping[str, Any], tokens: Tokens, raw: bool, remarks: Remarks
     form = _form(fields, body)
     if form is not None:
         carried = CARRIED if form in _ENGINES and {"input_ids", "loss_mask"} <= set(fields) else ()
-        remarks.add_unread(unread_fields(fields, form.FIELDS, carried=carried))
+        remarks.unread.add(unread_fields(fields, form.FIELDS, carried=carried))
         if body is not fields:
             for answer in body if isinstance(body, list) else [body]:
                 check_inside(answer, "response", ("reward",) if form is sglang else ())
@@ -151,7 +151,7 @@ def _read_samples(fields: Mapping[str, Any], raw: bool, remarks: Remarks) -> lis
     samples = fields["samples"]
     if not isinstance(samples, list) or not samples:
         raise RowProblem(f"samples = {short(samples)}; it must be the list of slime's samples, not empty")
-    remarks.add_unread(unread_fields(fields, slime.FIELDS))
+    remarks.unread.add(unread_fields(fields, slime.FIELDS))
     found = []
     for k, sample in enumerate(samples):
         try:
@@ -159,7 +159,7 @@ def _read_samples(fields: Mapping[str, Any], raw: bool, remarks: Remarks) -> lis
                 raise RowProblem(
                     f"{short(sample)} is no sample of slime: tokens, response_length, rollout_log_probs"
                 )
-            remarks.add_unread(unread_fields(sample, slime.FIELDS))
+            remarks.unread.add(unread_fields(sample, slime.FIELDS))
             check_sampling({**fields, **sample}, raw=raw, engine="sglang")
             found.append(slime.from_sample(sample))
         except RowProblem as problem:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from pear_megatron.data.columns import REFERENCE, TOPK_IDS, TOPK_LOGPROBS
 from pear_megatron.data.errors import RowProblem
+from pear_megatron.data.names import UnreadFields, is_nearly
 from pear_megatron.score.recorded.sampling import is_of_sampling
 
 # Fields of a row that change what is learned, or that are checked, in whatever form the answer is.
@@ -27,7 +27,6 @@ _MEANT = (
 # One number a token, of tokens that only the answer says.
 _PER_TOKEN = ("token_weights", "behavior_logprobs", TOPK_IDS, TOPK_LOGPROBS, REFERENCE, "policy_logprobs")
 CARRIED = ("token_weights", REFERENCE)  # by a row that gives its input_ids itself
-_MAX_NAMED = 12
 
 
 class Remarks:
@@ -35,23 +34,12 @@ class Remarks:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self._unread: dict[str, None] = {}
-        self._with_unread = 0
-
-    def add_unread(self, names: Collection[str]) -> None:
-        """Note that a row has fields that nobody reads."""
-        self._unread |= dict.fromkeys(names)
-        self._with_unread += bool(names)
+        self.unread = UnreadFields()
 
     @property
     def notes(self) -> dict[str, int]:
         """Each remark with its number of rows."""
-        if not self._unread:
-            return dict(self.counts)
-        names = ", ".join(list(self._unread)[:_MAX_NAMED])
-        more = f" and {len(self._unread) - _MAX_NAMED} more" if len(self._unread) > _MAX_NAMED else ""
-        said = f"rows with fields that are not read ({names}{more}; what is to be kept goes under 'metadata')"
-        return {**self.counts, said: self._with_unread}
+        return {**self.counts, **self.unread.note}
 
 
 def unread_fields(
@@ -89,7 +77,7 @@ def check_spelling(fields: Mapping[str, Any], read: Collection[str], place: str 
     for name in fields:
         if name in read:
             continue
-        near = next((known for known in meant if _is_nearly(str(name), known)), None)
+        near = next((known for known in meant if is_nearly(str(name), known)), None)
         if near is not None:
             raise RowProblem(
                 f"unknown field {place + name!r}; did you mean {near!r}? (anything of your own goes under 'metadata')"
@@ -103,9 +91,3 @@ def check_inside(answer: Mapping[str, Any], place: str, read: Collection[str] = 
     for name in beside:
         if name in answer and name not in read and answer[name] is not None:
             raise RowProblem(f"{place}.{name} is not read there; put it beside the answer, on top of the row")
-
-
-def _is_nearly(name: str, known: str) -> bool:
-    name = name.lower().replace("-", "_").strip("_")
-    # Two letters swapped, one wrong, one too many or too few; reward_model, prompt_id and the like are other words.
-    return abs(len(name) - len(known)) <= 1 and difflib.SequenceMatcher(None, name, known).ratio() >= 0.8
