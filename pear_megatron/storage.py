@@ -123,6 +123,46 @@ def partial_of(path: Path) -> Path:
     return path.absolute().with_name(f".{path.absolute().name}.partial")
 
 
+_begun: dict[Path, int] = {}  # partial folders of this process, with the descriptor that holds each
+
+
+def begin(path: Path) -> Path:
+    """The empty folder beside ``path`` that is written first, held until ``publish`` or ``abandon``.
+
+    Raises:
+        PearError: another process is writing it.
+        OSError: it cannot be made.
+    """
+    partial = partial_of(path)
+    before = _hold(partial, path) if partial.is_dir() and not partial.is_symlink() else None
+    remove(partial)
+    partial.mkdir(parents=True)
+    if before is not None:
+        os.close(before)
+    _begun[partial] = _hold(partial, path)
+    return partial
+
+
+def _hold(partial: Path, path: Path) -> int:
+    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(descriptor)
+            raise PearError(
+                f"another command is writing {path}; wait for it, or name another --output"
+            ) from error
+    return descriptor
+
+
+def abandon(path: Path) -> None:
+    """Removes what ``begin`` made, if it was not published; without effect where another process made it."""
+    if (descriptor := _begun.pop(partial_of(path), None)) is not None:
+        remove(partial_of(path))
+        os.close(descriptor)
+
+
 def publish(path: Path) -> None:
     """Puts the written folder in the place of ``path``, and what was there away; what a link there names stays."""
     old = path.absolute().with_name(f".{path.absolute().name}.old")
@@ -130,6 +170,8 @@ def publish(path: Path) -> None:
     if path.exists() or path.is_symlink():
         os.replace(path, old)
     os.replace(partial_of(path), path)
+    if (descriptor := _begun.pop(partial_of(path), None)) is not None:
+        os.close(descriptor)
     remove(old)
 
 

@@ -14,6 +14,8 @@ from pear_megatron.errors import PearError, RecipeError
 from pear_megatron.megatron.checkpoint.folder import CheckpointFolder
 from pear_megatron.megatron.checkpoint.paths import FILES, LATEST, checkpoint_path, steps_on_disk
 from pear_megatron.storage import (
+    abandon,
+    begin,
     check_output,
     check_same_settings,
     lock,
@@ -161,6 +163,23 @@ def test_a_folder_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
     holder.kill()
     with lock(tmp_path / "run", "run", patience=30.0):  # who was killed has let go
         holder.join()
+
+
+def test_an_output_is_written_by_one_process(tmp_path: Path) -> None:
+    begin(tmp_path / "out").joinpath("a").touch()
+    with pytest.raises(
+        PearError, match=r"another command is writing .*out; wait for it, or name another --output"
+    ):
+        begin(tmp_path / "out")
+    publish(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    begin(tmp_path / "out")  # a later one
+    abandon(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    left = tmp_path / ".out.partial"
+    make(left, "of a process that was killed")
+    assert list(begin(tmp_path / "out").iterdir()) == []
+    abandon(tmp_path / "out")
 
 
 def make(folder: Path, *names: str) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pear_megatron.errors import PearError, RecipeError
-from pear_megatron.storage import partial_of, publish, remove
+from pear_megatron.storage import abandon, begin, publish
 
 
 def convert_with_bridge(folder: Path, output: Path, reason: RecipeError) -> None:
@@ -47,12 +47,10 @@ def _auto_bridge(reason: RecipeError) -> Any:
 
 
 def _whole(output: Path, write: Any) -> None:
-    partial = partial_of(output)
-    remove(partial)
     try:
-        write(partial)
+        write(begin(output))
         publish(output)
     except Exception as error:
         raise PearError(f"Megatron-Bridge could not write {output}: {error}") from error
     finally:
-        remove(partial)
+        abandon(output)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pear_megatron.errors import CheckpointError
@@ -18,6 +19,8 @@ from pear_megatron.storage import is_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_EMBEDDING = "model.embed_tokens.weight"
+_ROWS = 4096  # of a tensor in memory at a time, where two are compared
 _DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
@@ -143,5 +146,19 @@ class HFWeights:
 
     def _is_redundant(self, name: str) -> bool:
         """Tensors of older files that follow from others: rotary frequencies, and the head that is the embedding."""
-        tied = self.model.share_embeddings_and_output_weights
-        return name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+        if name == "lm_head.weight" and self.model.share_embeddings_and_output_weights:
+            self._check_tied(name)
+            return True
+        return name.endswith(".rotary_emb.inv_freq")
+
+    def _check_tied(self, name: str) -> None:
+        file, head = self._slices[name]
+        _, embedding = self._slices[_EMBEDDING]
+        rows = range(0, embedding.get_shape()[0], _ROWS)
+        if head.get_shape() != embedding.get_shape() or any(
+            not torch.equal(head[i : i + _ROWS], embedding[i : i + _ROWS]) for i in rows
+        ):
+            raise CheckpointError(
+                f"{file}: config.json ties the output layer to the embedding (tie_word_embeddings), and {name} holds "
+                "other weights, which would be lost; set tie_word_embeddings false, or take the tensor out"
+            )

@@ -265,7 +265,7 @@ class _Reader:
             if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
                 self._refuse("layer_types", layer_types, "only a list of 'full_attention' is supported")
             return
-        windowed = self.config.get("use_sliding_window") and self.config.get("sliding_window")
+        windowed = self.config.get("use_sliding_window") and self.config.get("sliding_window", 4096)
         layers = self._integer("num_hidden_layers")
         if windowed and self.config.get("max_window_layers", 0) < layers:
             self._refuse(
@@ -274,13 +274,12 @@ class _Reader:
 
     def _rope(self) -> dict[str, Any]:
         """The rotary parameters in transformers 5's form; version 4 has rope_theta and rope_scaling instead."""
-        new = self.config.get("rope_parameters") or {}
-        old = dict(self.config.get("rope_scaling") or {})
-        if self.config.get("rope_theta") is not None:
-            old["rope_theta"] = self.config["rope_theta"]
+        new, old = (_renamed(self.config.get(key) or {}) for key in ("rope_parameters", "rope_scaling"))
         for source in (new, old):
             if not isinstance(source, dict) or any(isinstance(value, dict) for value in source.values()):
                 self._refuse("rope_parameters", source, "one set of parameters for all layers is supported")
+        if self.config.get("rope_theta") is not None:
+            old["rope_theta"] = self.config["rope_theta"]
         merged = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1, **old, **new}
         for key, value in old.items():
             if merged[key] != value:
@@ -289,8 +288,6 @@ class _Reader:
                     merged[key],
                     f"the older keys rope_theta and rope_scaling give {value!r}",
                 )
-        if "rope_type" not in old | new and "type" in merged:  # its name in the oldest files
-            merged["rope_type"] = merged["type"]
         if merged["partial_rotary_factor"] != 1:
             self._refuse(
                 "rope_parameters.partial_rotary_factor",
@@ -344,3 +341,11 @@ class _Reader:
                 "original_max_position_embeddings of the yarn rope scaling", original, "not a length"
             )
         return dict(zip(names, (factor, original), strict=True))
+
+
+def _renamed(rope: Any) -> Any:
+    """With ``rope_type`` under its own name: ``type`` in the oldest files, and in what model cards tell to paste."""
+    if not isinstance(rope, dict) or "type" not in rope:
+        return dict(rope) if isinstance(rope, dict) else rope
+    kind = rope["type"]
+    return {"rope_type": kind, **{key: value for key, value in rope.items() if key != "type"}}

@@ -106,14 +106,40 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
 
 
 def test_redundant_tensors_of_older_files_are_passed_over(hf_models: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
     folder = tmp_path / "hf"
     shutil.copytree(hf_models["qwen2"], folder)
     rewrite(
         folder / "model.safetensors",
-        lm_head__weight=torch.ones(259, 32),  # the embedding is the output layer
+        lm_head__weight=load_file(files_of(tmp_path / "hf")[0])[
+            "model.embed_tokens.weight"
+        ],  # the output layer
         model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4),
     )
     opened(folder)
+
+
+def test_a_head_of_its_own_is_not_lost_to_a_tied_embedding(
+    hf_models: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(hf_models["qwen2"], tmp_path / "hf")
+    rewrite(files_of(tmp_path / "hf")[0], lm_head__weight=torch.ones(259, 32))
+    assert_refused(tmp_path / "hf", "tie_word_embeddings", "lm_head.weight holds other weights")
+
+
+def test_weights_that_differ_anywhere_have_another_digest(folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    from pear_megatron.megatron.checkpoint.model_folder import read_model_facts
+
+    digests = {read_model_facts(folder).digest}
+    (file,) = files_of(folder)
+    names = [name for name, tensor in load_file(file).items() if tensor.dim() == 2]
+    for name in names:
+        rewrite(file, **{name.replace(".", "__"): load_file(file)[name] + 1})
+        digests.add(read_model_facts(folder).digest)
+    assert len(digests) == len(names) + 1
 
 
 def test_damaged_checkpoint_is_refused_and_nothing_is_left(

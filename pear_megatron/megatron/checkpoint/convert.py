@@ -8,7 +8,7 @@ from pear_megatron.hf.assets import write_model_files
 from pear_megatron.megatron.checkpoint.load_model import load_for_inference
 from pear_megatron.megatron.checkpoint.saver import save_model
 from pear_megatron.ranks import from_main
-from pear_megatron.storage import partial_of, publish, remove
+from pear_megatron.storage import abandon, begin, partial_of, publish
 
 
 def convert_checkpoint(
@@ -44,21 +44,16 @@ def convert_checkpoint(
     )
     partial = partial_of(output)
 
-    def begin() -> None:
-        remove(partial)
-        partial.mkdir(parents=True)
-
     def finish() -> None:
         write_model_files(partial, keys, _precision(model), source=folder)
         publish(output)
 
     try:
-        from_main(begin)
+        from_main(lambda: begin(output))
         save_model(partial, 0, layout, model)
         from_main(finish)
     finally:
-        if layout.is_main:
-            remove(partial)
+        abandon(output)
 
 
 def _precision(model: object) -> str:

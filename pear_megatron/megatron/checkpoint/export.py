@@ -26,7 +26,7 @@ from pear_megatron.megatron.checkpoint.paths import resolve
 from pear_megatron.megatron.checkpoint.stored import StoredParameters
 from pear_megatron.ranks import from_main, together
 from pear_megatron.recipe import RecipeError
-from pear_megatron.storage import partial_of, publish, remove
+from pear_megatron.storage import abandon, begin, partial_of, publish
 from pear_megatron.watch import now
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -76,10 +76,6 @@ def export_checkpoint(
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     partial = partial_of(output)
 
-    def begin() -> None:
-        remove(partial)
-        partial.mkdir(parents=True)
-
     def write_weights() -> None:
         for name in list(files)[rank::ranks]:
             now(f"writing {name} ({len(files)} files in all)")
@@ -97,12 +93,11 @@ def export_checkpoint(
         publish(output)
 
     try:
-        from_main(begin)
+        from_main(lambda: begin(output))
         together(write_weights)
         from_main(finish)
     finally:
-        if rank == 0:
-            remove(partial)
+        abandon(output)
     return folder
 
 
@@ -128,15 +123,13 @@ def export_adapters(checkpoint: Path, output: Path) -> Path:
     model, _ = read_model_file(root, adapters=True)
     order = lora_parameters(model, frozen.lora)
     tensors = _Tensors(order, StoredParameters(folder, model, order), None)
-    partial = partial_of(output)
-    remove(partial)
     try:
-        partial.mkdir(parents=True)
+        partial = begin(output)
         write_file(partial / PEFT_WEIGHTS, tensors.sizes, tensors.read(tensors.sizes))
         _write_json(partial / PEFT_CONFIG, peft_config(frozen.lora, frozen.base))
         publish(output)
     finally:
-        remove(partial)
+        abandon(output)
     return folder
 
 

@@ -13,7 +13,8 @@ from pear_megatron.megatron.checkpoint.paths import resolve
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".distcp", ".pt")
-_SAMPLE = 65536  # bytes read from the start, the middle and the end of a file of weights
+_SAMPLE = 65536  # bytes read from the head of a file of weights
+_PIECE, _PLACES = 1 << 12, 256  # bytes of a piece of a file, and pieces where its tensors are not known
 
 
 @dataclass(frozen=True)
@@ -96,16 +97,31 @@ def _tokenizer(folder: Path) -> str | None:
 
 
 def _digest(described: str, files: list[Path]) -> str:
-    """Over a description, and the name, the size and three samples of each file."""
+    """Over a description, and the name, the size and samples of each file: its head, and a piece of every tensor."""
     digest = hashlib.sha256(described.encode())
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as file:
-            for start in (0, size // 2, max(0, size - _SAMPLE)):
+            digest.update(file.read(_SAMPLE))
+            for start in _middles(path, size):
                 file.seek(start)
-                digest.update(file.read(_SAMPLE))
+                digest.update(file.read(_PIECE))
     return digest.hexdigest()[:16]
+
+
+def _middles(path: Path, size: int) -> list[int]:
+    """Where pieces of a file are read: the middle of every tensor of a safetensors file, else places evenly spread."""
+    if path.suffix == ".safetensors":
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length)) if length < size else {}
+            ends = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+            return [8 + length + (start + end) // 2 for start, end in ends]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass  # whoever loads it says that it is damaged
+    return [size * i // _PLACES for i in range(_PLACES)]
 
 
 def is_megatron_checkpoint(folder: Path) -> bool:

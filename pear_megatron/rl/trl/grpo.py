@@ -5,6 +5,7 @@ pear-megatron grpo --engine trl --config recipes/grpo_trl/X.yaml --checkpoint EX
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 import warnings
@@ -20,6 +21,8 @@ from pear_megatron.problems.problem import ProblemSet
 from pear_megatron.problems.prompts import as_tokenizer_takes_it, encode_prompts, end_tokens
 from pear_megatron.rl.trl.recipe import DataConfig, TrlRecipe
 from pear_megatron.storage import PATIENCE, lock
+
+log = logging.getLogger("pear_megatron")
 
 
 def prompt_order(num_problems: int, num_prompts_per_step: int, max_num_steps: int, seed: int) -> list[int]:
@@ -92,6 +95,13 @@ def run(recipe: TrlRecipe, checkpoint: str | Path, output: str | Path) -> Path:
             folder.remove_final()
             trainer = _trainer(recipe, model, problems, folder)
             trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+        elif done > recipe.grpo.max_num_steps:
+            log.warning(
+                "nothing to do: %s is at step %d already, and grpo.max_num_steps is %d",
+                output,
+                done,
+                recipe.grpo.max_num_steps,
+            )
         return folder.make_final()
 
 
@@ -102,7 +112,7 @@ def _trainer(recipe: TrlRecipe, model: Path, problems: ProblemSet, folder: Any) 
     from transformers.utils import logging
     from trl import GRPOTrainer
 
-    from pear_megatron.rl.trl.run_folder import WriteMetrics
+    from pear_megatron.rl.trl.run_folder import KeepLast, WriteMetrics
 
     logging.disable_progress_bar()  # of loading and saving weights
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of TRL's own calls
@@ -119,7 +129,7 @@ def _trainer(recipe: TrlRecipe, model: Path, problems: ProblemSet, folder: Any) 
         args=_arguments(recipe, new_tokens, folder.checkpoints),
         train_dataset=Dataset.from_dict({"prompt": [prompts[i] for i in order], "problem": order}),
         processing_class=tokenizer,
-        callbacks=[WriteMetrics(folder, recipe, asked)],
+        callbacks=[WriteMetrics(folder, recipe, asked), KeepLast(folder, recipe.checkpointing.keep_last)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -197,7 +207,6 @@ def _arguments(recipe: TrlRecipe, max_new_tokens: int, checkpoints: Path) -> Any
         use_cpu=not torch.cuda.is_available(),
         logging_steps=updates,
         save_steps=recipe.checkpointing.save_period * updates,
-        save_total_limit=recipe.checkpointing.keep_last,
         report_to=[],
         disable_tqdm=True,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 import yaml
 from transformers import TrainerCallback
 
+from pear_megatron.errors import RecipeError
 from pear_megatron.rl.trl.recipe import TrlRecipe
 from pear_megatron.storage import check_same_settings, digest, read_settings, remove, write_atomically
 from pear_megatron.watch import said
+
+log = logging.getLogger("pear_megatron")
 
 # What may change when a run is continued; anything else makes it another run.
 _MAY_CHANGE = ("grpo.max_num_steps", "checkpointing.", "policy.train_micro_batch_size", "policy.model_name")
@@ -32,6 +36,7 @@ _METRICS = {
     "step_time": "seconds_per_update",
 }
 
+_FOR_TRAINING = ("optimizer.pt", "scheduler.pt")
 _ONLY_FOR_TRAINING = ("optimizer.*", "scheduler.*", "rng_state*", "trainer_state.json", "training_args.bin")
 
 
@@ -48,7 +53,12 @@ class TrlRunFolder:
         self._updates = recipe.updates_per_step
         described = {**recipe.model_dump(mode="json"), "weights": weights}
         path = folder / "config.yaml"
-        if path.exists() and self._has_begun():
+        if self._has_begun():
+            if not path.exists():
+                raise RecipeError(
+                    f"--output {folder} holds a run and no config.yaml, so that nobody knows its settings; put the "
+                    "run's config.yaml back, choose another --output, or remove that folder to start anew"
+                )
             check_same_settings(
                 f"--output {folder}",
                 read_settings(path),
@@ -65,24 +75,33 @@ class TrlRunFolder:
 
     def latest_checkpoint(self) -> tuple[Path | None, int]:
         """The newest checkpoint that was written to its end, and its step; newer ones are removed."""
-        found = sorted(
-            self.checkpoints.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])
-        )
-        for path in found:
+        for path in self._by_step():
             try:
-                state = json.loads(
-                    (path / "trainer_state.json").read_text()
-                )  # the last file that Trainer writes
-                return path, int(state["global_step"]) // self._updates
+                state = json.loads((path / "trainer_state.json").read_text())  # the last that Trainer writes
+                missing = [name for name in _FOR_TRAINING if not (path / name).is_file()]
+                if not missing:
+                    return path, int(state["global_step"]) // self._updates
+                log.warning("%s has no %s: going on from the one before it", path, ", ".join(missing))
             except (OSError, ValueError):
-                remove(path)
+                pass
+            remove(path)
         return None, 0
+
+    def _by_step(self) -> list[Path]:
+        """The checkpoints, the newest first, by their names: a clock may go back."""
+        found = [path for path in self.checkpoints.glob("checkpoint-*") if path.name[11:].isdigit()]
+        return sorted(found, key=lambda path: -int(path.name[11:]))
+
+    def keep(self, count: int | None) -> None:
+        """Removes all but the newest checkpoints."""
+        for path in self._by_step()[count or sys.maxsize :]:
+            remove(path)
 
     def forget_after(self, step: int) -> None:
         """Drops metrics of steps that will be taken again."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        write_atomically(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        write_atomically(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
 
     def remove_final(self) -> None:
         """Removes the model of a shorter run, which is continued now."""
@@ -97,6 +116,24 @@ class TrlRunFolder:
             shutil.copytree(latest, partial, ignore=shutil.ignore_patterns(*_ONLY_FOR_TRAINING))
             partial.rename(self.final)
         return self.final
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # damage
+        return sys.float_info.max
+
+
+class KeepLast(TrainerCallback):
+    """Removes checkpoints as ``checkpointing.keep_last`` says; Trainer's own way goes by the clock."""
+
+    def __init__(self, folder: TrlRunFolder, count: int | None) -> None:
+        self._folder, self._count = folder, count
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by Trainer, once a checkpoint is whole."""
+        self._folder.keep(self._count)
 
 
 class WriteMetrics(TrainerCallback):
@@ -114,6 +151,15 @@ class WriteMetrics(TrainerCallback):
         self._asked = asked
         self._path = folder.folder / "metrics.jsonl"
         self._steps, self._updates = recipe.grpo.max_num_steps, recipe.updates_per_step
+        self._taught = 0.0
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by Trainer."""
+        if not self._taught:
+            log.warning(
+                "grpo: in no step did the responses to a prompt get different rewards, so that nothing was learned: is "
+                "the grader right, and can the checkpoint answer any of the problems?"
+            )
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
@@ -124,6 +170,7 @@ class WriteMetrics(TrainerCallback):
         step = state.global_step // self._updates
         row = {"step": step} | {ours: logs[theirs] for theirs, ours in _METRICS.items() if theirs in logs}
         row["groups_with_advantage"] = 1.0 - logs["frac_reward_zero_std"]
+        self._taught += row["groups_with_advantage"]
         row["problems"] = digest(self._asked)
         self._asked.clear()
         with self._path.open("a") as file:

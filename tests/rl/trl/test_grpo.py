@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -258,3 +259,48 @@ def test_the_command_runs_and_says_what_is_wrong(word_model: Path, tmp_path: Pat
     assert done.exit_code == 0, done.stderr
     assert str(tmp_path / "out" / "final") in done.stdout
     assert "step 1/1  reward" in done.stderr
+
+
+def test_checkpoints_go_by_their_steps_whatever_the_clock_said(word_model: Path, tmp_path: Path) -> None:
+    recipe, output = (
+        write_recipe(tmp_path, checkpointing={"save_period": 1, "keep_last": 1}),
+        tmp_path / "out",
+    )
+    train(recipe, word_model, output, "grpo.max_num_steps=2")
+    (checkpoint,) = (output / "checkpoints").glob("checkpoint-*")
+    ahead = checkpoint.stat().st_mtime + 86400
+    os.utime(checkpoint, (ahead, ahead))
+    (output / "checkpoints" / "checkpoint-old").mkdir()  # a person's
+    with (output / "metrics.jsonl").open("a") as file:
+        file.write("damaged\n")
+    train(recipe, word_model, output, "grpo.max_num_steps=4")
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
+        "checkpoint-4",
+        "checkpoint-old",
+    ]
+    final = (output / "final" / "model.safetensors").read_bytes()
+    assert final == (output / "checkpoints" / "checkpoint-4" / "model.safetensors").read_bytes()
+    assert [row["step"] for row in metrics(output)] == [1, 2, 3, 4]
+
+
+def test_a_run_is_not_gone_on_with_without_what_it_was(
+    word_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe, output = write_recipe(tmp_path, checkpointing={"save_period": 1}), tmp_path / "out"
+    train(recipe, word_model, output, "grpo.max_num_steps=2")
+    train(recipe, word_model, output, "grpo.max_num_steps=1")
+    assert "is at step 2 already, and grpo.max_num_steps is 1" in caplog.text
+    (output / "checkpoints" / "checkpoint-2" / "optimizer.pt").unlink()
+    train(recipe, word_model, output, "grpo.max_num_steps=2")
+    assert "checkpoint-2 has no optimizer.pt: going on from the one before it" in caplog.text
+    (output / "config.yaml").unlink()
+    with pytest.raises(RecipeError, match=r"holds a run and no config\.yaml"):
+        train(recipe, word_model, output)
+
+
+def test_a_run_without_any_difference_in_rewards_says_that_it_learned_nothing(
+    word_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = write_recipe(tmp_path, "def grade(response, answer, problem):\n    return 0.0\n")
+    train(recipe, word_model, tmp_path / "out", "grpo.max_num_steps=1")
+    assert "nothing was learned" in caplog.text
