@@ -18,6 +18,7 @@ from pear_megatron.data.chat.template import Setting, Template
 from pear_megatron.data.errors import RowProblem
 
 MOST_KNOWN = 4096  # shapes that are remembered
+_WRITES_IDS = re.compile(r"\.id\b|\[.id.\]")
 _CHANGE = "use a chat template that renders it, or change the row"
 
 
@@ -154,7 +155,9 @@ class Fitter:
             return (
                 refusal or "messages: the chat template renders them as Python objects; use another template"
             )
-        return f"{names[lost[0]]}: the chat template leaves it out; {_CHANGE}"
+        in_ids = names[lost[0]].endswith("function.name") and _WRITES_IDS.search(self.template.text)
+        hint = "it writes a call's id, which may hold the name (functions.NAME:0); " if in_ids else ""
+        return f"{names[lost[0]]}: the chat template leaves it out; {hint}{_CHANGE}"
 
 
 def places_of(messages: list[Message], field: str) -> list[str]:
@@ -181,7 +184,7 @@ def _forms(messages: list[Message]) -> Iterator[Form]:
 
 def _shape(messages: list[Message], words: _Words, places: list[str]) -> tuple[list[Message], set[str]]:
     """(messages with words for texts, the words that must be rendered: all but thinking)."""
-    shape, exempt = [], set()
+    shape, exempt, ids = [], set(), {}
     for place, message in zip(places, messages, strict=True):
         role = "" if message["role"] in ("system", "user", "assistant") else f" (role {message['role']!r})"
         copy = {**message, "weight": 1}
@@ -197,6 +200,10 @@ def _shape(messages: list[Message], words: _Words, places: list[str]) -> tuple[l
             copy["tool_calls"] = [
                 _shape_of_call(c, words, f"{place}.tool_calls[{i}]") for i, c in enumerate(calls)
             ]
+            new = [call.get("id") for call in copy["tool_calls"]]
+            ids |= {str(call.get("id")): name for call, name in zip(calls, new, strict=True)}
+        if (answered := str(message.get("tool_call_id"))) in ids:
+            copy["tool_call_id"] = ids[answered]
         shape.append(copy)
     return shape, set(words.names) - exempt
 

@@ -91,6 +91,12 @@ class TurnWriter:
             written = f"{space}<think>\n{_THINKING}\n</think>\n\n{answer.lstrip()}"
         if content.strip() and written.count(_CONTENT) != 1:
             raise RowProblem(f"{where}.content: the chat template leaves it out in this turn; change the row")
+        head = written.partition(_CONTENT)[0]
+        if twice := next((t for t in self._tokens if t in head and content.lstrip().startswith(t)), ""):
+            raise RowProblem(
+                f"{where}.content begins with {twice!r}, which the chat template writes before it; give the texts "
+                "alone, content and reasoning_content, or prompt+response"
+            )
         if not thinking:
             written = self._without_invented_thinking(written, content)
         written = self._ended(written, bool(message.get("tool_calls")), truncated)

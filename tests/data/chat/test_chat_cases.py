@@ -431,8 +431,13 @@ def test_a_name_that_stands_in_the_calls_id_alone_is_rendered(families: Families
     fields = {"messages": [{"role": "user", "content": "Weather?"}, answer]}
     (text,) = encode(families, "qwen3", fields, chat_template=KIMI)
     assert '[[<call>functions.get_weather:0<args>{"city": "Paris"}<|im_end|>]]' in text
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "22"}
+    later = {"messages": [*fields["messages"], result, {"role": "assistant", "content": "It is 22 C."}]}
+    named = KIMI.replace("{{ m.content", "{{ m.tool_call_id or '' }}{{ m.content")
+    (text,) = encode(families, "qwen3", later, chat_template=named)
+    assert "<|im_start|>tool\nfunctions.get_weather:022<|im_end|>" in text
     call["id"] = "call_1"
-    with pytest.raises(RowProblem, match=r"function\.name: the chat template leaves it out"):
+    with pytest.raises(RowProblem, match=r"function\.name: .* may hold the name \(functions\.NAME:0\)"):
         encode(families, "qwen3", fields, chat_template=KIMI)
 
 
@@ -443,6 +448,11 @@ def test_a_response_without_the_header_that_begins_every_answer_is_refused(famil
         encode(families, "gptoss", {"prompt": "2+2?", "response": "4"})
     (text,) = encode(families, "gptoss", {"prompt": "2+2?", "response": "<|channel|>final<|message|>4"})
     assert text.endswith("[[<|channel|>final<|message|>4<|return|>]]")
+    raw = {"role": "assistant", "content": "<|channel|>final<|message|>4"}
+    with pytest.raises(
+        RowProblem, match=r"content begins with '<\|channel\|>', which the chat template writes"
+    ):
+        encode(families, "gptoss", {"messages": [{"role": "user", "content": "2+2?"}, raw]})
 
 
 def test_a_think_block_goes_where_the_template_has_thinking(families: Families) -> None:
