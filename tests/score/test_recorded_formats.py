@@ -13,6 +13,7 @@ import pytest
 
 from pear_megatron.data.errors import Problems, RowProblem
 from pear_megatron.data.files import read_rows
+from pear_megatron.score.recorded.tokens import Tokens
 from tests.score.recorded_cases import (
     LOGPROBS,
     MESSAGES,
@@ -333,3 +334,42 @@ def test_a_number_that_is_no_token_id_is_named(wrong: int) -> None:
     sample["tokens"][-1] = wrong
     with pytest.raises(RowProblem, match=f"{wrong}"):
         read(sample)
+
+
+@pytest.mark.parametrize(
+    ("said", "sampled"), [("Blue", " Blue"), ("Blue", "\nBlue"), ("a\nb", "a\n\nb"), ("a b", "a  b")]
+)
+def test_white_space_is_compared_as_it_was_recorded(said: str, sampled: str) -> None:
+    (found,) = read(answer_of(f"{sampled}<|im_end|>", content=sampled))
+    assert (
+        tokenizer().decode(found.trajectory.input_ids[found.trajectory.loss_mask]) == f"{sampled}<|im_end|>"
+    )
+    with pytest.raises(RowProblem, match="is '.*', but the token there is id|tokens and the response"):
+        read(answer_of(f"{sampled}<|im_end|>", content=said))
+
+
+def test_white_space_that_a_client_took_off_is_named() -> None:
+    with pytest.raises(
+        RowProblem, match=r"content\[0\] is ' Blue', .* white space; give it as it was sampled"
+    ):
+        read(answer_of(" Blue<|im_end|>", content="Blue"))
+
+
+class SentencePieces:
+    """Decodes a token alone as Llama 2's tokenizer does: without its first space."""
+
+    pieces = ("\u2581Blue", "Blue", "\u2581\u2581")
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return self.pieces[token]
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(self.pieces[i] for i in ids).replace("\u2581", " ").removeprefix(" ")
+
+
+def test_the_first_space_of_sentencepiece_is_excused() -> None:
+    tokens = Tokens(SentencePieces(), None)
+    tokens.check([0, 0, 1, 2, 2], ["Blue", " Blue", "Blue", " ", "  "], "tokens")
+    for token_id, text in ((1, " Blue"), (0, "  Blue"), (0, "\nBlue"), (2, "\n")):
+        with pytest.raises(RowProblem, match=r"tokens\[0\] is "):
+            tokens.check([token_id], [text], "tokens")
