@@ -373,3 +373,14 @@ def test_the_first_space_of_sentencepiece_is_excused() -> None:
     for token_id, text in ((1, " Blue"), (0, "  Blue"), (0, "\nBlue"), (2, "\n")):
         with pytest.raises(RowProblem, match=r"tokens\[0\] is "):
             tokens.check([token_id], [text], "tokens")
+
+
+def test_images_are_refused_where_ids_are_recorded() -> None:
+    row = case("n2")
+    image = {"type": "image_url", "image_url": {"url": "http://x"}}
+    row["messages"] = [{"role": "user", "content": [image, {"type": "text", "text": "Name a colour."}]}]
+    for choice in row["response"]["choices"]:
+        choice["token_ids"] = RESPONSE
+    row["response"]["prompt_token_ids"] = prompt_ids()
+    with pytest.raises(RowProblem, match=r"messages\[0\]\.content\[0\] = .* is no text, .* drop the row"):
+        read(row)

@@ -10,14 +10,14 @@ import numpy as np
 
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import check_names, short
-from pear_megatron.score.recorded import nemo_rl, openai, responses, sglang, slime, verl, vllm
+from pear_megatron.score.recorded import nemo_gym, nemo_rl, openai, responses, sglang, slime, verl, vllm
 from pear_megatron.score.recorded.answers import UNFINISHED, Recorded
 from pear_megatron.score.recorded.beside import CARRIED, Remarks, check_inside, unread_fields
 from pear_megatron.score.recorded.sampling import check_sampling
 from pear_megatron.score.recorded.tokens import Tokens
 from pear_megatron.score.recorded.top import ENTRIES, topk_fields
 
-_ENGINES = (sglang, vllm, responses, openai)
+_ENGINES = (sglang, vllm, nemo_gym, responses, openai)
 NO_END = (
     "responses that do not end with an end token, so that nothing in them teaches the model to stop (a stop string "
     'or the length limit ended them, or their end was not recorded; "truncated": true in a row has training drop it)'
@@ -119,8 +119,8 @@ def _read(fields: Mapping[str, Any], tokens: Tokens, raw: bool, remarks: Remarks
         return [(own, {})]
     raise RowProblem(
         f"no recorded log-probs among the fields {', '.join(fields)}; known are answers with logprobs (vLLM, SGLang, "
-        "OpenAI-compatible chat, completions and Responses), prompt_logprobs (vLLM), samples of slime, verl and "
-        "NeMo-RL, and behavior_logprobs. Without any, score with --model"
+        "OpenAI-compatible chat, completions and Responses), prompt_logprobs (vLLM), samples of slime, verl, "
+        "NeMo-RL and NeMo-Gym, and behavior_logprobs. Without any, score with --model"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import get_integers, get_mask, short
 from pear_megatron.score.recorded.beside import CARRIED
-from pear_megatron.score.recorded.request import CONTEXT_FIELDS, Request
+from pear_megatron.score.recorded.request import CONTEXT_FIELDS, Request, refuse_images
 from pear_megatron.score.recorded.tokens import RECORD_IDS, Tokens, id_in
 from pear_megatron.score.recorded.top import ENTRIES, Entries
 
@@ -211,6 +211,7 @@ def _tokens_of(
         in_text = [id_in(token) for token in answer.tokens]
         if None not in in_text:
             response = [token_id for token_id in in_text if token_id is not None]
+    refuse_images(request.messages)
     context = answer.context_ids if answer.context_ids is not None else request.ids
     if context is None:
         context = tokens.of_context(request, chat=answer.message is not None)
