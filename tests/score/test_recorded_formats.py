@@ -13,6 +13,7 @@ import pytest
 
 from pear_megatron.data.errors import Problems, RowProblem
 from pear_megatron.data.files import read_rows
+from pear_megatron.score.recorded.stream import joined
 from pear_megatron.score.recorded.tokens import Tokens
 from tests.score.recorded_cases import (
     LOGPROBS,
@@ -384,3 +385,63 @@ def test_images_are_refused_where_ids_are_recorded() -> None:
     row["response"]["prompt_token_ids"] = prompt_ids()
     with pytest.raises(RowProblem, match=r"messages\[0\]\.content\[0\] = .* is no text, .* drop the row"):
         read(row)
+
+
+@pytest.mark.parametrize("recorded", ["Blue, I think.", "Blue, I think"])
+def test_after_a_stop_string_no_end_token_is_expected(recorded: str) -> None:
+    row = answer_of(recorded, content="Blue, I think")
+    row["response"]["choices"][0]["stop_reason"] = "."
+    (found,) = read(row)
+    assert tokenizer().decode(found.trajectory.input_ids[found.trajectory.loss_mask]) == recorded
+    assert found.truncated is None
+
+
+def test_an_end_that_the_server_did_not_record_is_the_users_to_say() -> None:
+    row = answer_of("Blue, I think.", content="Blue, I think.")
+    with pytest.raises(RowProblem, match='has 5 tokens and the response 6 .*"truncated": true in the row'):
+        read(row)
+    (found,) = read({**row, "truncated": True})
+    assert found.truncated is True
+    assert tokenizer().decode(found.trajectory.input_ids[found.trajectory.loss_mask]) == "Blue, I think."
+
+
+def streamed(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its answer in chunks, a token each."""
+    (choice,) = row["response"]["choices"]
+    chunks: list[dict[str, Any]] = [{"delta": {"role": "assistant", "content": ""}, "logprobs": None}]
+    for entry in choice["logprobs"]["content"]:
+        text = "" if entry["token"] == "<|im_end|>" else entry["token"]
+        chunks.append({"delta": {"content": text}, "logprobs": {"content": [entry]}, "finish_reason": None})
+    chunks[-1]["finish_reason"] = "stop"
+    kind = {"object": "chat.completion.chunk"}
+    return {**row, "response": [{**kind, "choices": [{"index": 0, **chunk}]} for chunk in chunks]}
+
+
+def test_a_stream_is_joined() -> None:
+    row = answer_of("Blue, I think.<|im_end|>", content="Blue, I think.")
+    (expected,), (found,) = read(row), read(streamed(row))
+    assert found.trajectory.input_ids.tolist() == expected.trajectory.input_ids.tolist()
+    np.testing.assert_array_equal(found.trajectory.behavior_logprobs, expected.trajectory.behavior_logprobs)
+    assert found.truncated is None
+    row = streamed(row)
+    del row["response"][-2:]  # ends with " think", which is no token's name
+    assert read(row)[0].truncated is True
+    with pytest.raises(RowProblem, match="one chunk of a stream, .* the list of all chunks"):
+        read({**row, "response": row["response"][-1]})
+    with pytest.raises(RowProblem, match="response is a list of 2, .* one answer per row"):
+        read({**row, "response": [{"choices": []}] * 2})
+
+
+def test_calls_of_a_stream_are_joined() -> None:
+    deltas: list[dict[str, Any]] = [
+        {"reasoning_content": "h"},
+        {"reasoning_content": "m"},
+        {"tool_calls": [{"index": 0, "id": "1", "function": {"name": "find", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"a"'}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": ": 1}"}}]},
+    ]
+    message = joined([{"choices": [{"delta": delta}]} for delta in deltas])["choices"][0]["message"]
+    assert message["reasoning_content"] == "hm"
+    assert message["tool_calls"] == [
+        {"type": "function", "function": {"name": "find", "arguments": '{"a": 1}'}}
+    ]

@@ -33,7 +33,7 @@ PLACES = {
     "sampling.top_p": {"sampling": {"top_p": 0.8}},
     "config.temperature": {"config": {"temperature": 0.7}},
     "invocation_params.temperature": {"invocation_params": {"temperature": 0.7}},
-    "modelParameters.temperature": {"modelParameters": {"temperature": "0.7"}},
+    "modelParameters.temperature": {"modelParameters": {"temperature": 0.7}},
     "samplingParams.topK": {"samplingParams": {"topK": 20}},
     "generationConfig.topP": {"generationConfig": {"topP": 0.9}},
     "hyperparameters.temperature": {"hyperparameters": {"temperature": 0.7}},

@@ -165,7 +165,6 @@ def _changes(key: str, value: Any, place: str) -> bool:
     """Whether the parameter makes another distribution of the model's."""
     said, key = key, _snake(key)
     if key in _NEUTRAL or key == "top_k":
-        value = _parsed(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             if "metadata" in place.split("."):  # of something else
                 return False

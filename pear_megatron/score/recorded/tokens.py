@@ -169,10 +169,16 @@ class Tokens:
         """Whether an id, or a token's text, is one that ends a turn or a text; None without a tokenizer."""
         if self._tokenizer is None or self.encoder is None:
             return None
-        if isinstance(token, str):
-            found = id_in(token)
-            token = self._tokenizer.convert_tokens_to_ids(token) if found is None else found
-        return token in self.encoder.special_ids
+        return (self._id_of(token) if isinstance(token, str) else token) in self.encoder.special_ids
+
+    def _id_of(self, text: str) -> int | None:
+        """The id of a token, by its name or as ``token_id:N``; None where it has none of its own."""
+        found = id_in(text)
+        if found is not None:
+            return found
+        found = self._tokenizer.convert_tokens_to_ids(text)
+        # Texts that are no token's name get the unknown token, which may be a special one.
+        return found if found is not None and self._tokenizer.convert_ids_to_tokens(found) == text else None
 
     def _refuse(self, name: str, i: int, found: str, token_id: int, why: str = _SHIFTED) -> NoReturn:
         raise RowProblem(
@@ -200,8 +206,8 @@ class Tokens:
 
     def _as_it_ended(self, ids: list[int], recorded: Sequence[str]) -> list[int]:
         """A policy may stop at another special token than the chat template's; the recorded one is right."""
-        tokenizer, encoder = self._needed("the response is text")
-        last = tokenizer.convert_tokens_to_ids(recorded[-1]) if recorded else None
+        _, encoder = self._needed("the response is text")
+        last = self._id_of(recorded[-1]) if recorded else None
         if last is None or last not in encoder.special_ids or ids[-1] not in encoder.special_ids:
             return ids
         return [*ids[:-1], last]
