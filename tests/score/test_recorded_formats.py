@@ -13,6 +13,8 @@ import pytest
 
 from pear_megatron.data.errors import Problems, RowProblem
 from pear_megatron.data.files import read_rows
+from pear_megatron.score.recorded.stream import joined
+from pear_megatron.score.recorded.tokens import Tokens
 from tests.score.recorded_cases import (
     LOGPROBS,
     MESSAGES,
@@ -333,3 +335,113 @@ def test_a_number_that_is_no_token_id_is_named(wrong: int) -> None:
     sample["tokens"][-1] = wrong
     with pytest.raises(RowProblem, match=f"{wrong}"):
         read(sample)
+
+
+@pytest.mark.parametrize(
+    ("said", "sampled"), [("Blue", " Blue"), ("Blue", "\nBlue"), ("a\nb", "a\n\nb"), ("a b", "a  b")]
+)
+def test_white_space_is_compared_as_it_was_recorded(said: str, sampled: str) -> None:
+    (found,) = read(answer_of(f"{sampled}<|im_end|>", content=sampled))
+    assert (
+        tokenizer().decode(found.trajectory.input_ids[found.trajectory.loss_mask]) == f"{sampled}<|im_end|>"
+    )
+    with pytest.raises(RowProblem, match="is '.*', but the token there is id|tokens and the response"):
+        read(answer_of(f"{sampled}<|im_end|>", content=said))
+
+
+def test_white_space_that_a_client_took_off_is_named() -> None:
+    with pytest.raises(
+        RowProblem, match=r"content\[0\] is ' Blue', .* white space; give it as it was sampled"
+    ):
+        read(answer_of(" Blue<|im_end|>", content="Blue"))
+
+
+class SentencePieces:
+    """Decodes a token alone as Llama 2's tokenizer does: without its first space."""
+
+    pieces = ("\u2581Blue", "Blue", "\u2581\u2581")
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return self.pieces[token]
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(self.pieces[i] for i in ids).replace("\u2581", " ").removeprefix(" ")
+
+
+def test_the_first_space_of_sentencepiece_is_excused() -> None:
+    tokens = Tokens(SentencePieces(), None)
+    tokens.check([0, 0, 1, 2, 2], ["Blue", " Blue", "Blue", " ", "  "], "tokens")
+    for token_id, text in ((1, " Blue"), (0, "  Blue"), (0, "\nBlue"), (2, "\n")):
+        with pytest.raises(RowProblem, match=r"tokens\[0\] is "):
+            tokens.check([token_id], [text], "tokens")
+
+
+def test_images_are_refused_where_ids_are_recorded() -> None:
+    row = case("n2")
+    image = {"type": "image_url", "image_url": {"url": "http://x"}}
+    row["messages"] = [{"role": "user", "content": [image, {"type": "text", "text": "Name a colour."}]}]
+    for choice in row["response"]["choices"]:
+        choice["token_ids"] = RESPONSE
+    row["response"]["prompt_token_ids"] = prompt_ids()
+    with pytest.raises(RowProblem, match=r"messages\[0\]\.content\[0\] = .* is no text, .* drop the row"):
+        read(row)
+
+
+@pytest.mark.parametrize("recorded", ["Blue, I think.", "Blue, I think"])
+def test_after_a_stop_string_no_end_token_is_expected(recorded: str) -> None:
+    row = answer_of(recorded, content="Blue, I think")
+    row["response"]["choices"][0]["stop_reason"] = "."
+    (found,) = read(row)
+    assert tokenizer().decode(found.trajectory.input_ids[found.trajectory.loss_mask]) == recorded
+    assert found.truncated is None
+
+
+def test_an_end_that_the_server_did_not_record_is_the_users_to_say() -> None:
+    row = answer_of("Blue, I think.", content="Blue, I think.")
+    with pytest.raises(RowProblem, match='has 5 tokens and the response 6 .*"truncated": true in the row'):
+        read(row)
+    (found,) = read({**row, "truncated": True})
+    assert found.truncated is True
+    assert tokenizer().decode(found.trajectory.input_ids[found.trajectory.loss_mask]) == "Blue, I think."
+
+
+def streamed(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its answer in chunks, a token each."""
+    (choice,) = row["response"]["choices"]
+    chunks: list[dict[str, Any]] = [{"delta": {"role": "assistant", "content": ""}, "logprobs": None}]
+    for entry in choice["logprobs"]["content"]:
+        text = "" if entry["token"] == "<|im_end|>" else entry["token"]
+        chunks.append({"delta": {"content": text}, "logprobs": {"content": [entry]}, "finish_reason": None})
+    chunks[-1]["finish_reason"] = "stop"
+    kind = {"object": "chat.completion.chunk"}
+    return {**row, "response": [{**kind, "choices": [{"index": 0, **chunk}]} for chunk in chunks]}
+
+
+def test_a_stream_is_joined() -> None:
+    row = answer_of("Blue, I think.<|im_end|>", content="Blue, I think.")
+    (expected,), (found,) = read(row), read(streamed(row))
+    assert found.trajectory.input_ids.tolist() == expected.trajectory.input_ids.tolist()
+    np.testing.assert_array_equal(found.trajectory.behavior_logprobs, expected.trajectory.behavior_logprobs)
+    assert found.truncated is None
+    row = streamed(row)
+    del row["response"][-2:]  # ends with " think", which is no token's name
+    assert read(row)[0].truncated is True
+    with pytest.raises(RowProblem, match="one chunk of a stream, .* the list of all chunks"):
+        read({**row, "response": row["response"][-1]})
+    with pytest.raises(RowProblem, match="response is a list of 2, .* one answer per row"):
+        read({**row, "response": [{"choices": []}] * 2})
+
+
+def test_calls_of_a_stream_are_joined() -> None:
+    deltas: list[dict[str, Any]] = [
+        {"reasoning_content": "h"},
+        {"reasoning_content": "m"},
+        {"tool_calls": [{"index": 0, "id": "1", "function": {"name": "find", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"a"'}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": ": 1}"}}]},
+    ]
+    message = joined([{"choices": [{"delta": delta}]} for delta in deltas])["choices"][0]["message"]
+    assert message["reasoning_content"] == "hm"
+    assert message["tool_calls"] == [
+        {"type": "function", "function": {"name": "find", "arguments": '{"a": 1}'}}
+    ]

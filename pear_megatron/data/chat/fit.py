@@ -184,7 +184,8 @@ def _forms(messages: list[Message]) -> Iterator[Form]:
 
 def _shape(messages: list[Message], words: _Words, places: list[str]) -> tuple[list[Message], set[str]]:
     """(messages with words for texts, the words that must be rendered: all but thinking)."""
-    shape, exempt, ids = [], set(), {}
+    shape, exempt = [], set()
+    ids: dict[str, Any] = {}  # of calls, with what stands for each
     for place, message in zip(places, messages, strict=True):
         role = "" if message["role"] in ("system", "user", "assistant") else f" (role {message['role']!r})"
         copy = {**message, "weight": 1}

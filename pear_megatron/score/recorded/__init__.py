@@ -10,14 +10,24 @@ import numpy as np
 
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import short
-from pear_megatron.score.recorded import nemo_rl, openai, responses, sglang, slime, verl, vllm
+from pear_megatron.score.recorded import (
+    nemo_gym,
+    nemo_rl,
+    openai,
+    responses,
+    sglang,
+    slime,
+    stream,
+    verl,
+    vllm,
+)
 from pear_megatron.score.recorded.answers import UNFINISHED, Recorded
 from pear_megatron.score.recorded.beside import CARRIED, Remarks, check_inside, unread_fields
 from pear_megatron.score.recorded.sampling import check_sampling
 from pear_megatron.score.recorded.tokens import Tokens
 from pear_megatron.score.recorded.top import ENTRIES, topk_fields
 
-_ENGINES = (sglang, vllm, responses, openai)
+_ENGINES = (sglang, vllm, nemo_gym, responses, openai)
 NO_END = (
     "responses that do not end with an end token, so that nothing in them teaches the model to stop (a stop string "
     'or the length limit ended them, or their end was not recorded; "truncated": true in a row has training drop it)'
@@ -118,8 +128,8 @@ def _read(fields: Mapping[str, Any], tokens: Tokens, raw: bool, remarks: Remarks
         return [(own, {})]
     raise RowProblem(
         f"no recorded log-probs among the fields {', '.join(fields)}; known are answers with logprobs (vLLM, SGLang, "
-        "OpenAI-compatible chat, completions and Responses), prompt_logprobs (vLLM), samples of slime, verl and "
-        "NeMo-RL, and behavior_logprobs. Without any, score with --model"
+        "OpenAI-compatible chat, completions and Responses), prompt_logprobs (vLLM), samples of slime, verl, "
+        "NeMo-RL and NeMo-Gym, and behavior_logprobs. Without any, score with --model"
     )
 
 
@@ -137,6 +147,18 @@ def _form(fields: Mapping[str, Any], body: Any) -> Any:
 def _body(fields: Mapping[str, Any]) -> Any:
     """The answer: in ``response``, as it is or as a batch job writes it, or the row itself."""
     body = fields.get("response")
+    if isinstance(body, list) and any(stream.is_chunk(one) for one in body):
+        return stream.joined(body)
+    if isinstance(body, list) and body and not sglang.is_answer(body):
+        raise RowProblem(
+            f"response is a list of {len(body)}, and neither the chunks of a streamed chat nor answers of SGLang's "
+            "/generate; write one answer per row, as it came"
+        )
+    if stream.is_chunk(body) or stream.is_chunk(fields):
+        raise RowProblem(
+            "the answer is one chunk of a stream, which has not all of its tokens; give the list of all chunks as "
+            "response"
+        )
     if isinstance(body, list):
         return body
     if not isinstance(body, Mapping):

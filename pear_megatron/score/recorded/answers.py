@@ -9,7 +9,7 @@ from typing import Any
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import get_integers, get_mask, short
 from pear_megatron.score.recorded.beside import CARRIED
-from pear_megatron.score.recorded.request import CONTEXT_FIELDS, Request
+from pear_megatron.score.recorded.request import CONTEXT_FIELDS, Request, refuse_images
 from pear_megatron.score.recorded.tokens import RECORD_IDS, Tokens, id_in
 from pear_megatron.score.recorded.top import ENTRIES, Entries
 
@@ -130,7 +130,7 @@ def rows_of(
     found = []
     for k, answer in enumerate(answers):
         try:
-            row, notes = _row(request, answer, tokens, whole=fields.get("truncated") is False)
+            row, notes = _row(request, answer, tokens, fields.get("truncated"))
         except RowProblem as problem:
             if len(answers) == 1:
                 raise
@@ -170,19 +170,22 @@ def _rewards(fields: Mapping[str, Any], answers: Sequence[Answer]) -> list[Any]:
     return [given] * len(answers)
 
 
-def _row(request: Request, answer: Answer, tokens: Tokens, *, whole: bool) -> Recorded:
+def _row(request: Request, answer: Answer, tokens: Tokens, marked: Any) -> Recorded:
+    """A row of an answer; ``marked`` is what the user says of its being truncated."""
     if not answer.logprobs:
         raise RowProblem(
             f"{answer.place} is empty: an empty response has no decision to learn from; drop the row"
         )
     # Servers write null as long as they have not finished, as in every part of a stream but the last.
-    unfinished = answer.finish_reason is None and not whole and not _ends(answer, tokens)
-    truncated = unfinished or is_cut(answer.finish_reason)
-    context, response = _tokens_of(request, answer, tokens, truncated)
+    unfinished = answer.finish_reason is None and marked is not False and not _ends(answer, tokens)
+    truncated = unfinished or is_cut(answer.finish_reason) or marked is True
+    stopped = isinstance(answer.stop, str) and not _ends(answer, tokens)
+    context, response = _tokens_of(request, answer, tokens, truncated or stopped)
     if len(response) != len(answer.logprobs):
         raise RowProblem(
             f"{answer.place} has {len(answer.logprobs)} tokens and the response {len(response)} (its end of turn "
-            f"is one of them){_of_what(answer)}; {RECORD_IDS}, or score with --model"
+            f"is one of them){_of_what(answer)}; {RECORD_IDS}, or score with --model (where the server leaves the end "
+            'of turn out of its log-probs, "truncated": true in the row says that none is to be expected)'
         )
     if answer.tokens is not None:
         tokens.check(response, answer.tokens, answer.place)
@@ -203,7 +206,7 @@ def _row(request: Request, answer: Answer, tokens: Tokens, *, whole: bool) -> Re
 
 
 def _tokens_of(
-    request: Request, answer: Answer, tokens: Tokens, truncated: bool
+    request: Request, answer: Answer, tokens: Tokens, endless: bool
 ) -> tuple[list[int], list[int]]:
     """(ids of the context, ids of the response)."""
     response = answer.ids
@@ -211,17 +214,29 @@ def _tokens_of(
         in_text = [id_in(token) for token in answer.tokens]
         if None not in in_text:
             response = [token_id for token_id in in_text if token_id is not None]
+    refuse_images(request.messages)
     context = answer.context_ids if answer.context_ids is not None else request.ids
     if context is None:
         context = tokens.of_context(request, chat=answer.message is not None)
-    if response is None:
-        if answer.message is None:
-            response = tokens.of_text(answer.text, answer.tokens or [], truncated=truncated)
-        else:
-            response = tokens.of_message(request, answer.message, answer.tokens or [], truncated=truncated)
+    recorded = answer.tokens or []
+    if response is None and answer.message is None:
+        text = _with_stop(answer.text, answer)
+        response = tokens.of_text(text, recorded, truncated=endless)
+    elif response is None:
+        message = dict(answer.message or {})
+        message["content"] = _with_stop(message.get("content"), answer)
+        response = tokens.of_message(request, message, recorded, truncated=endless)
     else:
         tokens.check_said(context, response, _said(answer))
     return list(context), list(response)
+
+
+def _with_stop(text: Any, answer: Answer) -> Any:
+    """A text with the stop string that ended it, which vLLM takes off the text but not off the tokens."""
+    if not isinstance(answer.stop, str) or not isinstance(text, str):
+        return text
+    whole = "".join(answer.tokens or [])
+    return whole if whole.startswith(text) and whole[len(text) :].startswith(answer.stop) else text
 
 
 def _said(answer: Answer) -> dict[str, Any]:

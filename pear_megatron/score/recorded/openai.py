@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.data.fields import get_integers, short
+from pear_megatron.data.fields import get_integers, get_nullable_floats, short
 from pear_megatron.score.recorded.answers import (
     Answer,
     Recorded,
@@ -22,6 +22,7 @@ from pear_megatron.score.recorded.answers import (
     whole_row,
 )
 from pear_megatron.score.recorded.beside import check_inside
+from pear_megatron.score.recorded.nemo_gym import IDS, LOGPROBS
 from pear_megatron.score.recorded.request import Request
 from pear_megatron.score.recorded.tokens import Tokens
 from pear_megatron.score.recorded.top import of_pairs
@@ -58,17 +59,19 @@ def read(fields: Mapping[str, Any], body: Mapping[str, Any], tokens: Tokens) -> 
 
 
 def _answer(body: Mapping[str, Any], choice: Mapping[str, Any], name: str, count: int) -> Answer:
-    place, texts, values = _logprobs(choice, name)
-    usage = body.get("usage") or {}
-    context = next((p["prompt_token_ids"] for p in (choice, body) if p.get("prompt_token_ids")), None)
     message = choice.get("message")
     if message is not None and not isinstance(message, Mapping):
         raise RowProblem(f"{name}.message = {short(message)}; it must be the assistant's message")
+    place, texts, values = _logprobs(choice, name)
+    usage = body.get("usage") or {}
+    said = message or {}  # NeMo-Gym writes the tokens there
+    places = (choice, body, said)
+    context = next((p["prompt_token_ids"] for p in places if p.get("prompt_token_ids")), None)
     return Answer(
         place=place,
         logprobs=values,
         tokens=texts,
-        ids=_ids(choice, "token_ids"),
+        ids=_ids(choice, "token_ids") or _ids(said, "generation_token_ids"),
         message=message,
         text=choice.get("text"),
         finish_reason=choice.get("finish_reason"),
@@ -81,7 +84,7 @@ def _answer(body: Mapping[str, Any], choice: Mapping[str, Any], name: str, count
         ),
         reasoning_count=(usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0,
         reward=choice.get("reward"),
-        entries=lambda: _top(choice, name),
+        entries=None if texts is None else lambda: _top(choice, name),
     )
 
 
@@ -98,7 +101,8 @@ def _whole(
     name, texts, values = _logprobs(choice, "choices[0]")
     # With echo, what was generated after the trajectory follows.
     entries = lambda: _top(choice, "choices[0]")[: len(ids)]  # noqa: E731
-    return Whole(name, values[: len(ids)], tokens=texts[: len(ids)], entries=entries)
+    texts = None if texts is None else texts[: len(ids)]
+    return Whole(name, values[: len(ids)], tokens=texts, entries=entries)
 
 
 def _top(choice: Mapping[str, Any], name: str) -> list[dict[int, float] | None]:
@@ -117,11 +121,16 @@ def _top(choice: Mapping[str, Any], name: str) -> list[dict[int, float] | None]:
     return [of_pairs(one or None, f"{name}.logprobs, token {i}: top_logprobs") for i, one in enumerate(pairs)]
 
 
-def _logprobs(choice: Mapping[str, Any], name: str) -> tuple[str, list[str], list[float | None]]:
+def _logprobs(choice: Mapping[str, Any], name: str) -> tuple[str, list[str] | None, list[float | None]]:
     """(its name, the tokens as texts or ``token_id:N``, their log-probs) of a choice's logprobs."""
     logprobs = choice.get("logprobs")
     if not isinstance(logprobs, Mapping):
-        called = (choice.get("message") or {}).get("tool_calls")
+        message = choice.get("message") or {}
+        called = message.get("tool_calls")
+        if message.get(LOGPROBS) and message.get(IDS[1]):
+            place = f"{name}.message.{LOGPROBS}"
+            values = get_nullable_floats(message, LOGPROBS)[0].tolist()
+            return place, None, [number(value, f"{place}[{i}]") for i, value in enumerate(values)]
         raise RowProblem(
             f"{name}.logprobs is missing{', and the answer has tool calls' if called else ''}: ask the server for "
             "logprobs (chat: logprobs=true, completions: logprobs=1), or score with --model"

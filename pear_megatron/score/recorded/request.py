@@ -12,9 +12,17 @@ from pear_megatron.data.fields import get_integers, short
 
 CONTEXT_FIELDS = ("tools", "documents", "chat_template_kwargs")
 NO_PROMPT = "no prompt: give the request's messages, prompt or prompt_token_ids beside the answer"
-_REQUEST_PLACES = ("body", "request", "request_params", "payload", "extra_body")
+_REQUEST_PLACES = ("body", "request", "request_params", "payload", "extra_body", "responses_create_params")
 _ID_FIELDS = ("prompt_token_ids", "prompt_ids")
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_TEXT_LIKE = (
+    "thinking",
+    "reasoning",
+    "refusal",
+    "tool_use",
+    "tool_call",
+    "tool_result",
+)  # whose tokens are text's
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,19 @@ class Request:
         """Whether the messages are a whole conversation, its answer included."""
         last = self.messages[-1] if self.messages else None
         return isinstance(last, Mapping) and last.get("role") == "assistant"
+
+
+def refuse_images(messages: Any, name: str = "messages") -> None:
+    """RowProblem on a part that is no text: recorded ids hold only its placeholder."""
+    for k, message in enumerate(messages if isinstance(messages, list) else []):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for j, part in enumerate(content if isinstance(content, list) else []):
+            kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+            if kind not in (*_TEXT_PARTS, *_TEXT_LIKE):
+                raise RowProblem(
+                    f"{name}[{k}].content[{j}] = {short(part)} is no text, and its token ids would be placeholders "
+                    "that training cannot fill; drop the row"
+                )
 
 
 def _places(fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -13,14 +13,12 @@ from pear_megatron.data.fields import short
 # Where engines, clients, batch files and rollout dumps keep the parameters of a request, within one another too. Those
 # of a judge, a tool or a retriever have other names, and are none of this answer's.
 _SETTINGS = "(?:params|parameters|args|kwargs|config|options|settings)"
-_SAMPLING_PLACE = re.compile(  # sampling_params and samplingParams alike
-    "sampling|extra_?body|params|(?:hyper_?)?parameters|model_?(?:params|parameters|args|kwargs)"
-    "|(?:sampling|generation|generate|gen|request|inference|invocation|decoding|completion|llm|rollout|vllm|sglang)"
-    f"_?{_SETTINGS}",
-    re.IGNORECASE,
+_SAMPLING_PLACE = re.compile(
+    "sampling|extra_body|params|parameters|model_(?:params|parameters|args|kwargs)|hyper_?(?:params|parameters)"
+    f"|(?:sampling|generation|generate|gen|request|invocation|inference|decoding|completion|llm|rollout|vllm|sglang)_{_SETTINGS}"
 )
 _GENERAL_PLACE = re.compile(f"{_SETTINGS}|payload|json")  # in metadata they may be about anything
-_PLACES = ("body", "request", "response", "metadata", "meta_info", "manifest")
+_PLACES = ("body", "request", "response", "metadata", "meta_info", "manifest", "responses_create_params")
 
 # Numbers, with the value at which they do nothing; top_k has several.
 _WHOLE_VOCABULARY = 1 << 20  # SGLang writes 2**30 for "no top-k"; no vocabulary is as large
@@ -79,7 +77,7 @@ def check_sampling(fields: Mapping[str, Any], *, raw: bool, engine: str | None =
         _refuse_text(name, place)
     raw = _says_raw(places, raw)
     changed = [
-        (key, f"{_joined(name, key)} = {short(value)}")
+        (_snake(key), f"{_joined(name, key)} = {short(value)}")
         for name, place in places.items()
         for key, value in place.items()
         if value is not None and _changes(key, value, name)
@@ -105,6 +103,7 @@ def check_sampling(fields: Mapping[str, Any], *, raw: bool, engine: str | None =
 
 def is_of_sampling(name: str) -> bool:
     """Whether `check_sampling` reads a field of this name."""
+    name = _snake(name)
     return (
         name in (*_PLACES, *_KEYS, *_BEFORE_LOGGING, _TRACE_OF_TOP_P)
         or _SAMPLING_PLACE.fullmatch(name) is not None
@@ -116,12 +115,10 @@ def _places(fields: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping
     yield name, fields
     of_user = "metadata" in name.split(".")
     for key, value in fields.items():
-        if (
-            key in _PLACES
-            or _SAMPLING_PLACE.fullmatch(key)
-            or (not of_user and _GENERAL_PLACE.fullmatch(key))
-        ):
-            found = _parsed(value) if key == "metadata" or _SAMPLING_PLACE.fullmatch(key) else value
+        known = _snake(key)
+        sampling = _SAMPLING_PLACE.fullmatch(known)
+        if known in _PLACES or sampling or (not of_user and _GENERAL_PLACE.fullmatch(known)):
+            found = _parsed(value) if key == "metadata" or sampling else value
             if isinstance(found, Mapping):
                 yield from _places(found, _joined(name, key))
 
@@ -140,7 +137,7 @@ def _refuse_text(name: str, place: Mapping[str, Any]) -> None:
     """RowProblem on parameters that stand as the text of an object, such as ``SamplingParams(temperature=0.7)``."""
     for key, value in place.items():
         text = isinstance(value, str) and not isinstance(_parsed(value), Mapping)
-        if text and _SAMPLING_PLACE.fullmatch(key) and _SETS_A_KEY.search(value):
+        if text and _SAMPLING_PLACE.fullmatch(_snake(key)) and _SETS_A_KEY.search(value):
             raise RowProblem(
                 f"{_joined(name, key)} = {short(value)} is the text of an object; write "
                 'the parameters that were used as JSON, such as {"temperature": 1.0, "top_p": 1.0}'
@@ -166,24 +163,30 @@ def _says_raw(places: Mapping[str, Mapping[str, Any]], raw: bool) -> bool:
 
 def _changes(key: str, value: Any, place: str) -> bool:
     """Whether the parameter makes another distribution of the model's."""
+    said, key = key, _snake(key)
     if key in _NEUTRAL or key == "top_k":
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             if "metadata" in place.split("."):  # of something else
                 return False
             raise RowProblem(
-                f"{_joined(place, key)} = {short(value)} is no number; write the one that was used"
+                f"{_joined(place, said)} = {short(value)} is no number; write the one that was used"
             )
         return 0 < value < _WHOLE_VOCABULARY if key == "top_k" else value != _NEUTRAL[key]
     if key in _FORBIDDING or key in _MASKING or key == _TRACE_OF_TOP_P:
         return bool(value)
     if key in _GRAMMARS:
-        return bool(value) and _SAMPLING_PLACE.fullmatch(place.rpartition(".")[2]) is not None
+        return bool(value) and _SAMPLING_PLACE.fullmatch(_snake(place.rpartition(".")[2])) is not None
     if key in ("response_format", "text"):  # chat completions' and Responses' ways to ask for JSON
         wanted = value.get("format") if key == "text" and isinstance(value, Mapping) else value
         return isinstance(wanted, Mapping) and wanted.get("type", "text") != "text"
     if key == "tool_choice":
         return isinstance(value, Mapping) or value == "required"
     return (key == "do_sample" and value is False) or (key == "use_beam_search" and value is True)
+
+
+def _snake(name: str) -> str:
+    """``top_p`` of topP."""
+    return re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 def _listed(changed: list[tuple[str, str]]) -> str:

@@ -17,6 +17,9 @@ RECORD_IDS = (
 )
 _PARSED = ("content", "reasoning_content", "reasoning", "tool_calls")  # of a message, all that was generated
 _OPENING = 8  # tokens that a chat template may open an answer with, such as <think>
+_SPACE = "\u2581"  # how SentencePiece writes one
+_SHIFTED = "the log-probs are shifted or belong to other tokens"
+_TRIMMED = "a parser or a client has changed the text's white space; give it as it was sampled"
 _ID_PREFIX = "token_id:"  # vLLM's and SGLang's way to write an id where a token's text is expected
 
 
@@ -37,8 +40,6 @@ class Tokens:
     def __init__(self, tokenizer: Any, encoder: ChatEncoder | None) -> None:
         self._tokenizer = tokenizer
         self.encoder = encoder
-        # Of a vocabulary over bytes, which has a space as \u0120; SentencePiece's has \u2581, lost at a text's head.
-        self._keeps_space = tokenizer is not None and "\u0120" in tokenizer.get_vocab()
 
     def of_context(self, request: Request, *, chat: bool) -> list[int]:
         """Ids of the context that the response was generated from.
@@ -124,19 +125,22 @@ class Tokens:
     def check(self, ids: Sequence[int], recorded: Sequence[str], name: str) -> None:
         """RowProblem where a recorded token is not the one whose id stands there.
 
-        Texts are compared without the white space around them where decoding one token may lose it (SentencePiece),
-        and not where they are pieces of characters.
+        Texts are compared with the white space around them, but for the first space of a SentencePiece token, which
+        decoding it alone may lose, and not where they are pieces of characters.
         """
         for i, (token_id, token) in enumerate(zip(ids, recorded, strict=True)):
             found = id_in(token)
-            if found is None and self._tokenizer is not None:
-                text = self._text([token_id])
-                pieces = "\ufffd" in text + token or token.startswith("bytes:")
-                same = pieces or text == token or (not self._keeps_space and text.strip() == token.strip())
-            else:
-                same = found is None or found == token_id
-            if not same:
-                self._refuse(name, i, repr(token), token_id)
+            if found is not None or self._tokenizer is None:
+                if found not in (None, token_id):
+                    self._refuse(name, i, repr(token), token_id)
+                continue
+            text = self._text([token_id])
+            if text == token or "\ufffd" in text + token or token.startswith("bytes:"):
+                continue
+            piece = str(self._tokenizer.convert_ids_to_tokens(token_id))
+            if not piece.startswith(_SPACE) or piece.replace(_SPACE, " ") != token:
+                trimmed = text.strip() == token.strip()
+                self._refuse(name, i, repr(token), token_id, _TRIMMED if trimmed else _SHIFTED)
 
     def check_ids(self, ids: Sequence[int], recorded: Sequence[int | None], name: str) -> None:
         """RowProblem where a recorded id, if there is one, is not the one that stands there."""
@@ -165,15 +169,21 @@ class Tokens:
         """Whether an id, or a token's text, is one that ends a turn or a text; None without a tokenizer."""
         if self._tokenizer is None or self.encoder is None:
             return None
-        if isinstance(token, str):
-            found = id_in(token)
-            token = self._tokenizer.convert_tokens_to_ids(token) if found is None else found
-        return token in self.encoder.special_ids
+        return (self._id_of(token) if isinstance(token, str) else token) in self.encoder.special_ids
 
-    def _refuse(self, name: str, i: int, found: str, token_id: int) -> NoReturn:
+    def _id_of(self, text: str) -> int | None:
+        """The id of a token, by its name or as ``token_id:N``; None where it has none of its own."""
+        found = id_in(text)
+        if found is not None:
+            return found
+        found = self._tokenizer.convert_tokens_to_ids(text)
+        # Texts that are no token's name get the unknown token, which may be a special one.
+        return found if found is not None and self._tokenizer.convert_ids_to_tokens(found) == text else None
+
+    def _refuse(self, name: str, i: int, found: str, token_id: int, why: str = _SHIFTED) -> NoReturn:
         raise RowProblem(
-            f"{name}[{i}] is {found}, but the token there is {self._shown(token_id)}: the log-probs are shifted or "
-            f"belong to other tokens; {RECORD_IDS}, or score with --model"
+            f"{name}[{i}] is {found}, but the token there is {self._shown(token_id)}: {why}; {RECORD_IDS}, or score "
+            "with --model"
         )
 
     def _shown(self, token_id: int) -> str:
@@ -196,8 +206,8 @@ class Tokens:
 
     def _as_it_ended(self, ids: list[int], recorded: Sequence[str]) -> list[int]:
         """A policy may stop at another special token than the chat template's; the recorded one is right."""
-        tokenizer, encoder = self._needed("the response is text")
-        last = tokenizer.convert_tokens_to_ids(recorded[-1]) if recorded else None
+        _, encoder = self._needed("the response is text")
+        last = self._id_of(recorded[-1]) if recorded else None
         if last is None or last not in encoder.special_ids or ids[-1] not in encoder.special_ids:
             return ids
         return [*ids[:-1], last]
