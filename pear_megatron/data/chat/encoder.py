@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import date
 from typing import Any, Literal
 
 from pear_megatron.data.chat.conversation import Conversation, Encoded
@@ -25,11 +23,7 @@ from pear_megatron.data.chat.messages import (
     unseen_changes,
 )
 from pear_megatron.data.chat.renderers import Renderer, Renderers
-from pear_megatron.data.chat.turns import (
-    check_stops,
-    check_thinking,
-    not_doubled,
-)
+from pear_megatron.data.chat.turns import check_stops, check_thinking
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import check_encodable, short
 
@@ -95,10 +89,11 @@ class ChatEncoder:
         messages = read_messages(conversation.messages)
         check_order(messages)
         renderer = self._needed(conversation)
-        messages = renderer.writer.placed(messages, renderer.setting)
         self._look_at(messages, "messages", renderer)
-        self._note(conversation, conversation.messages, renderer)
+        messages = renderer.writer.with_thinking_apart(messages, renderer.setting)
         turns = self._turns(messages, renderer, conversation.truncated)
+        self._note_context(turns[-1].context, renderer)
+        self.notes.update(note for message in conversation.messages for note in unseen_changes(message))
         if turns[-1].place < len(messages) - 1:
             self.notes["rows whose messages after the last turn that is learned from are left out"] += 1
         if len(turns) == 1 or self._multi_turn != "split":
@@ -149,7 +144,7 @@ class ChatEncoder:
             raise RowProblem(
                 f"answer: the tokenizer has no chat template to write a message; give one, {_GIVE_IDS}"
             )
-        (message,) = renderer.writer.placed([message], renderer.setting)
+        (message,) = renderer.writer.with_thinking_apart([message], renderer.setting)
         return self._sampled_ids(renderer.turn(message, "answer[0]", context, truncated=truncated))
 
     def _encode_raw(self, conversation: Conversation) -> Encoded:
@@ -163,19 +158,19 @@ class ChatEncoder:
         check_encodable("response", response)
         context, renderer = self._context(conversation, noted=True)
         before = self._ids(context) if renderer is not None else self._raw_context(context)
-        if renderer is not None:
-            renderer.writer.check_beginning(response, "response", renderer.setting)
-            self._note(conversation, conversation.prompt, renderer)
         raw = self._raw(context, response, renderer, conversation.truncated)
-        self.notes.update(check_thinking(context, raw, "response", truncated=conversation.truncated))
+        if renderer is not None:
+            self._note_context(context, renderer)
+            self.notes.update(note for one in conversation.prompt or () for note in unseen_changes(one))
         if any(token in response.removesuffix(token) for token in self._special):
             self.notes["responses with a special token before their end, which becomes that token"] += 1
         return _joined(before, self._sampled_ids(raw))
 
     def _raw(self, context: str, response: str, renderer: Renderer | None, truncated: bool) -> str:
         if renderer is None:
+            check_thinking(context, response, "response", self.notes, truncated=truncated)
             return self._ended_by_eos(response, truncated)
-        return renderer.writer.end_raw(not_doubled(context, response), "response", truncated=truncated)
+        return renderer.raw(response, "response", context, truncated=truncated)
 
     def _ended_by_eos(self, response: str, truncated: bool) -> str:
         eos = self._tokenizer.eos_token
@@ -206,8 +201,8 @@ class ChatEncoder:
                 "turn behind it; end the prompt with a user or tool message, or give messages"
             )
         renderer = self._needed(conversation)
-        messages = renderer.writer.placed(messages, renderer.setting)
         self._look_at(messages, field, renderer, noted=noted)
+        messages = renderer.writer.with_thinking_apart(messages, renderer.setting)
         return renderer.context(messages, field), renderer
 
     def _refuse_rendered(self, prompt: str, renderer: Renderer) -> None:
@@ -232,21 +227,19 @@ class ChatEncoder:
                 self.notes["assistant turns without text, thinking or calls, which are no decisions"] += 1
             elif messages[k]["weight"]:
                 context = renderer.context(messages[:k])
-                _check_doubled(messages[:k], context)
                 cut = truncated and k == places[-1]
                 written = renderer.turn(messages[k], f"messages[{k}]", context, truncated=cut)
                 before, response = self._ids(context), self._sampled_ids(written)
                 turns.append(_Turn(k, number, context, written, before, response))
         return turns
 
-    def _note(self, conversation: Conversation, value: Any, renderer: Renderer) -> None:
-        """Counts what of a row is written in another way than it stands there, or comes from elsewhere."""
-        self.notes.update(note for message in value or () for note in unseen_changes(message))
-        if conversation.tools and has_nulls(conversation.tools):
-            self.notes["rows whose tools hold null, which stands in the prompt"] += 1
-        if "strftime_now" in renderer.fitter.template.text and "date_string" not in renderer.setting.kwargs:
+    def _note_context(self, context: str, renderer: Renderer) -> None:
+        if has_nulls(renderer.setting.tools or []):
+            self.notes["rows whose tools have null in their schemas, which stands there"] += 1
+        if day := renderer.fitter.template.date_in(context):
             self.notes[
-                f"rows with a chat template that writes the date of today, {date.today():%d %B %Y}"
+                f"rows in whose context the chat template writes today's date, {day}; a template with the date of "
+                "sampling in it (data.chat_template) keeps that"
             ] += 1
 
     def _look_at(
@@ -263,6 +256,9 @@ class ChatEncoder:
                 self.notes["messages whose text contains a special token, which becomes that token"] += 1
             if any(has_nulls(call["function"]["arguments"]) for call in message.get("tool_calls", ())):
                 self.notes["messages whose calls have null among their arguments, which stands there"] += 1
+            role = message["role"]
+            if message.get("name") and role != "tool" and not renderer.writer.writes_name(role):
+                self.notes["messages with a 'name' that the chat template does not write"] += 1
             for key in unread_keys(message, renderer.fitter.template.text):
                 self._keys = dict.fromkeys([*self._keys, key][:_MOST_KEYS])
                 name = short(key) if key in self._keys else "a key of some other name"
@@ -330,16 +326,6 @@ class ChatEncoder:
         if bos is not None and context[:2] == [bos, bos]:
             del context[0]
         return context[:-1] if context and context[-1] == eos else context
-
-
-def _check_doubled(messages: list[Message], context: str) -> None:
-    """RowProblem on a tool's result that begins with the tag which the template writes before it."""
-    for k, message in enumerate(messages):
-        tag = re.match(r"\s*(<[^<>\s]+>)", message["content"]) if message["role"] == "tool" else None
-        if tag and re.search(rf"{re.escape(tag[1])}\s*{re.escape(tag[1])}", context):
-            raise RowProblem(
-                f"messages[{k}].content begins with {tag[1]}, which the chat template writes around it; take it out"
-            )
 
 
 def _joined(context: list[int], response: list[int], turn: int | None = None) -> Encoded:

@@ -32,10 +32,12 @@ class End:
     Attributes:
         text: as it is appended, such as ``<|im_end|>`` or ``<|END_RESPONSE|><|END_OF_TURN_TOKEN|>``.
         stop: the last token of it, at which sampling stops.
+        found: whether the template writes it, else it is the tokenizer's EOS.
     """
 
     text: str
     stop: str
+    found: bool = True
 
 
 def find_end(fitter: Fitter, special: Iterable[str], eos: str | None, *, calls: bool) -> End:
@@ -60,7 +62,7 @@ def find_end(fitter: Fitter, special: Iterable[str], eos: str | None, *, calls: 
         raise RowProblem(
             "the chat template ends no turn with a special token, and the tokenizer has no EOS; set one"
         )
-    return End(eos, eos)
+    return End(eos, eos, found=False)
 
 
 def _candidates(fitter: Fitter, turn: Message, later: Message) -> list[tuple[str, int]]:

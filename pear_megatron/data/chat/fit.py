@@ -18,6 +18,7 @@ from pear_megatron.data.chat.template import Setting, Template
 from pear_megatron.data.errors import RowProblem
 
 MOST_KNOWN = 4096  # shapes that are remembered
+_HEAD_TAG = re.compile(r"\s*(<[^<>\s]+>)")
 _WRITES_IDS = re.compile(r"\.id\b|\[.id.\]")
 _CHANGE = "use a chat template that renders it, or change the row"
 
@@ -100,6 +101,11 @@ class Fitter:
                     raise RowProblem(
                         f"{part.name}: the chat template leaves the text out or changes it; {_CHANGE}"
                     )
+                if not part.thinking and (tag := _tag_twice(part.text, text)):
+                    raise RowProblem(
+                        f"{part.name} begins with {tag!r}, which the chat template writes before it: it would stand "
+                        "there twice; take the tags off the text"
+                    )
         return text
 
     def form(
@@ -155,9 +161,10 @@ class Fitter:
             return (
                 refusal or "messages: the chat template renders them as Python objects; use another template"
             )
-        in_ids = names[lost[0]].endswith("function.name") and _WRITES_IDS.search(self.template.text)
-        hint = "it writes a call's id, which may hold the name (functions.NAME:0); " if in_ids else ""
-        return f"{names[lost[0]]}: the chat template leaves it out; {hint}{_CHANGE}"
+        way_out = _CHANGE
+        if names[lost[0]].endswith("function.name") and _WRITES_IDS.search(self.template.text):
+            way_out = f"it writes a call's id, which may hold the name (functions.NAME:0); {_CHANGE}"
+        return f"{names[lost[0]]}: the chat template leaves it out; {way_out}"
 
 
 def places_of(messages: list[Message], field: str) -> list[str]:
@@ -173,6 +180,13 @@ def stands_in(text: str, rendering: str) -> bool:
     return any(json.dumps(text, ensure_ascii=ascii)[1:-1] in rendering for ascii in (True, False))
 
 
+def _tag_twice(text: str, rendering: str) -> str:
+    """The tag at the head of the text, if the rendering has the same one before it."""
+    tag = _HEAD_TAG.match(text)
+    doubled = tag and re.search(re.escape(tag[1]) + r"\s*" + re.escape(text.strip()), rendering)
+    return tag[1] if tag and doubled else ""
+
+
 def _forms(messages: list[Message]) -> Iterator[Form]:
     calls = [message for message in messages if message.get("tool_calls")]
     absent = [False, True] if any(not message["content"] for message in calls) else [False]
@@ -185,7 +199,7 @@ def _forms(messages: list[Message]) -> Iterator[Form]:
 def _shape(messages: list[Message], words: _Words, places: list[str]) -> tuple[list[Message], set[str]]:
     """(messages with words for texts, the words that must be rendered: all but thinking)."""
     shape, exempt = [], set()
-    ids: dict[str, Any] = {}  # of calls, with what stands for each
+    ids: dict[str, Any] = {}
     for place, message in zip(places, messages, strict=True):
         role = "" if message["role"] in ("system", "user", "assistant") else f" (role {message['role']!r})"
         copy = {**message, "weight": 1}
@@ -201,10 +215,9 @@ def _shape(messages: list[Message], words: _Words, places: list[str]) -> tuple[l
             copy["tool_calls"] = [
                 _shape_of_call(c, words, f"{place}.tool_calls[{i}]") for i, c in enumerate(calls)
             ]
-            new = [call.get("id") for call in copy["tool_calls"]]
-            ids |= {str(call.get("id")): name for call, name in zip(calls, new, strict=True)}
-        if (answered := str(message.get("tool_call_id"))) in ids:
-            copy["tool_call_id"] = ids[answered]
+            ids |= {str(c.get("id")): new.get("id") for c, new in zip(calls, copy["tool_calls"], strict=True)}
+        if str(answered := message.get("tool_call_id")) in ids:
+            copy["tool_call_id"] = ids[str(answered)]
         shape.append(copy)
     return shape, set(words.names) - exempt
 
@@ -213,12 +226,10 @@ def _shape_of_call(call: Message, words: _Words, where: str) -> Message:
     function = call["function"]
     name = words.instead_of(function["name"], f"{where}.function.name")
     arguments = words.in_leaves(function["arguments"], f"{where}.function.arguments")
-    if isinstance(
-        identity := call.get("id"), str
-    ):  # functions.NAME:0, which Kimi's template writes in the name's place
-        inside = rf"(?<!\w){re.escape(function['name'])}(?!\w)"
-        call = {**call, "id": re.sub(inside, lambda _: name, identity)}
-    return {**call, "function": {**function, "name": name, "arguments": arguments}}
+    shape = {**call, "function": {**function, "name": name, "arguments": arguments}}
+    if isinstance(call.get("id"), str) and function["name"].strip():  # Kimi-K2 writes functions.NAME:0 alone
+        shape["id"] = re.sub(rf"\b{re.escape(function['name'])}\b", name, call["id"])
+    return shape
 
 
 def _shape_of_setting(setting: Setting, words: _Words) -> Setting:

@@ -193,10 +193,6 @@ def _read_message(value: Any, where: str) -> Message:
     if calls:
         if not isinstance(calls, list):
             raise RowProblem(f"{where}.tool_calls = {short(calls)}; it must be a list of calls")
-        if "<tool_call>" in message["content"]:
-            raise RowProblem(
-                f"{where} has calls both in its content, as <tool_call>, and in tool_calls; keep one"
-            )
         message["tool_calls"] = [_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
     weight = message.pop("weight", 1)
     if weight not in (0, 1):

@@ -35,6 +35,10 @@ class Renderer:
         """What the policy wrote after the context."""
         return self.writer.write(message, where, self.setting, context, truncated=truncated)
 
+    def raw(self, response: str, field: str, context: str, *, truncated: bool) -> str:
+        """A response as it stands, with its end of turn."""
+        return self.writer.write_raw(response, field, self.setting, context, truncated=truncated)
+
 
 class Renderers:
     """Renderers for a tokenizer's chat templates; what is found out about a template is kept.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from pear_megatron.data.chat.messages import Message
@@ -12,6 +13,7 @@ from pear_megatron.data.errors import RowProblem
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
 _GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+_DATE = re.compile(r"strftime_now\(\s*['\"]([^'\"]+)")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _THINKS = re.compile(r"thinking|reasoning|thought")
 _GLOBALS = {"raise_exception", "strftime_now", "namespace", "range", "dict"}
@@ -67,6 +69,13 @@ class Template:
             raise RowProblem(f"messages: the chat template refuses them: {error}; change the row") from error
         (text,), spans = rendered
         return text, spans[0] if spans else []
+
+    def date_in(self, text: str) -> str:
+        """Today's date as it stands in a rendering, if the template writes it."""
+        days = (
+            datetime.now().strftime(form) for form in _DATE.findall(self.text)
+        )  # as transformers writes it
+        return next((day for day in days if day in text), "")
 
     def check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
         """RowProblem on an argument that the template never reads."""

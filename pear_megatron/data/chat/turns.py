@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from pear_megatron.data.chat.ends import End
 from pear_megatron.data.chat.fit import MOST_KNOWN, Fitter, stands_in
@@ -14,26 +14,15 @@ from pear_megatron.data.chat.text import common_prefix, overlap
 from pear_megatron.data.errors import RowProblem
 
 _USER: Message = {"role": "user", "content": "Zquserx"}
-_THINKING, _CONTENT = "Zqthinkingx", "Zqcontentx"
+_THINKING, _CONTENT, _RESULT, _NAME = "Zqthinkingx", "Zqcontentx", "Zqresultx", "Zqnamex"
+_TAG = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
 _ROLE = re.compile(r"\s*(system|developer|user|human|assistant|tool)\b")
 _OPENED = re.compile(r"\s*<think>\s*(</think>\s*)?")
 _EMPTY_BLOCK = re.compile(r"^(\s*)<think>\s*</think>\s*")
-_EMPTY_AT_END = re.compile(r"<think>\s*</think>\s*$")
 _CLOSED_BLOCK = re.compile(r"^\s*</think>\s*")
 THINK_TAGS = ("<think>", "</think>")
-THINKING_LEFT_OPEN = (
-    "answers without thinking inside the think block that the generation prompt opens, which they never close; a chat "
-    "template that opens none (data.chat_template) would fit them"
-)
-
-
-THINKING_NOT_OPENED = (
-    "answers that close a think block which neither they nor the generation prompt open; the chat template that they "
-    "were sampled with opened one (data.chat_template)"
-)
-THINKING_CLOSED = (
-    "answers that think behind a prompt that has closed thinking (chat_template_kwargs: enable_thinking)"
-)
+_INLINE = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+_IN_FIELD = "give it as messages, with the thinking in reasoning_content"
 
 
 class TurnWriter:
@@ -65,6 +54,7 @@ class TurnWriter:
         self._around: tuple[dict[str, bool], str] | None = None
         self._notes = notes
         self._known: dict[str, str] = {}
+        self._writes_name: dict[str, bool] = {}
 
     def write(self, message: Message, where: str, setting: Setting, context: str, *, truncated: bool) -> str:
         """What the policy wrote after ``context``, a text that ends with the generation prompt.
@@ -94,9 +84,11 @@ class TurnWriter:
         head = written.partition(_CONTENT)[0]
         if twice := next((t for t in self._tokens if t in head and content.lstrip().startswith(t)), ""):
             raise RowProblem(
-                f"{where}.content begins with {twice!r}, which the chat template writes before it; give the texts "
-                "alone, content and reasoning_content, or prompt+response"
+                f"{where}.content begins with {twice!r}, which the chat template writes before a content: it would "
+                "stand there twice; give bare texts, content and reasoning_content, or prompt+response"
             )
+        if message.get("tool_calls") and content.strip():
+            self._check_text_beside_calls(message, where, setting, written)
         if not thinking:
             written = self._without_invented_thinking(written, content)
         written = self._ended(written, bool(message.get("tool_calls")), truncated)
@@ -105,29 +97,22 @@ class TurnWriter:
             if not stands_in(part.text, written):
                 raise RowProblem(f"{part.name}: the chat template leaves it out in this turn; change the row")
         written = not_doubled(context, written)
-        self._notes.update(check_thinking(context, written, where, truncated=truncated))
+        check_thinking(context, written, where, self._notes, truncated=truncated)
         return written
 
-    def end_raw(self, response: str, field: str, *, truncated: bool) -> str:
-        """A response with the token that ends a turn, unless it has it already or ``truncated``."""
+    def write_raw(self, response: str, field: str, setting: Setting, context: str, *, truncated: bool) -> str:
+        """A response with the token that ends a turn, unless it has it already or ``truncated``.
+
+        Raises:
+            RowProblem: the template begins and writes turns in another way than the response, or that holds its end.
+        """
+        response = not_doubled(context, response)
+        self._check_start(response, field, setting)
+        check_thinking(context, response, field, self._notes, truncated=truncated)
         end = self._ends[0].text
         stop = next((stop for stop in self._stops if response.endswith(stop)), "")
         check_stops(response.removesuffix(stop), field, self._stops)
         return response if stop or truncated else response + end
-
-    def check_beginning(self, response: str, field: str, setting: Setting) -> None:
-        """RowProblem where the template begins every answer with a special token that the response lacks (gpt-oss)."""
-        try:
-            written = self._rendered({"role": "assistant", "content": _CONTENT}, field, setting)
-        except RowProblem:  # it takes no single message of a user
-            return
-        header = written.partition(_CONTENT)[0].strip()
-        first = next((token for token in self._tokens if header.startswith(token)), None)
-        if first is not None and not response.lstrip().startswith(first):
-            raise RowProblem(
-                f"{field}: the chat template begins an answer with {header!r}, as the policy did; write the response "
-                "as it was sampled, or give 'messages', which the template writes"
-            )
 
     def length_of_end(self, written: str) -> int:
         """How many characters of a turn are its end."""
@@ -154,22 +139,80 @@ class TurnWriter:
             return f"ends with {end!r}"
         return ""
 
-    def placed(self, messages: list[Message], setting: Setting) -> list[Message]:
-        """The messages with thinking in the template's own place, where that is no <think> block."""
-        if not any(thinks_inline(m["content"]) for m in messages if is_assistant(m)):
-            return messages
-        return [_with_thinking_apart(m) for m in messages] if self._thinks_elsewhere(setting) else messages
+    def with_thinking_apart(self, messages: list[Message], setting: Setting) -> list[Message]:
+        """The messages, thinking inside a content moved to the place of its own that the template may have."""
+        return [self._apart(message) for message in messages] if self._thinks_apart(setting) else messages
 
-    def _thinks_elsewhere(self, setting: Setting) -> bool:
-        """Whether the template has a place for thinking that is no <think> block (gpt-oss's analysis)."""
-        if not self._fitter.template.thinks_in_fields:
-            return False
-        message = {"role": "assistant", "content": _CONTENT, "reasoning_content": _THINKING}
+    def _apart(self, message: Message) -> Message:
+        found = _INLINE.fullmatch(message["content"])
+        if not found or not is_assistant(message) or "reasoning_content" in message:
+            return message
+        self._notes["thinking in <think>...</think>, written where the chat template has thinking"] += 1
+        thinking = {"reasoning_content": found[1].strip()} if found[1].strip() else {}
+        return {**message, "content": found[2].lstrip(), **thinking}
+
+    def _thinks_apart(self, setting: Setting) -> bool:
+        return self._fitter.template.thinks_in_fields and _THINKING in self._answer(setting, "thinking")
+
+    def _answer(self, setting: Setting, thinking: str = "") -> str:
+        """A turn with words for its texts; empty where the template takes none after a user's message alone."""
+        message = {"role": "assistant", "content": "answer"}
+        if thinking:
+            message["reasoning_content"] = thinking
         try:
-            written = self._rendered(message, "", setting)
+            return self._rendered(message, "", setting)
         except RowProblem:
-            return False
-        return _THINKING in written and "think>" not in written
+            return ""
+
+    def _check_start(self, response: str, field: str, setting: Setting) -> None:
+        answer = _CLOSED_BLOCK.sub("", _EMPTY_BLOCK.sub(r"\1", self._answer(setting)))
+        head = answer.partition(_CONTENT)[0]
+        lacking = [token for token in self._tokens if token in head and token not in response]
+        if lacking:
+            raise RowProblem(
+                f"{field} has no {min(lacking, key=head.find)!r}, and this chat template writes {head!r} before an "
+                f"answer; give the response as it was sampled, header and all, or {_IN_FIELD}"
+            )
+        if response.lstrip().startswith("<think>") and self._thinks_apart(setting):
+            raise RowProblem(f"{field} thinks in <think>, and this chat template in another way; {_IN_FIELD}")
+        if head.isspace() and response == response.lstrip():
+            self._notes[f"responses without the {head!r} with which the chat template begins a turn"] += 1
+
+    def _check_text_beside_calls(self, message: Message, where: str, setting: Setting, written: str) -> None:
+        calls = message["tool_calls"]
+        before = written[: written.find(calls[0]["function"]["name"])]
+        tags = [tag for tag in _TAG.findall(before) if tag not in THINK_TAGS]
+        if tag := next((tag for tag in tags if tag in message["content"]), ""):
+            raise RowProblem(
+                f"{where}.content has {tag!r}, with which the chat template writes calls, and tool_calls has them too: "
+                "they would be trained twice; keep one of the two"
+            )
+        ids = [{"tool_call_id": call["id"]} if "id" in call else {} for call in calls]
+        names = [{"name": call["function"]["name"]} for call in calls]
+        results = [
+            {"role": "tool", "content": _RESULT, **id, **name} for id, name in zip(ids, names, strict=True)
+        ]
+        try:
+            text = self._fitter.render([_USER, {**message, "content": _CONTENT}, *results], setting)
+        except RowProblem:  # a template that takes results in another way
+            return
+        if text.find(_RESULT) < text.find(_CONTENT):
+            raise RowProblem(
+                f"{where}.content stands behind the result of the call in the contexts of later turns, as the chat "
+                "template writes it, and cannot have been sampled before it; take it out of the message, or give "
+                "prompt+response"
+            )
+
+    def writes_name(self, role: str) -> bool:
+        """Whether the template writes the ``name`` of a message."""
+        if role not in self._writes_name:
+            messages: list[Message] = [{"role": role, "content": _CONTENT, "name": _NAME}]
+            messages.insert(0 if role == "assistant" else 1, _USER)
+            try:
+                self._writes_name[role] = _NAME in self._fitter.render(messages, Setting())
+            except RowProblem:
+                self._writes_name[role] = False
+        return self._writes_name[role]
 
     def _rendered(self, message: Message, where: str, setting: Setting) -> str:
         """The turn after a user's, with words for its texts, from the generation prompt on."""
@@ -210,6 +253,10 @@ class TurnWriter:
             )
             return written[:last]
         at = written.find(end.stop)
+        if calls and at < 0 and not end.found:
+            self._notes[
+                f"turns with calls that end with {end.text!r}, which the chat template does not write there"
+            ] += 1
         written = written[: at + len(end.stop)] if at >= 0 else written.rstrip() + end.text
         return written.removesuffix(end.text) if truncated else written
 
@@ -224,30 +271,38 @@ def check_stops(text: str, name: str, stops: Iterable[str]) -> None:
             )
 
 
-def check_thinking(context: str, written: str, name: str, *, truncated: bool) -> Iterator[str]:
-    """Notes on what a turn does with think blocks.
-
-    Args:
-        context: a text that ends with the generation prompt.
-        written: what follows it.
-        name: the field that holds it.
-        truncated: sampling was cut off, and may have been within a block.
+def check_thinking(context: str, written: str, where: str, notes: Counter[str], *, truncated: bool) -> None:
+    """Refuses turns whose thinking does not fit to what the generation prompt has opened or closed.
 
     Raises:
-        RowProblem: the turn opens a block and does not close it.
+        RowProblem: says which of the tags is missing.
     """
+    prompt, start = context.rstrip(), written.lstrip()
     before, closed, _ = written.partition("</think>")
-    if closed and "<think>" not in before and not context.rstrip().endswith("<think>"):
-        yield THINKING_NOT_OPENED
-    if not truncated and written.rfind("<think>") > written.rfind("</think>"):
+    opened = prompt.endswith("<think>")
+    if opened and not closed and not truncated:
         raise RowProblem(
-            f"{name} opens a think block that it does not close, and would be trained to end there; mark the row "
-            '"truncated": true, or drop it'
+            f"{where} answers inside the think block that the generation prompt opens, and never closes it; give its "
+            "thinking, begin it with </think> if there was none, mark the row truncated if it was cut off, or use a "
+            "chat template that opens none (data.chat_template)"
         )
-    if _EMPTY_AT_END.search(context) and written.lstrip().startswith("<think>"):
-        yield THINKING_CLOSED
-    if not truncated and context.rstrip().endswith("<think>") and not closed:
-        yield THINKING_LEFT_OPEN
+    if start.startswith("<think>") and prompt.endswith("</think>"):
+        raise RowProblem(
+            f"{where} thinks, and the generation prompt has closed its thinking already; give this row other "
+            "chat_template_kwargs (enable_thinking), or take the thinking out"
+        )
+    if start.startswith("<think>") and not closed and not truncated:
+        raise RowProblem(
+            f"{where} opens thinking with <think> and never closes it, as a response that was cut off does; mark the "
+            'row "truncated": true, or close the thinking with </think>'
+        )
+    if closed and not opened and "<think>" not in before:
+        if not before.strip(" \t") or before.rstrip(" \t").endswith("\n"):
+            raise RowProblem(
+                f"{where} closes thinking with </think> that neither it nor the generation prompt opens; begin it "
+                "with <think>, or use the chat template that it was sampled with (data.chat_template)"
+            )
+        notes["turns with a </think> that nothing opens"] += 1
 
 
 def not_doubled(context: str, written: str) -> str:
@@ -261,17 +316,6 @@ def not_doubled(context: str, written: str) -> str:
             space = context[len(context.rstrip()) :]
             return rest[overlap(space, rest) :]
     return written
-
-
-def _with_thinking_apart(message: Message) -> Message:
-    before, closed, answer = message["content"].partition("</think>")
-    if not (closed and is_assistant(message) and before.lstrip().startswith("<think>")):
-        return message
-    return {
-        **message,
-        "reasoning_content": before.lstrip().removeprefix("<think>").strip(),
-        "content": answer.lstrip(),
-    }
 
 
 def _behind(context: str, through: str, where: str) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from chat_tokenizers import Families, shown
 
@@ -97,6 +97,30 @@ def test_call_that_the_template_leaves_out_is_refused_by_name(families: Families
         RowProblem, match=r"messages\[1\]\.tool_calls\[0\]\.function\.name: the chat template leaves"
     ):
         encode(families, "smollm2", row("tools"))
+
+
+def test_name_of_a_call_may_stand_in_its_id_alone(families: Families) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ '<tool_call>' + c['id'] + ' ' + (c.function.arguments | tojson) + '</tool_call>' }}{% endfor %}"
+        "{% for n in messages %}{% for c in n.tool_calls or [] if c.id == m.tool_call_id %}!{% endfor %}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    call = {
+        "id": "functions.get_weather:0",
+        "function": {"name": "get_weather", "arguments": {"city": "Paris"}},
+    }
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    messages += [{"role": "tool", "tool_call_id": call["id"], "content": "22 C"}]
+    messages += [{"role": "assistant", "content": "22"}]
+    (text,) = encode(families, "qwen3", {"messages": messages}, chat_template=template)
+    assert '[[<tool_call>functions.get_weather:0 {"city": "Paris"}</tool_call><|im_end|>]]' in text
+    assert "22 C!<|im_end|>" in text
+    call["id"] = messages[2]["tool_call_id"] = "call_1"
+    with pytest.raises(
+        RowProblem, match=r"function\.name: .* leaves it out; .* id, .* \(functions\.NAME:0\)"
+    ):
+        encode(families, "qwen3", {"messages": messages}, chat_template=template)
 
 
 def test_what_stands_beside_the_text_of_a_part_is_named_unless_it_says_nothing(families: Families) -> None:
@@ -252,18 +276,163 @@ def test_texts_that_speak_of_special_tokens_are_taken_and_noted(families: Famili
         {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
     ],
 )
-def test_an_answer_inside_the_think_block_that_the_prompt_opens_is_noted(
+def test_an_answer_inside_the_think_block_that_the_prompt_opens_is_refused(
     fields: dict[str, Any], families: Families
 ) -> None:
-    encoder = ChatEncoder(families("deepseek_r1_distill"))
-    encoder.encode(Conversation(**fields))
-    (note,) = encoder.notes
-    assert note.startswith("answers without thinking inside the think block that the generation prompt opens")
-    thinking = ChatEncoder(families("deepseek_r1_distill"))
-    for i in (0, 2, 3):
-        thinking.encode(Conversation(**row("single_think", i)))
-    thinking.encode(Conversation(prompt="2+2?", response="add", truncated=True))
-    assert not thinking.notes
+    with pytest.raises(
+        RowProblem, match=r"answers inside the think block .* begin it with </think> if there"
+    ):
+        encode(families, "deepseek_r1_distill", fields)
+    (text,) = encode(
+        families, "deepseek_r1_distill", {"prompt": "2+2?", "response": "add", "truncated": True}
+    )
+    assert text.endswith("<think>\n[[add]]")
+    (text,) = encode(families, "deepseek_r1_distill", {"prompt": "2+2?", "response": "</think>\n\n4"})
+    assert text.endswith(f"<think>\n[[</think>\n\n4{R1_EOS}]]")
+
+
+def as_both(text: str) -> list[dict[str, Any]]:
+    """A row as prompt and response, and as messages."""
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": text}]
+    return [{"prompt": "2+2?", "response": text}, {"messages": messages}]
+
+
+@pytest.mark.parametrize("form", [0, 1])
+def test_thinking_that_does_not_fit_to_its_generation_prompt_is_refused(
+    form: int, families: Families
+) -> None:
+    unopened, unclosed = as_both("add\n</think>\n\n4")[form], as_both("<think>\nadd so lo")[form]
+    with pytest.raises(
+        RowProblem, match="closes thinking with </think> that neither .* begin it with <think>"
+    ):
+        encode(families, "qwen3", unopened)
+    with pytest.raises(
+        RowProblem, match='opens thinking with <think> and never closes it.*"truncated": true'
+    ):
+        encode(families, "qwen3", unclosed)
+    (cut,) = encode(families, "qwen3", {**unclosed, "truncated": True})
+    assert cut.endswith("[[<think>\nadd so lo]]")
+    thinks = {
+        **as_both("<think>\nadd\n</think>\n\n4")[form],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    with pytest.raises(
+        RowProblem, match=r"thinks, and the generation prompt has closed .* \(enable_thinking\)"
+    ):
+        encode(families, "qwen3", thinks)
+    encoder = ChatEncoder(families("qwen3"))
+    encoder.encode(Conversation(**as_both("The tag </think> ends it.")[form]))
+    assert encoder.notes["turns with a </think> that nothing opens"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        "gptoss": "<|channel|>analysis<|message|>add<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>",
+        "gemma4_v5": "<|channel>thought\nadd\n<channel|>4<turn|>",
+    }.items(),
+)
+def test_inline_thinking_goes_where_the_template_has_thinking(
+    name: str, expected: str, families: Families
+) -> None:
+    response, messages = as_both("<think>\nadd\n</think>\n\n4")
+    (text,) = encode(families, name, messages)
+    assert text.endswith(f"[[{expected}]]")
+    again = [
+        *messages["messages"],
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "5"},
+    ]
+    assert all("<think>" not in text for text in encode(families, name, {"messages": again}))
+    with pytest.raises(RowProblem, match="give it as messages, with the thinking in reasoning_content"):
+        encode(families, name, response)
+
+
+def test_a_response_has_the_header_that_the_template_writes_before_answers(families: Families) -> None:
+    response, _ = as_both("4")
+    with pytest.raises(
+        RowProblem, match=r"response has no '<\|channel\|>', .* header and all, or give it as messages"
+    ):
+        encode(families, "gptoss", response)
+    sampled = (
+        "<|channel|>analysis<|message|>add<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
+    )
+    raw, written = as_both(sampled)
+    assert encode(families, "gptoss", raw)[0].endswith(f"assistant[[{sampled}]]")
+    with pytest.raises(RowProblem, match=r"messages\[1\]\.content contains '<\|return\|>'"):
+        encode(families, "gptoss", written)
+    _, written = as_both(sampled.removesuffix("<|return|>"))
+    with pytest.raises(
+        RowProblem, match=r"content begins with '<\|channel\|>', .* there twice; give bare texts"
+    ):
+        encode(families, "gptoss", written)
+    encoder = ChatEncoder(families("glm4moe"))
+    encoder.encode(Conversation(**response))
+    assert list(encoder.notes) == [r"responses without the '\n' with which the chat template begins a turn"]
+
+
+def test_text_that_brings_the_templates_tags_is_refused(families: Families) -> None:
+    messages = row("tools")["messages"]
+    messages[2]["content"] = "<tool_response>\n22 C\n</tool_response>"
+    with pytest.raises(
+        RowProblem, match=r"messages\[2\]\.content begins with '<tool_response>', .* tags off the text"
+    ):
+        encode(families, "qwen3", {"messages": messages})
+    messages = row("tools")["messages"]
+    messages[1]["content"] = "Let me see."
+    assert "[[Let me see.\n<tool_call>" in encode(families, "qwen3", {"messages": messages})[0]
+    messages[1]["content"] = (
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+    )
+    with pytest.raises(RowProblem, match=r"messages\[1\]\.content has '<tool_call>', .* keep one of the two"):
+        encode(families, "qwen3", {"messages": messages})
+
+
+def test_text_that_the_template_moves_behind_the_result_of_its_call_is_refused(families: Families) -> None:
+    messages = row("tools")["messages"]
+    messages[1]["content"] = "Let me see."
+    with pytest.raises(RowProblem, match=r"messages\[1\]\.content stands behind the result of the call"):
+        encode(families, "gemma4_v5", {"messages": messages})
+
+
+def test_end_behind_a_call_that_the_template_does_not_write_is_noted(families: Families) -> None:
+    messages = row("tools")["messages"]
+    messages[1]["reasoning_content"] = messages[3]["reasoning_content"] = "hm"
+    said = f"turns with calls that end with {R1_EOS!r}, which the chat template does not write there"
+    for name, count in (("deepseek_r1_distill", 1), ("qwen3", 0)):
+        encoder = ChatEncoder(families(name))
+        encoder.encode(Conversation(messages=messages))
+        assert encoder.notes[said] == count
+
+
+def test_date_of_today_in_a_context_is_noted(families: Families) -> None:
+    template = families.templates["qwen3"]
+    dated = "{{ date if date is defined else strftime_now('%d %B %Y') }}" + template
+    (response, messages), today = as_both("4"), datetime.now().strftime("%d %B %Y")
+    encoder = ChatEncoder(families("qwen3"), chat_template=dated)
+    encoder.encode(Conversation(**response))
+    encoder.encode(Conversation(**messages))
+    (said,) = [note for note in encoder.notes if f"the chat template writes today's date, {today};" in note]
+    assert encoder.notes[said] == 2
+    for options in ({"chat_template": dated, "chat_template_kwargs": {"date": "1 May 2025"}}, {}):
+        encoder = ChatEncoder(families("qwen3"), **options)
+        encoder.encode(Conversation(**response))
+        assert not encoder.notes
+
+
+def test_nulls_in_tools_and_names_that_vanish_are_noted(families: Families) -> None:
+    schema = {"name": "f", "description": None, "parameters": {}}
+    messages = [{"role": "user", "content": "Hi", "name": "alice"}, {"role": "assistant", "content": "Hello"}]
+    encoder = ChatEncoder(families("qwen2_5"))
+    encoder.encode(Conversation(messages=messages, tools=[schema]))
+    assert dict(encoder.notes) == {
+        "messages with a 'name' that the chat template does not write": 1,
+        "rows whose tools have null in their schemas, which stands there": 1,
+    }
+    named = families.templates["qwen2_5"].replace("+ message.role +", "+ (message.name or message.role) +")
+    encoder = ChatEncoder(families("qwen2_5"), chat_template=named)
+    encoder.encode(Conversation(messages=messages))
+    assert not encoder.notes
 
 
 def test_keys_that_are_not_read_are_counted_by_name(families: Families) -> None:
@@ -342,10 +511,10 @@ def test_stop_token_in_the_middle_is_refused(families: Families) -> None:
 )
 def test_turn_ends_as_the_template_says(name: str, ends: list[str], families: Families) -> None:
     tokenizer = families(name)
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    (encoded,) = ChatEncoder(tokenizer).encode(Conversation(messages=messages))
-    last = int(np.flatnonzero(encoded.loss_mask)[-1]) + 1
-    assert tokenizer.convert_ids_to_tokens(encoded.input_ids[last - len(ends) : last]) == ends
+    heads = {"gptoss": "<|channel|>final<|message|>", "deepseekv3": "</think>"}
+    response = heads.get(name, "") + "Hello"
+    (encoded,) = ChatEncoder(tokenizer).encode(Conversation(prompt="Hi", response=response))
+    assert tokenizer.convert_ids_to_tokens(encoded.input_ids[-len(ends) :]) == ends
 
 
 def test_call_ends_with_the_token_that_hands_over_to_the_tool(families: Families) -> None:
@@ -415,104 +584,12 @@ def test_recorded_answers_are_encoded_as_rows_are(families: Families) -> None:
     assert encoder.response_ids(ask, answer, truncated=True) == response[:-1]
 
 
-KIMI = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
-    "<call>{{ c['id'] }}<args>{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def test_a_name_that_stands_in_the_calls_id_alone_is_rendered(families: Families) -> None:
-    call = {
-        "id": "functions.get_weather:0",
-        "function": {"name": "get_weather", "arguments": {"city": "Paris"}},
-    }
-    answer = {"role": "assistant", "content": None, "tool_calls": [call]}
-    fields = {"messages": [{"role": "user", "content": "Weather?"}, answer]}
-    (text,) = encode(families, "qwen3", fields, chat_template=KIMI)
-    assert '[[<call>functions.get_weather:0<args>{"city": "Paris"}<|im_end|>]]' in text
-    result = {"role": "tool", "tool_call_id": call["id"], "content": "22"}
-    later = {"messages": [*fields["messages"], result, {"role": "assistant", "content": "It is 22 C."}]}
-    named = KIMI.replace("{{ m.content", "{{ m.tool_call_id or '' }}{{ m.content")
-    (text,) = encode(families, "qwen3", later, chat_template=named)
-    assert "<|im_start|>tool\nfunctions.get_weather:022<|im_end|>" in text
-    call["id"] = "call_1"
-    with pytest.raises(RowProblem, match=r"function\.name: .* may hold the name \(functions\.NAME:0\)"):
-        encode(families, "qwen3", fields, chat_template=KIMI)
-
-
-def test_a_response_without_the_header_that_begins_every_answer_is_refused(families: Families) -> None:
-    with pytest.raises(
-        RowProblem, match=r"begins an answer with '<\|channel\|>final<\|message\|>'.*'messages'"
-    ):
-        encode(families, "gptoss", {"prompt": "2+2?", "response": "4"})
-    (text,) = encode(families, "gptoss", {"prompt": "2+2?", "response": "<|channel|>final<|message|>4"})
-    assert text.endswith("[[<|channel|>final<|message|>4<|return|>]]")
-    raw = {"role": "assistant", "content": "<|channel|>final<|message|>4"}
-    with pytest.raises(
-        RowProblem, match=r"content begins with '<\|channel\|>', which the chat template writes"
-    ):
-        encode(families, "gptoss", {"messages": [{"role": "user", "content": "2+2?"}, raw]})
-
-
-def test_a_think_block_goes_where_the_template_has_thinking(families: Families) -> None:
-    messages = [
-        {"role": "user", "content": "2+2?"},
-        {"role": "assistant", "content": "<think>\nadd\n</think>\n\n4"},
-    ]
-    (text,) = encode(families, "gptoss", {"messages": messages})
-    assert "[[<|channel|>analysis<|message|>add<|end|>" in text
-    assert text.endswith("<|channel|>final<|message|>4<|return|>]]")
-
-
-@pytest.mark.parametrize("form", ["response", "messages"])
-def test_a_think_block_that_is_left_open_is_no_end(form: str, families: Families) -> None:
-    fields: dict[str, Any] = {"prompt": "2+2?", "response": "<think>\nadd so long"}
-    if form == "messages":
-        answer = {"role": "assistant", "content": fields["response"]}
-        fields = {"messages": [{"role": "user", "content": "2+2?"}, answer]}
-    with pytest.raises(RowProblem, match="opens a think block that it does not close.*truncated"):
-        encode(families, "qwen3", fields)
-    (text,) = encode(families, "qwen3", {**fields, "truncated": True})
-    assert text.endswith("[[<think>\nadd so long]]")
-
-
-def noted(families: Families, name: str, fields: dict[str, Any], **options: Any) -> str:
-    encoder = ChatEncoder(families(name), **options)
-    encoder.encode(Conversation(**fields))
-    return "; ".join(encoder.notes)
-
-
-def test_what_is_read_otherwise_than_it_stands_there_is_noted(families: Families) -> None:
+def test_what_is_written_in_another_way_than_it_stands_there_is_noted(families: Families) -> None:
     parts = [{"type": "text", "text": "Weather"}, {"type": "text", "text": "in Paris?"}]
     call = {"function": {"name": "get_weather", "arguments": '{"city":"Paris"}'}}
     answer = {"role": "assistant", "content": None, "tool_calls": [call]}
-    tools = [{"type": "function", "function": {"name": "get_weather", "description": None}}]
-    said = noted(
-        families, "qwen3", {"messages": [{"role": "user", "content": parts}, answer], "tools": tools}
-    )
+    encoder = ChatEncoder(families("qwen3"))
+    encoder.encode(Conversation(messages=[{"role": "user", "content": parts}, answer]))
+    said = "; ".join(encoder.notes)
     assert "messages of several text parts" in said
     assert "JSON text, are written anew" in said
-    assert "tools hold null" in said
-    plain = {"prompt": "2+2?", "response": "4"}
-    assert noted(families, "qwen3", plain) == ""
-    assert "close a think block" in noted(families, "qwen3", plain | {"response": "add\n</think>\n\n4"})
-    closed = {"response": "<think>add</think>4", "chat_template_kwargs": {"enable_thinking": False}}
-    assert "has closed thinking" in noted(families, "qwen3", plain | closed)
-    dated = "{{ strftime_now('%Y') }}" + str(families("qwen3").chat_template)
-    assert "date of today" in noted(families, "qwen3", plain, chat_template=dated)
-
-
-def test_a_result_with_the_tag_that_the_template_writes_is_refused(families: Families) -> None:
-    call = {"function": {"name": "get_weather", "arguments": {}}}
-    messages = [
-        {"role": "user", "content": "Weather?"},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "content": "<tool_response>\n22\n</tool_response>"},
-        {"role": "assistant", "content": "22"},
-    ]
-    with pytest.raises(RowProblem, match=r"messages\[2\]\.content begins with <tool_response>.*take it out"):
-        encode(families, "qwen3", {"messages": messages})
-    twice = {"role": "assistant", "content": '<tool_call>{"name": "f"}</tool_call>', "tool_calls": [call]}
-    with pytest.raises(RowProblem, match="calls both in its content"):
-        encode(families, "qwen3", {"messages": [messages[0], twice]})

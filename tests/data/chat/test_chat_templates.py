@@ -94,13 +94,14 @@ REFUSALS = re.compile(
     r"|messages\[\d\]: the chat template renders the turn in another way than its generation prompt"
 )
 
+OTHER_THINKING = re.compile(  # than the generation prompt leaves to the turn
+    r"(response|messages\[\d\]) (answers inside the think block|thinks, and the generation prompt has closed"
+    r"|closes thinking with </think> that neither)"
+)
+
 
 def conversation(kind: str) -> Conversation:
     return Conversation(messages=KINDS[kind], tools=TOOLS if kind == "tools" else None)
-
-
-# Templates with a place for thinking that is no <think> block: a block in the content goes there.
-THINK_ELSEWHERE = ("diffusion_gemma", "gemma4_v5", "gptoss", "muse_glimmer")
 
 
 def texts_of(message: Message) -> list[str]:
@@ -144,6 +145,18 @@ def engine_prompt(tokenizer: Any, messages: list[Message], tools: Any) -> list[i
     return None
 
 
+def thinking_apart(messages: list[Message]) -> list[Message]:
+    """Thinking that stands in <think>...</think> moved into a field, under the names that templates read."""
+    moved = []
+    for message in messages:
+        thinking, found, answer = str(message["content"]).partition("</think>")
+        if found:
+            text = thinking.removeprefix("<think>").strip()
+            message = {**message, "content": answer.strip(), "reasoning_content": text, "thinking": text}
+        moved.append(message)
+    return moved
+
+
 def as_strings(messages: list[Message]) -> list[Message]:
     return [
         {**m, "content": "".join(p["text"] for p in m["content"])} if isinstance(m["content"], list) else m
@@ -164,17 +177,6 @@ def tried(encoder: ChatEncoder, kind: str) -> tuple[list[Encoded], str]:
         return [], str(problem)
 
 
-def apart(message: Message) -> Message:
-    """With its thinking in a field of its own."""
-    thinking, closed, answer = str(message["content"]).partition("</think>")
-    if not closed:
-        return message
-    return message | {
-        "reasoning_content": thinking.removeprefix("<think>").strip(),
-        "content": answer.strip(),
-    }
-
-
 def check(name: str, kind: str, families: Families) -> None:
     """What holds for every conversation that is accepted."""
     tokenizer, messages = families(name), KINDS[kind]
@@ -187,23 +189,20 @@ def check(name: str, kind: str, families: Families) -> None:
         context = encoded.input_ids[: -len(decisions)]
         assert not any(encoded.loss_mask[: len(context)]), "decisions stand behind the context"
         text = tokenizer.decode(decisions)
-        elsewhere = name.removesuffix("_training") in THINK_ELSEWHERE
-        for part in texts_of(messages[place]):
-            for piece in part.split("</think>") if elsewhere else [part]:
-                assert piece.strip().removeprefix("<think>").strip() in text, (
-                    "a turn's text is in its decisions"
-                )
+        for part in "</think>".join(texts_of(messages[place])).split("</think>"):
+            assert part.strip() in text, "a turn's text is in its decisions"
         for other in messages:
             if other["role"] != "assistant":
                 assert not any(part in text for part in texts_of(other)), (
                     "no other role's text is in a decision"
                 )
         assert decisions[-1] in encoder.special_ids, "the last decision ends the turn"
-        sent = [apart(message) for message in messages[:place]] if elsewhere else messages[:place]
-        prompt = engine_prompt(tokenizer, sent, TOOLS if kind == "tools" else None)
+        tools = TOOLS if kind == "tools" else None
+        prompt = engine_prompt(tokenizer, messages[:place], tools)
+        apart = engine_prompt(tokenizer, thinking_apart(messages[:place]), tools)
         # DeepSeek's templates take calls with arguments as text and `content` null only, which transformers drops.
         cannot = name.startswith("deepseek") and kind in (*CALLING_KINDS, "text and call")
-        assert context == prompt or (prompt is None and cannot), "the context is an engine's"
+        assert context in (prompt, apart) or (prompt is None and cannot), "the context is an engine's"
     for multi_turn in ("auto", "whole"):
         encodings, problem = tried(ChatEncoder(tokenizer, multi_turn=multi_turn), kind)  # type: ignore[arg-type]
         assert not problem or (multi_turn == "whole" and "data.multi_turn=split" in problem)
@@ -219,10 +218,26 @@ def test_every_conversation_is_as_it_was_sampled_or_refused(name: str, families:
         if not problem:
             check(name, kind, families)
             continue
+        if OTHER_THINKING.match(problem):
+            prompt = families(name).decode(engine_prompt(families(name), PLAIN[:1], None))
+            assert prompt.rstrip().endswith(("<think>", "</think>"))
+            continue
+        if "stands behind the result of the call" in problem:
+            assert (kind, "gemma" in name) == ("text and call", True)
+            continue
         assert kind not in PLAIN_KINDS, problem
         assert kind not in THINKING_KINDS or name not in TAKE_THINKING, problem
         assert kind not in CALLING_KINDS or name not in TAKE_CALLS, problem
         assert REFUSALS.match(problem), problem
+
+
+RESPONSES = (
+    "Lima.",
+    " Lima. \n",
+    "hm\n</think>\n\nLima.",
+    "<|channel|>final<|message|>Lima.",
+    " to=user<|message|>Lima.",
+)
 
 
 @pytest.mark.parametrize("name", ["smollm2", *templates()])
@@ -231,9 +246,14 @@ def test_response_is_what_it_is_in_every_template(name: str, families: Families)
     encoder = ChatEncoder(tokenizer)
     ask = [user("Capital of Peru?")]
     prompt = engine_prompt(tokenizer, ask, None)
-    header = "<|channel|>final<|message|>" if "gptoss" in name else ""
-    for response in (header + "Lima.", header + " Lima. \n", header + "hm\n</think>\n\nLima."):
-        (encoded,) = encoder.encode(Conversation(prompt="Capital of Peru?", response=response))
+    taken = []
+    for response in RESPONSES:
+        try:
+            (encoded,) = encoder.encode(Conversation(prompt="Capital of Peru?", response=response))
+        except RowProblem as problem:
+            assert OTHER_THINKING.match(str(problem)) or "response has no '<|" in str(problem)
+            continue
+        taken.append(response)
         (decisions,) = runs(encoded)
         assert encoded.input_ids[: -len(decisions)] == prompt
         ended = tokenizer.decode(decisions)
@@ -242,6 +262,7 @@ def test_response_is_what_it_is_in_every_template(name: str, families: Families)
         assert again == encoded
         (cut,) = encoder.encode(Conversation(prompt=ask, response=response, truncated=True))
         assert tokenizer.decode(runs(cut)[0]) == response
+    assert taken
 
 
 PAIRS = [
@@ -261,7 +282,7 @@ PAIRS = [
 def test_template_with_marks_gives_the_decisions_of_the_one_without(name: str, families: Families) -> None:
     for kind in PLAIN_KINDS:
         plain, marked = (
-            [run for one in ChatEncoder(families(each)).encode(conversation(kind)) for run in runs(one)]
+            [run for one in tried(ChatEncoder(families(each)), kind)[0] for run in runs(one)]
             for each in (name, f"{name}_training")
         )
         assert plain == marked
