@@ -119,6 +119,11 @@ class ChatEncoder:
         """
         return self._ids(self._context(conversation, noted=True)[0])
 
+    def template_text(self, conversation: Conversation) -> str | None:
+        """The chat template that renders the conversation; None where there is none."""
+        renderer = self._renderers.of(conversation)
+        return None if renderer is None else renderer.fitter.template.text
+
     def response_ids(
         self, conversation: Conversation, answer: str | Message, *, truncated: bool
     ) -> list[int]:

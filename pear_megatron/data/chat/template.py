@@ -13,9 +13,9 @@ from pear_megatron.data.errors import RowProblem
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\b")
 _GENERATION_TAGS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-_DATE = re.compile(r"strftime_now\(\s*['\"]([^'\"]+)")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _THINKS = re.compile(r"thinking|reasoning|thought")
+_STRFTIME = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _GLOBALS = {"raise_exception", "strftime_now", "namespace", "range", "dict"}
 _GIVEN_BY_RENDERER = {"messages", "tools", "documents", "add_generation_prompt"}
 
@@ -55,15 +55,18 @@ class Template:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        kwargs, text = dict(setting.kwargs), self.text
+        if (day := kwargs.pop("strftime_now", None)) is not None:
+            text = _on_day(text, day)
         try:
             rendered: Any = render_jinja_template(
                 conversations=[[_as_template_reads(message) for message in messages]],
                 tools=setting.tools,
                 documents=setting.documents,
-                chat_template=self.text,
+                chat_template=text,
                 return_assistant_tokens_mask=marks and self.has_marks,
                 add_generation_prompt=prompt,
-                **{**self._special, **setting.kwargs},
+                **{**self._special, **kwargs},
             )
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
             raise RowProblem(f"messages: the chat template refuses them: {error}; change the row") from error
@@ -72,9 +75,8 @@ class Template:
 
     def date_in(self, text: str) -> str:
         """Today's date as it stands in a rendering, if the template writes it."""
-        days = (
-            datetime.now().strftime(form) for form in _DATE.findall(self.text)
-        )  # as transformers writes it
+        now = datetime.now()  # as transformers writes it
+        days = (now.strftime(form) for _, form in _STRFTIME.findall(self.text))
         return next((day for day in days if day in text), "")
 
     def check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
@@ -87,6 +89,17 @@ class Template:
                 own = sorted(expected - _GIVEN_BY_RENDERER - _GLOBALS - set(self._special))
                 known = f"it reads {', '.join(own)}" if own else "it reads none"
                 raise RowProblem(f"chat_template_kwargs: the chat template does not read {name!r}; {known}")
+
+
+def _on_day(text: str, day: Any) -> str:
+    """The template with ``day`` (ISO) where it would write today's date."""
+    try:
+        then = datetime.fromisoformat(day)
+    except (TypeError, ValueError):
+        raise RowProblem(
+            f"chat_template_kwargs: strftime_now = {day!r}; it must be the day as 2025-08-05"
+        ) from None
+    return _STRFTIME.sub(lambda call: repr(then.strftime(call[2])), text)
 
 
 def _variables(template: str) -> tuple[set[str], set[str]]:

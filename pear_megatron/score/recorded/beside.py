@@ -9,12 +9,14 @@ from typing import Any
 from pear_megatron.data.columns import REFERENCE, TOPK_IDS, TOPK_LOGPROBS
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.names import UnreadFields, is_nearly
+from pear_megatron.score.recorded.request import TEMPLATE_FIELDS
 from pear_megatron.score.recorded.sampling import is_of_sampling
 
 # Fields of a row that change what is learned, or that are checked, in whatever form the answer is.
 OWN = (
     *("id", "custom_id", "reward", "truncated", "metadata", "tokenizer_hash", "temperature", "logprobs_mode"),
     *("messages", "prompt", "prompt_token_ids", "prompt_ids", "tools", "documents", "chat_template_kwargs"),
+    *TEMPLATE_FIELDS,
     *("response", "request", "body", "method", "url", "error", "model", "max_tokens", "n", "seed", "stop"),
 )
 _REWARDS = ("reward", "rewards", "total_reward", "reward_score", "score", "token_level_scores", "rm_scores")

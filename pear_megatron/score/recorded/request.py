@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from pear_megatron.data.chat import Conversation
@@ -13,7 +14,14 @@ from pear_megatron.data.fields import get_integers, short
 CONTEXT_FIELDS = ("tools", "documents", "chat_template_kwargs")
 NO_PROMPT = "no prompt: give the request's messages, prompt or prompt_token_ids beside the answer"
 _REQUEST_PLACES = ("body", "request", "request_params", "payload", "extra_body", "responses_create_params")
+# What some servers take beside the messages; vLLM takes them in chat_template_kwargs or not at all.
+_OF_TEMPLATE = {
+    "enable_thinking": "write it into chat_template_kwargs if the server gave it to the template",
+    "chat_template": "name it with --chat-template",
+}
+TEMPLATE_FIELDS = ("reasoning_effort", *_OF_TEMPLATE)
 _ID_FIELDS = ("prompt_token_ids", "prompt_ids")
+_DAY = 24 * 3600  # seconds; smaller numbers are no time
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _TEXT_LIKE = (
     "thinking",
@@ -34,12 +42,18 @@ class Request:
         prompt: text; the user's message of a chat, or as it stands for a completion.
         ids: the prompt's token ids.
         context: ``tools``, ``documents``, ``chat_template_kwargs``, those that the row has.
+        effort: ``reasoning_effort``, which engines hand on to the chat template.
+        created: when the answer was made; None where it does not say.
+        unread: what keeps the messages from being rendered as they were; None = nothing.
     """
 
     messages: list[Any] | None
     prompt: str | None
     ids: list[int] | None
     context: Mapping[str, Any]
+    effort: Any = None
+    created: datetime | None = None
+    unread: str | None = None
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Request:
@@ -72,6 +86,9 @@ class Request:
             prompt,
             None if ids is None else get_integers({"prompt_token_ids": ids}, "prompt_token_ids").tolist(),
             {name: _first(places, (name,)) for name in CONTEXT_FIELDS if _first(places, (name,)) is not None},
+            effort=_effort(places),
+            created=_created(fields),
+            unread=_unread(places),
         )
 
     @property
@@ -79,6 +96,8 @@ class Request:
         """For the encoder; RowProblem where there are neither messages nor a prompt."""
         if self.messages is None and self.prompt is None:
             raise RowProblem(NO_PROMPT)
+        if self.unread is not None:
+            raise RowProblem(self.unread)
         return Conversation(messages=self.messages, prompt=self.prompt, **self.context)
 
     @property
@@ -109,6 +128,33 @@ def _places(fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield from _places(fields[name])
 
 
+def _effort(places: list[Mapping[str, Any]]) -> Any:
+    reasoning = _first(places, ("reasoning",))  # of Responses
+    of_responses = reasoning.get("effort") if isinstance(reasoning, Mapping) else None
+    return _first(places, ("reasoning_effort",)) or of_responses
+
+
+def _created(fields: Mapping[str, Any]) -> datetime | None:
+    body = fields.get("response")
+    body = body[0] if isinstance(body, list) and body else body  # a stream
+    body = body if isinstance(body, Mapping) else fields
+    body = body["body"] if isinstance(body.get("body"), Mapping) and body is not fields else body
+    seconds = _first([body], ("created", "created_at"))
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or seconds < _DAY:
+        return None
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _unread(places: list[Mapping[str, Any]]) -> str | None:
+    for name, instead in _OF_TEMPLATE.items():
+        if (value := _first(places, (name,))) is not None:
+            return (
+                f"{name} = {short(value)} beside the messages is not read, and the prompt may depend on it: {instead}, "
+                "or record the prompt's token ids"
+            )
+    return None
+
+
 def _first(places: list[Mapping[str, Any]], names: tuple[str, ...]) -> Any:
     found = (place[name] for place in places for name in names if place.get(name) is not None)
     return next(found, None)
@@ -129,18 +175,37 @@ def _input_messages(places: list[Mapping[str, Any]]) -> list[Any] | None:
                 f"input[{k}] = {short(item)} is no message; give the conversation as messages, as the chat template "
                 "takes it"
             )
-        messages.append({"role": item["role"], "content": joined_text(item.get("content"), f"input[{k}]")})
+        texts = _texts(item.get("content"), f"input[{k}]")
+        parts = [{"type": "text", "text": text} for text in texts]
+        messages.append({"role": item["role"], "content": parts if len(texts) > 1 else "".join(texts)})
     return messages
 
 
 def joined_text(content: Any, place: str) -> str:
     """The text of a content: text, or a list of text parts; RowProblem for any other part."""
+    return "".join(_texts(content, place))
+
+
+def with_lines(messages: list[Any] | None) -> tuple[list[Any] | None, int]:
+    """(the messages with a line break between the parts of each, how many of them have several)."""
+    found, several = [], 0
+    for message in messages or []:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, list) and len(content) > 1:
+            several += 1
+            lines = [part for one in content for part in (one, {"type": "text", "text": "\n"})]
+            message = {**message, "content": lines[:-1]}
+        found.append(message)
+    return (found, several) if several else (messages, 0)
+
+
+def _texts(content: Any, place: str) -> list[str]:
     if isinstance(content, str):
-        return content
+        return [content]
     if not isinstance(content, list):
         raise RowProblem(f"{place}.content = {short(content)}; it must be text or a list of text parts")
     for k, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
             raise RowProblem(f"{place}.content[{k}] = {short(part)} is no text; drop the row")
-    return "".join(part["text"] for part in content)
+    return [part["text"] for part in content]

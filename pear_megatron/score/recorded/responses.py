@@ -30,7 +30,7 @@ def is_answer(body: Mapping[str, Any]) -> bool:
 
 def read(fields: Mapping[str, Any], body: Mapping[str, Any], tokens: Tokens) -> list[Recorded]:
     """See ``ordinary_fields``; ``body`` is the answer in the row, or the row itself."""
-    request = Request.of(fields)
+    request = _request(fields, body)
     if gives_whole(fields, request):
         raise RowProblem(
             f"{_FORMAT}: its log-probs are those of what was generated; give the request's messages alone"
@@ -42,6 +42,39 @@ def read(fields: Mapping[str, Any], body: Mapping[str, Any], tokens: Tokens) -> 
         )
     except RowProblem as problem:
         raise RowProblem(f"{_FORMAT}: {problem}") from problem
+
+
+def _request(fields: Mapping[str, Any], body: Mapping[str, Any]) -> Request:
+    """The request in the row, with the instructions and the reasoning effort that the answer echoes.
+
+    Raises:
+        RowProblem: the answer was given other messages or tools than the row has.
+    """
+    echoed = {name: body[name] for name in ("instructions", "reasoning") if body.get(name) is not None}
+    request = Request.of({**echoed, **{name: value for name, value in fields.items() if value is not None}})
+    if request.ids is not None:
+        return request
+    before = body.get("previous_response_id") or fields.get("previous_response_id")
+    if before is not None and fields.get("messages") is None:
+        raise RowProblem(
+            f"{_FORMAT}: previous_response_id = {short(before)}: the answer continues another one, which is not in the "
+            "row; give the whole conversation as messages"
+        )
+    if body.get("tools") and not request.context.get("tools"):
+        raise RowProblem(
+            f"{_FORMAT}: response.tools = {short(body['tools'])}, but the row's request has none, and its prompt would "
+            "lack them; give them as tools, in the form that the chat template takes"
+        )
+    instructions = echoed.get("instructions")
+    if instructions is not None and not any(
+        isinstance(message, Mapping) and message.get("content") == instructions
+        for message in request.messages or []
+    ):
+        raise RowProblem(
+            f"{_FORMAT}: response.instructions = {short(instructions)} are not in the row's request; put them first, "
+            "as a message of role system"
+        )
+    return request
 
 
 def _answer(body: Mapping[str, Any]) -> Answer:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any, NoReturn
 
-from pear_megatron.data.chat import ChatEncoder
+from pear_megatron.data.chat import ChatEncoder, Conversation
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import short, vocabulary
-from pear_megatron.score.recorded.request import NO_PROMPT, Request, joined_text
+from pear_megatron.score.recorded.request import NO_PROMPT, Request, joined_text, with_lines
 
 RECORD_IDS = (
     "have the server record token ids: return_token_ids=true (vLLM), or return_tokens_as_token_ids=true "
     "beside logprobs"
 )
 _PARSED = ("content", "reasoning_content", "reasoning", "tool_calls")  # of a message, all that was generated
+_READS_PARTS = re.compile(
+    r"for\s+\w+\s+in\s+[\w.\[\]'\"]*content"
+)  # a template that gets a list of parts as it is
+_TODAY = (
+    "prompts that may hold a date, for which the chat template got today's ({:%Y-%m-%d}), as the answer does not say "
+    "when it was created"
+)
+_JOINED = "messages of several text parts, with a line break between them as vLLM has it (SGLang: a space)"
 _OPENING = 8  # tokens that a chat template may open an answer with, such as <think>
 _SPACE = "\u2581"  # how SentencePiece writes one
 _SHIFTED = "the log-probs are shifted or belong to other tokens"
@@ -49,7 +59,7 @@ class Tokens:
         """
         tokenizer, encoder = self._needed("the prompt is text")
         if chat or request.messages is not None:
-            return encoder.generation_prompt(request.conversation)
+            return encoder.generation_prompt(self._conversation(request))
         if request.prompt is None:
             raise RowProblem(NO_PROMPT)
         return list(tokenizer(request.prompt)["input_ids"])
@@ -57,7 +67,7 @@ class Tokens:
     def of_trajectory(self, request: Request, response: Any) -> tuple[list[int], list[bool]]:
         """(input_ids, loss_mask) of a whole conversation, as the loader would encode it."""
         _, encoder = self._needed("the trajectory is text")
-        encoded = encoder.encode(replace(request.conversation, response=response))
+        encoded = encoder.encode(replace(self._conversation(request), response=response))
         if len(encoded) > 1:
             raise RowProblem(
                 f"the chat template gives the {len(encoded)} turns contexts that are not one row of tokens, and "
@@ -88,18 +98,19 @@ class Tokens:
         texts are joined, or, where they are pieces of characters, the chat template has to write it again.
         """
         _, encoder = self._needed("the response is text")
+        conversation = self._conversation(request, noted=False)
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         calls, content = message.get("tool_calls") or [], message.get("content")
         if not reasoning and not calls:
             text = joined_text(content, "message")
-            ids = encoder.response_ids(request.conversation, text, truncated=truncated)
+            ids = encoder.response_ids(conversation, text, truncated=truncated)
             return ids if truncated else self._as_it_ended(ids, recorded)
         joined = "".join(recorded)
         if "\ufffd" in joined or any(token.startswith("bytes:") for token in recorded):
             parsed = {name: message[name] for name in _PARSED if message.get(name)}
             answer = {"role": "assistant", **parsed}
             try:
-                ids = encoder.response_ids(request.conversation, answer, truncated=truncated)
+                ids = encoder.response_ids(conversation, answer, truncated=truncated)
             except RowProblem as problem:
                 what = "tool calls" if calls else "reasoning"
                 raise RowProblem(
@@ -107,7 +118,7 @@ class Tokens:
                 ) from problem
             joined = self._text(ids)
         else:
-            ids = encoder.response_ids(request.conversation, joined, truncated=True)
+            ids = encoder.response_ids(conversation, joined, truncated=True)
             if not truncated and (not ids or ids[-1] not in encoder.special_ids):
                 raise RowProblem(
                     f"the last recorded token is {recorded[-1]!r}: the end of turn, which the policy chose as well, is "
@@ -203,6 +214,25 @@ class Tokens:
             raise RowProblem(
                 f"token id {wrong} is {vocabulary(len(self._tokenizer))}; the row is damaged, drop it"
             ) from None
+
+    def _conversation(self, request: Request, *, noted: bool = True) -> Conversation:
+        """The request as vLLM renders it: with reasoning_effort, of the answer's day, a line for each text part."""
+        _, encoder = self._needed("the prompt is text")
+        given = request.conversation
+        text = encoder.template_text(given) or ""
+        kwargs = dict(given.chat_template_kwargs or {})
+        if request.effort is not None and "reasoning_effort" in text:
+            kwargs.setdefault("reasoning_effort", request.effort)
+        if "strftime_now" in text and "strftime_now" not in kwargs:
+            kwargs["strftime_now"] = (request.created or datetime.now()).isoformat()
+            if request.created is None and noted:
+                encoder.notes[_TODAY.format(datetime.now())] += 1
+        if text and not _READS_PARTS.search(text):
+            messages, joined = with_lines(given.messages)
+            given = replace(given, messages=messages)
+            if joined and noted:
+                encoder.notes[_JOINED] += joined
+        return replace(given, chat_template_kwargs=kwargs or None)
 
     def _as_it_ended(self, ids: list[int], recorded: Sequence[str]) -> list[int]:
         """A policy may stop at another special token than the chat template's; the recorded one is right."""
