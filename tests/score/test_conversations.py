@@ -170,12 +170,13 @@ def test_template_arguments_and_multi_turn_shape_the_rows_and_the_identity(
     split = scored("split.parquet", chat_template=str(template), multi_turn="split")
     assert len(split) == 2
     assert split[0]["tokenizer_hash"] == plain[0]["tokenizer_hash"]
+    data = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "2+2?", "response": "4"}])
     silent = scored("silent.parquet", chat_template_kwargs={"enable_thinking": False})
     own = scored("own.parquet")
     assert len({rows[0]["tokenizer_hash"] for rows in (plain, silent, own)}) == 3
     for options in ({}, {"multi_turn": "split"}, {"chat_template_kwargs": {"enable_thinking": True}}):
         with pytest.raises(ScoreError, match="belongs to another command"):
-            run_job(data, tmp_path / "plain.parquet", thinker, **options)
+            run_job(tmp_path / "a.jsonl", tmp_path / "plain.parquet", thinker, **options)
 
     config = DataConfig(
         train=[str(tmp_path / "plain.parquet")],

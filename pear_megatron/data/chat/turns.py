@@ -22,6 +22,7 @@ _EMPTY_BLOCK = re.compile(r"^(\s*)<think>\s*</think>\s*")
 _CLOSED_BLOCK = re.compile(r"^\s*</think>\s*")
 THINK_TAGS = ("<think>", "</think>")
 _INLINE = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+_CLOSES = "turns without thinking that close the thinking which the generation prompt opens"
 _IN_FIELD = "give it as messages, with the thinking in reasoning_content"
 
 
@@ -97,6 +98,10 @@ class TurnWriter:
             if not stands_in(part.text, written):
                 raise RowProblem(f"{part.name}: the chat template leaves it out in this turn; change the row")
         written = not_doubled(context, written)
+        opened = context.rstrip().endswith("<think>") and "</think>" not in written
+        if opened and not truncated and not thinking and not content.lstrip().startswith("<think>"):
+            self._notes[_CLOSES] += 1
+            written = f"\n</think>\n\n{written}"  # as the templates of Qwen3-2507 and others write it
         check_thinking(context, written, where, self._notes, truncated=truncated)
         return written
 
@@ -239,9 +244,7 @@ class TurnWriter:
         if inline:
             return _CLOSED_BLOCK.sub("", written)
         if _CLOSED_BLOCK.match(written):
-            self._notes[
-                "turns without thinking that close the thinking which the generation prompt opens"
-            ] += 1
+            self._notes[_CLOSES] += 1
         return written
 
     def _ended(self, written: str, calls: bool, truncated: bool) -> str:

@@ -269,20 +269,17 @@ def test_texts_that_speak_of_special_tokens_are_taken_and_noted(families: Famili
     assert sum(encoder.notes.values()) == 2
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"prompt": "2+2?", "response": "4"},
-        {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
-    ],
-)
-def test_an_answer_inside_the_think_block_that_the_prompt_opens_is_refused(
-    fields: dict[str, Any], families: Families
-) -> None:
+def test_no_answer_stands_inside_the_think_block_that_the_prompt_opens(families: Families) -> None:
+    response, messages = as_both("4")
     with pytest.raises(
         RowProblem, match=r"answers inside the think block .* begin it with </think> if there"
     ):
-        encode(families, "deepseek_r1_distill", fields)
+        encode(families, "deepseek_r1_distill", response)
+    encoder = ChatEncoder(families("deepseek_r1_distill"))
+    (encoded,) = encoder.encode(Conversation(**messages))
+    assert shown(families("deepseek_r1_distill"), encoded).endswith(f"<think>\n[[\n</think>\n\n4{R1_EOS}]]")
+    (said,) = encoder.notes
+    assert said.startswith("turns without thinking that close the thinking")
     (text,) = encode(
         families, "deepseek_r1_distill", {"prompt": "2+2?", "response": "add", "truncated": True}
     )
