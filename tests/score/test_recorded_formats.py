@@ -398,11 +398,20 @@ def test_after_a_stop_string_no_end_token_is_expected(recorded: str) -> None:
 
 def test_an_end_that_the_server_did_not_record_is_the_users_to_say() -> None:
     row = answer_of("Blue, I think.", content="Blue, I think.")
-    with pytest.raises(RowProblem, match='has 5 tokens and the response 6 .*"truncated": true in the row'):
+    with pytest.raises(RowProblem, match='has 5 tokens and the response 6 .*write "truncated": true'):
         read(row)
     (found,) = read({**row, "truncated": True})
     assert found.truncated is True
     assert tokenizer().decode(found.trajectory.input_ids[found.trajectory.loss_mask]) == "Blue, I think."
+
+
+def test_a_row_that_is_marked_truncated_may_have_its_end() -> None:
+    row = answer_of("Blue<|im_end|>", content="Blue")
+    (found,) = read({**row, "truncated": True})
+    assert found.truncated is True
+    row["response"]["choices"][0]["logprobs"]["content"][1]["logprob"] = None
+    with pytest.raises(RowProblem, match=r"choices\[0\]\.logprobs\.content\[1\] is null on a decision"):
+        read(row)
 
 
 def streamed(row: dict[str, Any]) -> dict[str, Any]:

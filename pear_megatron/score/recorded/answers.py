@@ -178,14 +178,22 @@ def _row(request: Request, answer: Answer, tokens: Tokens, marked: Any) -> Recor
         )
     # Servers write null as long as they have not finished, as in every part of a stream but the last.
     unfinished = answer.finish_reason is None and marked is not False and not _ends(answer, tokens)
-    truncated = unfinished or is_cut(answer.finish_reason) or marked is True
-    stopped = isinstance(answer.stop, str) and not _ends(answer, tokens)
+    truncated = unfinished or is_cut(answer.finish_reason)
+    stopped = (isinstance(answer.stop, str) or marked is True) and not _ends(answer, tokens)
     context, response = _tokens_of(request, answer, tokens, truncated or stopped)
     if len(response) != len(answer.logprobs):
+        instead = (
+            ' (where the server leaves the end of turn out of its log-probs, write "truncated": true)'
+            if len(response) == len(answer.logprobs) + 1
+            else ""
+        )
         raise RowProblem(
             f"{answer.place} has {len(answer.logprobs)} tokens and the response {len(response)} (its end of turn "
-            f"is one of them){_of_what(answer)}; {RECORD_IDS}, or score with --model (where the server leaves the end "
-            'of turn out of its log-probs, "truncated": true in the row says that none is to be expected)'
+            f"is one of them){_of_what(answer)}; {RECORD_IDS}, or score with --model{instead}"
+        )
+    if None in answer.logprobs:
+        raise RowProblem(
+            f"{answer.place}[{answer.logprobs.index(None)}] is null on a decision; drop the row, or score with --model"
         )
     if answer.tokens is not None:
         tokens.check(response, answer.tokens, answer.place)
