@@ -166,7 +166,8 @@ class ChatEncoder:
         raw = self._raw(context, response, renderer, conversation.truncated)
         if renderer is not None:
             self._note_context(context, renderer)
-            self.notes.update(note for one in conversation.prompt or () for note in unseen_changes(one))
+            if not isinstance(conversation.prompt, str):
+                self.notes.update(note for one in conversation.prompt or () for note in unseen_changes(one))
         if any(token in response.removesuffix(token) for token in self._special):
             self.notes["responses with a special token before their end, which becomes that token"] += 1
         return _joined(before, self._sampled_ids(raw))
