@@ -33,6 +33,20 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def forget_steps_after(path: Path, step: int) -> None:
+    """Drops the rows of a metrics.jsonl whose steps will be taken again, and damaged ones; all if the run begins."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            if 0 < step >= json.loads(line)["step"]:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # the line a killed run was writing, or damage
+    write_atomically(path, "".join(kept))
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """What a YAML or JSON file that a command left holds: data, never objects.
 

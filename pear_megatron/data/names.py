@@ -164,12 +164,11 @@ def _is_conversation(fields: Mapping[str, Any]) -> bool:
 
 def _way_out(name: str, fields: Mapping[str, Any]) -> str | None:
     value, lower = fields[name], name.lower()
-    ways = dict(_WAYS_OUT)
-    if "input_ids" not in fields:
-        ways |= _WAYS_OUT_OF_TEXT
-        if "prompt" in fields and not _is_conversation(fields):
-            ways |= _WAYS_OUT_OF_PROMPTS
-    said = ways.get(lower)
+    said = _WAYS_OUT.get(lower)
+    if said is None and "input_ids" not in fields:
+        said = _WAYS_OUT_OF_TEXT.get(lower)
+        if said is None and "prompt" in fields and not _is_conversation(fields):
+            said = _WAYS_OUT_OF_PROMPTS.get(lower)
     if lower in ("label", "labels") and value is False:
         said = _GRADE
     if lower in ("finish_reason", "stop_reason") and value in ("length", "max_tokens"):

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pear_megatron.recipe import Recipe, RecipeError, to_yaml
-from pear_megatron.storage import check_same_settings, read_settings, write_atomically
+from pear_megatron.storage import check_same_settings, forget_steps_after, read_settings, write_atomically
 from pear_megatron.train.weights_and_biases import WandbLog
 from pear_megatron.watch import now, said
 
@@ -97,7 +97,7 @@ class RunFolder:
         self.total_steps = total_steps
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.yaml", to_yaml(recipe))
-        self._forget_after(start_step)
+        forget_steps_after(self.folder / "metrics.jsonl", start_step)
         self._metrics = (self.folder / "metrics.jsonl").open("a")
         self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
         self._wandb = WandbLog(self.folder, recipe) if recipe.logging.wandb_project else None
@@ -114,20 +114,6 @@ class RunFolder:
         self._interactive = console.is_terminal
         self._task = self._progress.add_task("train", total=total_steps, completed=start_step, status="")
         self._progress.start()
-
-    def _forget_after(self, step: int) -> None:
-        """Drops metrics of steps that will be trained again."""
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                if 0 < step >= json.loads(line)["step"]:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # the line a killed run was writing, or damage
-        write_atomically(path, "".join(kept))
 
     def log_step(self, metrics: dict[str, Any]) -> None:
         """Records one step everywhere."""

@@ -92,8 +92,7 @@ class ChatEncoder:
         self._look_at(messages, "messages", renderer)
         messages = renderer.writer.with_thinking_apart(messages, renderer.setting)
         turns = self._turns(messages, renderer, conversation.truncated)
-        self._note_context(turns[-1].context, renderer)
-        self.notes.update(note for message in conversation.messages for note in unseen_changes(message))
+        self._note_context(turns[-1].context, conversation.messages, renderer)
         if turns[-1].place < len(messages) - 1:
             self.notes["rows whose messages after the last turn that is learned from are left out"] += 1
         if len(turns) == 1 or self._multi_turn != "split":
@@ -165,9 +164,7 @@ class ChatEncoder:
         before = self._ids(context) if renderer is not None else self._raw_context(context)
         raw = self._raw(context, response, renderer, conversation.truncated)
         if renderer is not None:
-            self._note_context(context, renderer)
-            if not isinstance(conversation.prompt, str):
-                self.notes.update(note for one in conversation.prompt or () for note in unseen_changes(one))
+            self._note_context(context, conversation.prompt, renderer)
         if any(token in response.removesuffix(token) for token in self._special):
             self.notes["responses with a special token before their end, which becomes that token"] += 1
         return _joined(before, self._sampled_ids(raw))
@@ -239,7 +236,10 @@ class ChatEncoder:
                 turns.append(_Turn(k, number, context, written, before, response))
         return turns
 
-    def _note_context(self, context: str, renderer: Renderer) -> None:
+    def _note_context(self, context: str, given: Any, renderer: Renderer) -> None:
+        """Counts what of ``given``, the row's messages or prompt, is another in the context, or is not the row's."""
+        if isinstance(given, list):
+            self.notes.update(note for message in given for note in unseen_changes(message))
         if has_nulls(renderer.setting.tools or []):
             self.notes["rows whose tools have null in their schemas, which stands there"] += 1
         if day := renderer.fitter.template.date_in(context):

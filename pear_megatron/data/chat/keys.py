@@ -15,19 +15,17 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 _READ = ("role", "content", "from", "value", "weight", "tool_calls", "name", "tool_call_id", *REASONING)
 # What other programs call the choice of the turns that are trained.
 _LEFT_OUT = ("masked", "is_masked", "ignore", "ignored", "exclude")
-_CHOICES = (
-    *(
-        "train",
-        "trainable",
-        "training",
-        "trained",
-        "is_trainable",
-        "should_train",
-        "train_on_turn",
-        "train_detail",
-    ),
-    *("loss", "loss_mask", "loss_weight", "loss_scale", "mask", *_LEFT_OUT),
+_TRAINED = (
+    "train",
+    "trainable",
+    "training",
+    "trained",
+    "is_trainable",
+    "should_train",
+    "train_on_turn",
+    "train_detail",
 )
+_CHOICES = (*_TRAINED, "loss", "loss_mask", "loss_weight", "loss_scale", "mask", *_LEFT_OUT)
 _ENDS = ("finish_reason", "stop_reason", "done_reason")
 _CUT_OFF = ("length", "max_tokens", "max_output_tokens", "content_filter")
 _THINKING = ("reasoning_details", "reasoning_text", "thinking_blocks", "thoughts", "thought")

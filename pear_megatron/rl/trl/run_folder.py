@@ -14,7 +14,14 @@ from transformers import TrainerCallback
 
 from pear_megatron.errors import RecipeError
 from pear_megatron.rl.trl.recipe import TrlRecipe
-from pear_megatron.storage import check_same_settings, digest, read_settings, remove, write_atomically
+from pear_megatron.storage import (
+    check_same_settings,
+    digest,
+    forget_steps_after,
+    read_settings,
+    remove,
+    write_atomically,
+)
 from pear_megatron.watch import said
 
 log = logging.getLogger("pear_megatron")
@@ -99,9 +106,7 @@ class TrlRunFolder:
 
     def forget_after(self, step: int) -> None:
         """Drops metrics of steps that will be taken again."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        write_atomically(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+        forget_steps_after(self.folder / "metrics.jsonl", step)
 
     def remove_final(self) -> None:
         """Removes the model of a shorter run, which is continued now."""
@@ -116,13 +121,6 @@ class TrlRunFolder:
             shutil.copytree(latest, partial, ignore=shutil.ignore_patterns(*_ONLY_FOR_TRAINING))
             partial.rename(self.final)
         return self.final
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # damage
-        return sys.float_info.max
 
 
 class KeepLast(TrainerCallback):
