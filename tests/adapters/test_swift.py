@@ -22,9 +22,9 @@ from pear_megatron.loss import pear_loss
 from tests.adapters.checkouts import needs_modules
 from tests.adapters.swift_edge import NO_ATTENTION
 from tests.adapters.tiny_llama import VOCABULARY, save_tiny_llama
+from tests.adapters.torchrun import REPOSITORY, torchrun
 from tests.megatron.runs import write_trajectories
 
-REPOSITORY = Path(__file__).parents[2]
 pytestmark = needs_modules("Megatron-SWIFT", ("swift", "mcore_bridge", "megatron.core", "modelscope"))
 
 SEQ_LENGTH, BATCH, STEPS, LEARNING_RATE, SEED = 64, 4, 3, 1e-4, 42
@@ -71,23 +71,7 @@ def start(
     }  # fmt: skip
     file = Path(given["output_dir"]).with_suffix(".yaml")
     file.write_text("".join(f"{name}: {json.dumps(value, default=str)}\n" for name, value in given.items()))
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", "-m", "tests.adapters.swift_cpu", str(file)]
-    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": ":".join(filter(None, paths)),
-            "OMP_NUM_THREADS": "1",
-            **(environment or {}),
-        },
-    )
+    done = torchrun(ranks, "tests.adapters.swift_cpu", [str(file)], folder=folder, **(environment or {}))
     assert (done.returncode != 0) == failing, done.stdout[-8000:]
     return done.stdout
 

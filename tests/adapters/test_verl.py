@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -22,10 +20,10 @@ from pear_megatron.data import DataConfig, TrajectoryDataset, collate, prepare
 from pear_megatron.loss import pear_loss
 from tests.adapters.checkouts import needs_checkout
 from tests.adapters.tiny_llama import VOCABULARY, save_tiny_llama
+from tests.adapters.torchrun import torchrun
 from tests.adapters.verl_bridge import NO_ATTENTION
 from tests.megatron.runs import write_trajectories
 
-REPOSITORY = Path(__file__).parents[2]
 CHECKOUT = os.environ.get("VERL_DIR", "")
 _NEEDED = (
     "megatron.training",
@@ -81,29 +79,13 @@ def train(
     **environment: str,
 ) -> tuple[list[dict[str, float]], str]:
     """verl's program on some ranks -> a dict of metrics per step, and all that it said."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", "-m", "tests.adapters.verl_cpu", program]
-    command += [f"model.path={folder / 'model'}", f"data.train_files={folder / 'data.jsonl'}"]
+    command = [program, f"model.path={folder / 'model'}", f"data.train_files={folder / 'data.jsonl'}"]
     command += [f"trainer.default_local_dir={folder / 'checkpoints'}", f"hydra.run.dir={folder / 'hydra'}"]
     for name in ("log_ratio_clip", "log_weight_clip") if pear else ():
         command.append(f"+pear.{name}={list(getattr(pear, name))}")
-    paths = [str(REPOSITORY), CHECKOUT, os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [*command, *settings, *COMMON],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": ":".join(filter(None, paths)),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-            "HYDRA_FULL_ERROR": "1",
-            **environment,
-        },
-    )
+    of_verl = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "HYDRA_FULL_ERROR": "1", **environment}
+    command += [*settings, *COMMON]
+    done = torchrun(ranks, "tests.adapters.verl_cpu", command, folder=folder, checkout=CHECKOUT, **of_verl)
     assert done.returncode == 0, done.stdout[-8000:]
     lines = [line for line in done.stdout.splitlines() if "step:" in line and "train/loss:" in line]
     steps = [
