@@ -27,10 +27,38 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file by way of a temporary one beside it; where a link is, the link and not what it names."""
-    partial = path.with_name(f".{path.name}.partial")
+    with appearing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def appearing(path: Path, partial: Path | None = None) -> Iterator[Path]:
+    """The file to write first; it takes the place of ``path`` when the body ends, and is gone where that fails.
+
+    Args:
+        path: what an error of the system will name.
+        partial: the file to write first; None = one beside it.
+    """
+    partial = partial or path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)  # a link there would have its target overwritten
-    partial.write_text(text)
-    os.replace(partial, path)
+    with naming(path):
+        try:
+            yield partial
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has errors of the system name what is written to: those of a full disk name nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or ".partial" in str(error.filename)):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def forget_steps_after(path: Path, step: int) -> None:
@@ -38,12 +66,14 @@ def forget_steps_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(errors="replace").splitlines():
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             if 0 < step >= json.loads(line)["step"]:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
-            continue  # the line a killed run was writing, or damage
+            if number < len(lines):  # the last one is what a killed run was writing
+                log.warning("%s:%d is damaged and left out: that step has no row any more", path, number)
     write_atomically(path, "".join(kept))
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import errno
 import functools
 from collections.abc import Callable
-from typing import ParamSpec
+from pathlib import Path
+from typing import ParamSpec, cast
 
 import typer
 
-from pear_megatron.errors import PearError
+from pear_megatron.errors import PearError, of_the_disk
 from pear_megatron.ranks import report_error
 from pear_megatron.watch import working
 
 _OF_THE_USER = (
-    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG
 )  # fmt: skip
 _Arguments = ParamSpec("_Arguments")
 
@@ -32,12 +33,17 @@ def say_errors(command: Callable[_Arguments, None]) -> Callable[_Arguments, None
         except (PearError, ImportError) as error:
             report_error(error)
             raise typer.Exit(1) from error
-        except OSError as error:
-            if error.filename is None or error.errno not in _OF_THE_USER:
+        except Exception as error:
+            told = of_the_disk(error, cast("Path | None", options.get("output"))) or _of_the_user(error)
+            if told is None:
                 raise
-            report_error(
-                PearError(f"{error.filename}: {error.strerror}; name another place, or make room there")
-            )
+            report_error(told)
             raise typer.Exit(1) from error
 
     return run
+
+
+def _of_the_user(error: Exception) -> PearError | None:
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _OF_THE_USER:
+        return PearError(f"{error.filename}: {error.strerror}; name another place")
+    return None

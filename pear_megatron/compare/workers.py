@@ -18,7 +18,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from pear_megatron.errors import PearError
+from pear_megatron.errors import PearError, of_the_disk
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _LINES = 15
@@ -156,8 +156,11 @@ def _run(
     except PearError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        if told := of_the_disk(error, log.parent):
+            print(f"error: {told}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         sys.exit(1)
     finally:
         sys.stdout.flush()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -185,6 +187,10 @@ class TrajectoryWriter:
         folder.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex}")
         self._temporary.mkdir()
+        self._held = os.open(self._temporary, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(OSError):  # no locks here
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove_orphans(folder.parent, self._temporary)
         self._streams = {
             name: _NpyStream(self._temporary / f"{name}.npy", dtype) for name, dtype in _DTYPES.items()
         }
@@ -198,9 +204,11 @@ class TrajectoryWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for stream in self._streams.values():
-            stream.file.close()
         shutil.rmtree(self._temporary, ignore_errors=True)  # gone already if it was committed
+        for stream in self._streams.values():
+            with suppress(OSError):  # a full disk takes no last bytes either
+                stream.file.close()
+        os.close(self._held)
 
     def append(self, trajectory: Trajectory) -> None:
         """Add one trajectory; all have reference_logprobs or none has, and so with behavior_topk."""
@@ -273,6 +281,20 @@ class TrajectoryWriter:
                 raise
             TrajectoryDataset.open(self._folder)  # another run was faster with the same data: fine
         sync(self._folder.parent)
+
+
+def _remove_orphans(root: Path, own: Path) -> None:
+    """Removes what writers that were killed have left: folders that nobody holds."""
+    for path in root.glob(".*.partial-*"):
+        if path == own or path.is_symlink() or not path.is_dir():
+            continue
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 class _NpyStream:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pear_megatron.storage import write_atomically
+from pear_megatron.storage import naming, write_atomically
 
 FILE = "samples.jsonl"
 
@@ -71,7 +71,7 @@ class SampleFile:
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Appends the rows of one batch."""
-        with self._path.open("a") as file:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write("".join(map(_line, rows)))
         self.rows += rows
 

@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # drawn without pyplot: no display, no global state
 from PIL import Image
 
+from pear_megatron.storage import appearing
+
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles say it again.
 COLORS = (
     "#000000",
@@ -111,7 +113,8 @@ def _page_color(match: re.Match[str]) -> str:
 def write_png(figure: Figure, path: Path) -> None:
     """The figure as a file, the same bytes for the same figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with appearing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
 
 
 def write_dark_twin(path: Path) -> Path:

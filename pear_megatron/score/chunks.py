@@ -24,7 +24,7 @@ from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.errors import ScoreError
 from pear_megatron.score.manifest import Identity
 from pear_megatron.score.rows import ScoreRow
-from pear_megatron.storage import remove, write_atomically
+from pear_megatron.storage import appearing, remove, sync, write_atomically
 
 METADATA_KEY = b"pear_megatron.score"  # of the output's Parquet schema: identity and counts, as JSON
 _FLOATS = pa.list_(pa.float32())
@@ -129,23 +129,21 @@ class WorkFolder:
             masks = [mask.values.to_numpy(zero_copy_only=False) for mask in chunk["loss_mask"]]
             table = _with_topk(table, masks, topk)
         partial = self._part(k).with_suffix(f".{os.getpid()}.partial")
-        pq.write_table(table, partial)
-        os.replace(partial, self._part(k))
+        with appearing(self._part(k), partial):
+            pq.write_table(table, partial)
 
     def finish(self, counts: Mapping[str, int], parts: int, *, scored: bool) -> None:
         """Joins the parts (the chunks, where no model was needed) into the output, a row group each."""
         paths = [self._part(k) if scored else self._chunks / f"chunk-{k:06}.parquet" for k in range(parts)]
         said = json.dumps({"identity": self.read_identity(), "counts": dict(counts)}).encode()
         partial = self.output.with_name(self.output.name + ".partial")
-        remove(partial)
         schema = pq.read_schema(paths[0])
-        with pq.ParquetWriter(partial, schema.with_metadata({METADATA_KEY: said})) as writer:
-            for path in paths:
-                table = pq.read_table(path)
-                writer.write_table(table, row_group_size=max(len(table), 1))
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, self.output)
+        with appearing(self.output, partial):
+            with pq.ParquetWriter(partial, schema.with_metadata({METADATA_KEY: said})) as writer:
+                for path in paths:
+                    table = pq.read_table(path)
+                    writer.write_table(table, row_group_size=max(len(table), 1))
+            sync(partial)
         self.remove()
 
     def _part(self, k: int) -> Path:

@@ -74,7 +74,7 @@ class ScoreJob:
         if not self._work.has_chunks():
             try:
                 self._write_chunks(source)
-            except DataError:
+            except (DataError, OSError):
                 self._work.remove()
                 raise
         return False

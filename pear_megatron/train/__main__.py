@@ -9,12 +9,13 @@ import argparse
 import logging
 import os
 import sys
+import threading
 import warnings
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from pear_megatron.errors import PearError
+from pear_megatron.errors import PearError, of_the_disk
 from pear_megatron.interrupt import EXIT_INTERRUPTED
 from pear_megatron.ranks import from_main, is_main, report_error, run_ranks
 from pear_megatron.recipe import RecipeError, check_layout, load_recipe
@@ -122,12 +123,23 @@ def _run(args: argparse.Namespace, stop: StopRequest) -> bool:
     from pear_megatron.train.trainer import Trainer
 
     layout = layouts.initialize(recipe.model, recipe.parallel, recipe.train)
+    threading.excepthook = _say_of_thread
     try:
         with ExitStack() as held:
             from_main(partial(_hold, held, recipe.output_dir))
             return Trainer(recipe, layout, stop).train()
+    except Exception as error:
+        if not isinstance(error, PearError) and (told := of_the_disk(error, recipe.output_dir)):
+            raise told from error
+        raise
     finally:
         layouts.shutdown()
+
+
+def _say_of_thread(of: threading.ExceptHookArgs) -> None:
+    """A thread's traceback; of TensorBoard's, which finds the disk full, RunFolder speaks."""
+    if of.exc_value is None or not of_the_disk(of.exc_value, None):
+        threading.__excepthook__(of)
 
 
 def _hold(held: ExitStack, output_dir: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pear_megatron.errors import CheckpointError
 from pear_megatron.recipe import Recipe, RecipeError, to_yaml
 from pear_megatron.storage import check_same_settings, forget_steps_after, read_settings, write_atomically
 from pear_megatron.train.weights_and_biases import WandbLog
@@ -83,13 +85,11 @@ def _with_defaults(values: Any) -> Any:
 
 
 class RunFolder:
-    """Files and progress of one run; rank 0 holds it, the other ranks hold None.
+    """Files and progress of one run; rank 0 holds it, the other ranks hold None."""
 
-    Raises:
-        RecipeError: W&B is asked for and cannot be started.
-    """
-
-    def __init__(self, recipe: Recipe, *, start_step: int, total_steps: int) -> None:
+    def __init__(
+        self, recipe: Recipe, *, start_step: int, total_steps: int, wandb: WandbLog | None = None
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = Path(recipe.output_dir)
@@ -98,9 +98,10 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.yaml", to_yaml(recipe))
         forget_steps_after(self.folder / "metrics.jsonl", start_step)
-        self._metrics = (self.folder / "metrics.jsonl").open("a")
-        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
-        self._wandb = WandbLog(self.folder, recipe) if recipe.logging.wandb_project else None
+        self._metrics = (self.folder / "metrics.jsonl").open("ab", buffering=0)
+        self._unwritten = b""
+        self._tensorboard: Any = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step + 1)
+        self._wandb = wandb
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("[bold]train"),
@@ -152,22 +153,53 @@ class RunFolder:
     def _write(self, metrics: dict[str, Any]) -> None:
         """A row of metrics.jsonl, and its numbers to TensorBoard and W&B."""
         step = metrics["step"]
-        self._metrics.write(json.dumps(metrics) + "\n")
-        self._metrics.flush()
+        self._append(json.dumps(metrics) + "\n")
         scalars = {
             name if "/" in name else f"train/{name}": value
             for name, value in metrics.items()
             if not isinstance(value, str) and name != "step"
         }
-        for name, value in scalars.items():
-            self._tensorboard.add_scalar(name, value, step)
+        try:
+            for name, value in scalars.items() if self._tensorboard is not None else ():
+                self._tensorboard.add_scalar(name, value, step)
+        except OSError as error:
+            self._tensorboard = None
+            log.warning("TensorBoard's file cannot be written (%s): it ends before step %d", error, step)
         if self._wandb is not None:
             self._wandb.log(step, scalars)
 
+    def _append(self, line: str) -> None:
+        """A line of metrics.jsonl; while the disk takes none, it waits here: the state is in memory too."""
+        waited = bool(self._unwritten)
+        self._unwritten += line.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+        except OSError as error:
+            if not waited:
+                log.warning(
+                    "%s cannot be written (%s): its rows wait in memory, and training goes on until a checkpoint "
+                    "cannot be written either; make room there",
+                    self._metrics.name,
+                    error.strerror,
+                )
+
     def close(self) -> None:
-        """Ends the progress bar and flushes every file."""
+        """Ends the progress bar and flushes every file.
+
+        Raises:
+            CheckpointError: the last rows cannot be written, at the end of a run that did not fail otherwise.
+        """
         self._progress.stop()
+        self._append("")
         self._metrics.close()
-        self._tensorboard.close()
+        with suppress(OSError):
+            if self._tensorboard is not None:
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.close(failed=sys.exc_info()[0] is not None)
+        if self._unwritten and sys.exc_info()[0] is None:
+            rows = self._unwritten.count(b"\n")
+            raise CheckpointError(
+                f"{self._metrics.name} lacks its last {rows} rows, which the disk did not take; all is saved"
+            )

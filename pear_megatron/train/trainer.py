@@ -24,6 +24,7 @@ from pear_megatron.megatron.model import build_chunks, gpt_class, sync_parameter
 from pear_megatron.megatron.optimizer import build_optimizer, build_scheduler, optimizer_config
 from pear_megatron.megatron.output_chunks import require_output_processor
 from pear_megatron.megatron.userbuffers import start_userbuffers
+from pear_megatron.ranks import from_main
 from pear_megatron.recipe import Recipe
 from pear_megatron.report import watch_weights
 from pear_megatron.storage import digest
@@ -43,6 +44,7 @@ from pear_megatron.train.run_folder import RunFolder
 from pear_megatron.train.start import start_model
 from pear_megatron.train.stop import StopRequest
 from pear_megatron.train.throughput import Throughput
+from pear_megatron.train.weights_and_biases import start_wandb
 from pear_megatron.watch import now
 
 
@@ -65,6 +67,7 @@ class Trainer:
             require_output_processor(gpt_class())
         root = Path(recipe.output_dir) / "checkpoints"
         saved = resume.find(recipe, root)
+        self.wandb = start_wandb(recipe)  # before data and weights, which take long
         self.dataset = open_dataset(recipe)
         self.sources = source_names(self.dataset)
         held_out = open_validation(recipe, self.dataset)
@@ -172,9 +175,13 @@ class Trainer:
                 self.dataset,
             )
         self.stop.saves(self.saver.folder.root)
-        run = None
-        if self.layout.is_main:
-            run = RunFolder(self.recipe, start_step=self.step, total_steps=self.total_steps)
+        run: RunFolder | None = None
+
+        def begin() -> None:
+            nonlocal run
+            run = RunFolder(self.recipe, start_step=self.step, total_steps=self.total_steps, wandb=self.wandb)
+
+        from_main(begin)
         try:
             finished = self._train_steps(run)
             self.saver.finish()

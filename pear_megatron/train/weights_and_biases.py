@@ -7,6 +7,7 @@ import os
 import uuid
 from pathlib import Path
 
+from pear_megatron.ranks import from_main
 from pear_megatron.recipe import Recipe, RecipeError
 from pear_megatron.storage import write_atomically
 
@@ -26,6 +27,14 @@ def check_wandb(recipe: Recipe) -> None:
         )
 
 
+def start_wandb(recipe: Recipe) -> WandbLog | None:
+    """The W&B run on rank 0, where the recipe wants one; its error is every rank's."""
+    started: list[WandbLog] = []
+    if recipe.logging.wandb_project:
+        from_main(lambda: started.append(WandbLog(Path(recipe.output_dir), recipe)))
+    return started[0] if started else None
+
+
 class WandbLog:
     """The W&B run of an ``output_dir``; a continued run goes on under the same id.
 
@@ -36,14 +45,15 @@ class WandbLog:
         recipe: names the project; its resolved values become the W&B run's config.
 
     Raises:
-        RecipeError: W&B cannot be started: not logged in, or not reachable.
+        RecipeError: W&B cannot be started: not logged in, not reachable, or not whole.
     """
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
-        import wandb
-
         project = recipe.logging.wandb_project
+        folder.mkdir(parents=True, exist_ok=True)
         try:
+            import wandb
+
             self._run = wandb.init(
                 project=project,
                 name=recipe.logging.wandb_name or folder.name,
@@ -52,9 +62,10 @@ class WandbLog:
                 dir=str(folder),
                 config=recipe.model_dump(mode="json"),
             )
-        except wandb.Error as error:
+        except Exception as error:  # also pydantic's, of a WANDB_ variable, and a broken installation's
+            said = " ".join(str(error).split())
             raise RecipeError(
-                f"logging.wandb_project {project}: W&B cannot be started: {error}; run `wandb login`, set "
+                f"logging.wandb_project {project}: W&B cannot be started: {said}; run `wandb login`, set "
                 "WANDB_API_KEY or WANDB_MODE=offline, or leave the key out"
             ) from error
         # Steps that are trained again after a crash are logged again: W&B's own count must not be the axis.

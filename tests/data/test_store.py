@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from sample_rows import a_row, write_jsonl, write_parquet
 
 from pear_megatron.data import DataConfig, DataError, TrajectoryDataset, prepare
+from pear_megatron.data.prepare import cache_path
 from pear_megatron.data.store import TrajectoryWriter
+from tests.full_disk import files_up_to
 
 Config = Callable[..., DataConfig]
 
@@ -50,6 +52,19 @@ def test_a_trajectory_comes_back_as_it_was_written(tmp_path: Path, config: Confi
     assert dataset[-1].id == "3"
     with pytest.raises(IndexError):
         dataset[3]
+
+
+def test_a_full_disk_leaves_nothing_and_what_killed_runs_left_goes(tmp_path: Path, config: Config) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [a_row(id=f"{i}") for i in range(600)])
+    folder = cache_path(config(file), require_behavior_logprobs=True, vocab_size=None, tokenizer_hash=None)
+    killed = folder.with_name(f".{folder.name}.partial-0123")
+    killed.mkdir(parents=True)
+    with files_up_to(9000), pytest.raises(OSError, match="File too large"):
+        prepare(config(file))
+    assert not list(folder.parent.iterdir())
+    with TrajectoryWriter(folder.with_name("other")):  # of another run that is at work
+        prepare(config(file))
+        assert len(list(folder.parent.iterdir())) == 2
 
 
 def test_log_probs_off_the_decisions_do_not_matter(tmp_path: Path, config: Config) -> None:

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from pear_megatron.errors import CheckpointError
 from pear_megatron.plan import GPUS
 from pear_megatron.recipe import RecipeError, load_recipe
 from pear_megatron.train.run_folder import RunFolder, check_same_run
 from pear_megatron.train.throughput import Throughput, peak_flops
-from pear_megatron.train.weights_and_biases import RUN_ID, check_wandb
+from pear_megatron.train.weights_and_biases import RUN_ID, check_wandb, start_wandb
 from tests.distributed import run_ranks
+from tests.full_disk import files_up_to
 from tests.megatron.ranks import train_runs
 from tests.megatron.runs import TINY, write_trajectories
 
@@ -41,7 +43,8 @@ def _recipe(folder: Path, *overrides: str) -> Any:
 
 
 def _write(folder: Path, steps: range, *overrides: str) -> None:
-    run = RunFolder(_recipe(folder, *overrides), start_step=steps.start - 1, total_steps=10)
+    recipe = _recipe(folder, *overrides)
+    run = RunFolder(recipe, start_step=steps.start - 1, total_steps=10, wandb=start_wandb(recipe))
     for step in steps:
         run.log_step(_metrics(step))
     run.close()
@@ -210,3 +213,24 @@ def test_damaged_metrics_do_not_stop_a_run_that_goes_on(tmp_path: Path) -> None:
         3,
         4,
     ]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+@pytest.mark.usefixtures("capsys")  # pytest's own file must not grow either
+def test_rows_that_a_full_disk_does_not_take_wait_and_training_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunFolder(_recipe(tmp_path), start_step=0, total_steps=10)
+    run.log_step(_metrics(1))
+    with files_up_to(300):
+        for step in range(2, 6):
+            run.log_step(_metrics(step))
+    assert caplog.text.count("its rows wait in memory") == 1
+    assert len((tmp_path / "metrics.jsonl").read_bytes()) == 300
+    run.log_step(_metrics(6))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 7))
+    with files_up_to(300):
+        run.log_step(_metrics(7))
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl lacks its last 1 rows"):
+            run.close()

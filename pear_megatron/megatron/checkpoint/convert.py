@@ -8,7 +8,7 @@ from pear_megatron.hf.assets import write_model_files
 from pear_megatron.megatron.checkpoint.load_model import load_for_inference
 from pear_megatron.megatron.checkpoint.saver import save_model
 from pear_megatron.ranks import from_main
-from pear_megatron.storage import abandon, begin, partial_of, publish
+from pear_megatron.storage import abandon, begin, naming, partial_of, publish
 
 
 def convert_checkpoint(
@@ -51,7 +51,7 @@ def convert_checkpoint(
     try:
         from_main(lambda: begin(output))
         save_model(partial, 0, layout, model)
-        from_main(finish)
+        from_main(naming(output)(finish))
     finally:
         abandon(output)
 

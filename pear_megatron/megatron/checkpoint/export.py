@@ -26,7 +26,7 @@ from pear_megatron.megatron.checkpoint.paths import resolve
 from pear_megatron.megatron.checkpoint.stored import StoredParameters
 from pear_megatron.ranks import from_main, together
 from pear_megatron.recipe import RecipeError
-from pear_megatron.storage import abandon, begin, partial_of, publish
+from pear_megatron.storage import abandon, begin, naming, partial_of, publish
 from pear_megatron.watch import now
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -94,8 +94,8 @@ def export_checkpoint(
 
     try:
         from_main(lambda: begin(output))
-        together(write_weights)
-        from_main(finish)
+        together(naming(output)(write_weights))
+        from_main(naming(output)(finish))
     finally:
         abandon(output)
     return folder
@@ -124,10 +124,11 @@ def export_adapters(checkpoint: Path, output: Path) -> Path:
     order = lora_parameters(model, frozen.lora)
     tensors = _Tensors(order, StoredParameters(folder, model, order), None)
     try:
-        partial = begin(output)
-        write_file(partial / PEFT_WEIGHTS, tensors.sizes, tensors.read(tensors.sizes))
-        _write_json(partial / PEFT_CONFIG, peft_config(frozen.lora, frozen.base))
-        publish(output)
+        with naming(output):
+            partial = begin(output)
+            write_file(partial / PEFT_WEIGHTS, tensors.sizes, tensors.read(tensors.sizes))
+            _write_json(partial / PEFT_CONFIG, peft_config(frozen.lora, frozen.base))
+            publish(output)
     finally:
         abandon(output)
     return folder

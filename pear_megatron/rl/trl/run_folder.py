@@ -18,6 +18,7 @@ from pear_megatron.storage import (
     check_same_settings,
     digest,
     forget_steps_after,
+    naming,
     read_settings,
     remove,
     write_atomically,
@@ -171,7 +172,7 @@ class WriteMetrics(TrainerCallback):
         self._taught += row["groups_with_advantage"]
         row["problems"] = digest(self._asked)
         self._asked.clear()
-        with self._path.open("a") as file:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(
             f"step {step}/{self._steps}  reward {row['reward']:.3f}  groups with advantage "
