@@ -14,6 +14,8 @@ from pear_megatron.data.errors import RowProblem
 # The ways to give the tokens of a trajectory; a row uses one.
 FORMS = (("input_ids", "loss_mask"), ("messages",), ("conversations",), ("prompt", "response"))
 OF_TEXT = ("tools", "documents", "chat_template_kwargs")  # what a chat template is given beside the text
+# Other programs' names beside text: of the system message, and of tools in OpenAI's old form.
+SYSTEM, FUNCTIONS = ("system", "system_prompt"), "functions"
 _MAX_FLOAT32 = 3.4e38
 KNOWN_FIELDS = (
     *(name for form in FORMS for name in form),
@@ -65,6 +67,21 @@ def check_encodable(name: str, text: str) -> None:
         raise RowProblem(
             f"{name} = {short(text)} holds half a character (a lone surrogate); write the whole of it, or take it out"
         ) from None
+
+
+def get_system(fields: Mapping[str, Any]) -> str | None:
+    """The system message that stands in a column of its own; None where there is none, or an empty one."""
+    found = {name: fields[name] for name in SYSTEM if fields.get(name)}
+    for name, text in found.items():
+        if not isinstance(text, str):
+            raise RowProblem(
+                f"{name} = {short(text)} is a {type(text).__name__}; it must be a string, or the first message, of "
+                "role system (a 'prompt' can be a list of messages)"
+            )
+        check_encodable(name, text)
+    if len(set(found.values())) > 1:
+        raise RowProblem(f"{' and '.join(found)} are different texts; keep one")
+    return next(iter(found.values()), None)
 
 
 def get_integers(fields: Mapping[str, Any], name: str) -> np.ndarray:

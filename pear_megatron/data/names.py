@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.data.fields import FORMS, KNOWN_FIELDS, OF_TEXT
+from pear_megatron.data.fields import FORMS, FUNCTIONS, KNOWN_FIELDS, OF_TEXT, SYSTEM
 
 _BAD_ANSWERS = (
     "give the good answer as a row, and the bad one as a row with a 'reward' below zero, or leave it out"
@@ -30,12 +30,8 @@ _WAYS_OUT = {
     **dict.fromkeys(("ref_logprobs", "ref_log_probs"), "did you mean 'reference_logprobs'?"),
 }
 _WAYS_OUT_OF_TEXT = {
-    **dict.fromkeys(
-        ("system", "system_prompt", "system_message", "systemprompt", "systeminstruction"), _SYSTEM
-    ),
-    **dict.fromkeys(
-        ("functions", "function", "available_tools", "tool_definitions", "function_definitions"), _TOOLS
-    ),
+    **dict.fromkeys(("system_message", "systemprompt", "systeminstruction"), _SYSTEM),
+    **dict.fromkeys(("function", "available_tools", "tool_definitions", "function_definitions"), _TOOLS),
     **dict.fromkeys(
         ("image", "images", "video", "videos", "audio", "audios"), "only text can be trained on; drop the row"
     ),
@@ -127,7 +123,8 @@ def unread_names(fields: Mapping[str, Any]) -> list[str]:
     Raises:
         RowProblem: all those that would change what is learned, or that are misspelt, with what to write instead.
     """
-    unread = [name for name, value in fields.items() if name not in KNOWN_FIELDS and not _is_empty(value)]
+    read = KNOWN_FIELDS if "input_ids" in fields else (*KNOWN_FIELDS, *SYSTEM, FUNCTIONS)
+    unread = [name for name, value in fields.items() if name not in read and not _is_empty(value)]
     if unread and (wrong := [said for name in unread if (said := _way_out(name, fields))]):
         raise RowProblem("; ".join(wrong))
     beside = [

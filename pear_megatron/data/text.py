@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,9 +11,10 @@ from typing import Any, Literal
 import numpy as np
 
 from pear_megatron.data.chat import ChatEncoder, Conversation
+from pear_megatron.data.chat.messages import with_system
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import DataError, RowProblem
-from pear_megatron.data.fields import get_flag, get_text, short
+from pear_megatron.data.fields import FUNCTIONS, get_flag, get_system, get_text, short
 from pear_megatron.data.tokenizer import read_chat_template, tokenizer_hash
 
 # Said by this package's own counts, in more detail.
@@ -101,9 +103,10 @@ class TextReader:
         try:
             return _tokenized(self.encoder, conversation)
         except RowProblem as problem:
-            if field != "conversations":
-                raise
-            raise RowProblem(str(problem).replace("messages", field)) from problem
+            said = _places_of_row(str(problem), conversation)
+            raise RowProblem(
+                said.replace("messages", field) if field == "conversations" else said
+            ) from problem
 
     def whole(self, conversation: Conversation, parts: list[Tokenized], name: str) -> Tokenized:
         """The one row of tokens that begins with each of the ``parts``: what a list of numbers is aligned with.
@@ -142,6 +145,19 @@ def _tokenized(encoder: ChatEncoder, conversation: Conversation) -> list[Tokeniz
     ]
 
 
+def _places_of_row(said: str, conversation: Conversation) -> str:
+    """What is said of messages, with their places in the row: its column ``system`` is none of them."""
+    given = conversation.messages if conversation.messages is not None else conversation.prompt
+    messages = given if isinstance(given, list) else [given]
+    if with_system(conversation.system, messages) is messages:
+        return said
+    return re.sub(
+        r"\b(messages|prompt)\[(\d+)\](\.content\b)?",
+        lambda m: f"{m[1]}[{int(m[2]) - 1}]{m[3] or ''}" if int(m[2]) else "system",
+        said,
+    )
+
+
 def conversation_of(fields: Mapping[str, Any], form: tuple[str, ...]) -> Conversation:
     """A text row's fields, as the encoder takes them."""
     prompt = fields.get("prompt")
@@ -161,11 +177,34 @@ def conversation_of(fields: Mapping[str, Any], form: tuple[str, ...]) -> Convers
         messages=fields.get("messages", fields.get("conversations")),
         prompt=prompt,
         response=fields.get("response"),
-        tools=fields.get("tools"),
+        system=get_system(fields),
+        tools=tools_of(fields),
         documents=fields.get("documents"),
         chat_template_kwargs=_object(fields, "chat_template_kwargs"),
         truncated=get_flag(fields, "truncated"),
     )
+
+
+def tools_of(fields: Mapping[str, Any]) -> Any:
+    """``tools``, or ``functions``, which are the same without their envelopes."""
+    tools, functions = fields.get("tools"), fields.get(FUNCTIONS)
+    if not functions:
+        return tools
+    if tools:
+        raise RowProblem("tools and functions are both there; keep one")
+    found = functions
+    if isinstance(functions, str):
+        try:
+            found = json.loads(functions)
+        except ValueError:
+            found = None
+    if not isinstance(found, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("name"), str) and "function" not in one for one in found
+    ):
+        raise RowProblem(
+            f"functions = {short(functions)}; it must be a list of {{name, description, parameters}}, or write 'tools'"
+        )
+    return [{"type": "function", "function": one} for one in found]
 
 
 def _is_messages_as_text(text: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pear_megatron.data.columns import ALL_COLUMNS, REFERENCE, TOPK_IDS, TOPK_LOGPROBS
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.data.fields import OF_TEXT, get_flag, get_number
+from pear_megatron.data.fields import FUNCTIONS, OF_TEXT, SYSTEM, get_flag, get_number
 from pear_megatron.data.files import Row
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.data.validate import IDS_WITHOUT_END, Validator
@@ -20,7 +20,7 @@ from pear_megatron.score.recorded.beside import Remarks
 from pear_megatron.score.recorded.tokens import Tokens
 
 Purpose = Literal["behavior", "policy", "reference", "import"]
-_TEXT_FIELDS = ("messages", "conversations", "prompt", "response", *OF_TEXT)
+_TEXT_FIELDS = ("messages", "conversations", "prompt", "response", *OF_TEXT, *SYSTEM, FUNCTIONS)
 _NO_LIMIT = 2**31 - 1
 
 

@@ -14,9 +14,8 @@ PAIR = {"prompt": "Hi", "response": "Hello"}
 IDS = {"input_ids": [1, 2], "loss_mask": [0, 1]}
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    (CHAT | {"system": "Be brief."}, "'system': write it as the first message, of role system"),
-    (PAIR | {"system_prompt": "Be brief."}, "write it as the first message"),
-    (CHAT | {"functions": [{"name": "f"}]}, "write the functions into 'tools'"),
+    (CHAT | {"system_message": "Be brief."}, "write it as the first message, of role system"),
+    (CHAT | {"available_tools": [{"name": "f"}]}, "write the functions into 'tools'"),
     (CHAT | {"images": ["a.png"]}, "only text can be trained on"),
     (CHAT | {"score": 0.2}, "a grade is a 'reward'"),
     (IDS | {"rewards": 1.0}, "a grade is a 'reward'"),
@@ -34,6 +33,7 @@ UNREAD: list[tuple[dict[str, Any], list[str]]] = [
     (CHAT | {"problem": "2+2?", "prompt_id": "p"}, ["problem", "prompt_id"]),
     (CHAT | {"prompt": "Hi"}, ["prompt"]),
     (CHAT | {"system": "", "images": [], "topic": None}, []),
+    (CHAT | {"system": "Be brief.", "functions": [{"name": "f"}]}, []),
     (CHAT | {"label": True, "conversation_id": "c", "instance_id": "i"}, ["label", "conversation_id", "instance_id"]),
     (IDS | {"system": "Be brief.", "attention_mask": [1, 1]}, ["system", "attention_mask"]),
     (PAIR | {"truncated": True, "finish_reason": "length"}, ["finish_reason"]),
@@ -69,8 +69,8 @@ def test_rows_of_another_form_are_answered_with_ours(row: dict[str, Any], said: 
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
-    with pytest.raises(RowProblem, match=r"'system'.*; unknown field 'score'"):
-        unread_names(CHAT | {"system": "a", "score": 1})
+    with pytest.raises(RowProblem, match=r"'history'.*; unknown field 'score'"):
+        unread_names(PAIR | {"history": [["a", "b"]], "score": 1})
 
 
 def test_the_note_counts_rows_and_names_some() -> None:

@@ -313,3 +313,81 @@ def test_bad_text_field_is_named(kind: str, tmp_path: Path, config: Config, toke
         load(config, file, tokenizer(CHATML))
     for part in [f"{file}:1: ", *expected]:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_column_is_the_first_message(
+    config: Config, tmp_path: Path, tokenizer: Callable[[str], Any], column: str
+) -> None:
+    made, system = tokenizer(CHATML), {"role": "system", "content": "Be brief."}
+    user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    written = {"messages": [system, user, answer]}
+    rows: list[Row] = [
+        written,
+        {"messages": [user, answer], column: "Be brief."},
+        written | {column: "Be brief."},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], column: "Be brief."},
+        {"prompt": "Hi", "response": "Hello", column: "Be brief."},
+        {"prompt": [user], "response": "Hello", column: "Be brief."},
+    ]  # fmt: skip
+    for empty in ("", None):
+        rows.append(written | {column: empty})
+    dataset = load(config, write_jsonl(tmp_path / "a.jsonl", rows), made)
+    assert {shown(made, trajectory) for trajectory in dataset} == {
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        "[[Hello<|im_end|>]]"
+    }
+    assert len(dataset) == len(rows)
+
+
+HI, BRIEF = {"prompt": "Hi", "response": "Hello"}, {"system": "Be brief."}
+ASKED: Row = {"role": "user", "content": "Hi"}
+NO_SYSTEM: dict[str, tuple[Row, str]] = {
+    "another": (
+        {"messages": [{"role": "system", "content": "Think."}, ASKED], **BRIEF},
+        "system = 'Be brief.', and the messages have 'Think.' as a system message of their own; keep one",
+    ),
+    "two columns": (HI | BRIEF | {"system_prompt": "Think."}, "system and system_prompt are different texts; keep one"),
+    "parts": (HI | {"system": [{"text": "a"}]}, "system = .* is a list; it must be a string"),
+    "half a character": (HI | {"system": "\ud83d"}, "system = .* half a character"),
+    "the place of a message": (
+        {"messages": [ASKED, {"role": "assistant", "content": 3}], **BRIEF}, r"messages\[1\]\.content = 3"
+    ),
+    "tools and functions": (
+        HI | {"tools": [{"name": "f"}], "functions": [{"name": "f"}]}, "tools and functions are both there"
+    ),
+    "functions of another form": (HI | {"functions": ["f"]}, r"functions = \['f'\]; it must be a list of {name,"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "said"), NO_SYSTEM.values(), ids=NO_SYSTEM)
+def test_columns_that_cannot_be_read_are_refused_with_the_row_s_own_places(
+    config: Config, tmp_path: Path, tokenizer: Callable[[str], Any], row: Row, said: str
+) -> None:
+    with pytest.raises(DataError, match=said):
+        load(config, write_jsonl(tmp_path / "a.jsonl", [row]), tokenizer(CHATML))
+
+
+def test_a_system_message_that_the_template_leaves_out_is_refused_by_its_column(
+    config: Config, tmp_path: Path, tokenizer: Callable[[str], Any]
+) -> None:
+    made = tokenizer(CHATML.replace("{% for", "{% set messages = messages[1:] %}{% for", 1))
+    row = {"prompt": "Hi", "response": "Hello", "system": "Be brief."}
+    with pytest.raises(DataError, match="system: the chat template leaves it out"):
+        load(config, write_jsonl(tmp_path / "a.jsonl", [row]), made)
+
+
+def test_functions_are_tools_without_their_envelopes(
+    config: Config, tmp_path: Path, tokenizer: Callable[[str], Any]
+) -> None:
+    made, function = tokenizer(WITH_TOOLS), {"name": "get_weather", "parameters": {"type": "object"}}
+    pair = {"prompt": "Hi", "response": "Hello"}
+    rows = [
+        pair | {"tools": [{"type": "function", "function": function}]},
+        pair | {"functions": [function]},
+        pair | {"functions": json.dumps([function])},
+        pair | {"functions": [function], "tools": []},
+    ]
+    dataset = load(config, write_jsonl(tmp_path / "a.jsonl", rows), made)
+    (text,) = {shown(made, trajectory) for trajectory in dataset}
+    assert '"type": "function", "function": {"name": "get_weather"' in text

@@ -99,6 +99,20 @@ def test_text_parts_have_a_line_each() -> None:
     assert "user\nName a\ncolour.<|im_end|>" in prompt(row, dated())
 
 
+def test_a_system_column_is_in_the_prompt_of_a_chat() -> None:
+    written = chat(messages=[{"role": "system", "content": "Be brief."}, *MESSAGES])
+    by = dated()
+    assert prompt(chat() | {"system": "Be brief."}, by) == prompt(written, dated())
+    assert prompt(chat(system="Be brief."), by) == prompt(written, dated())
+    assert not by.notes
+    tokens = [one["token"] for one in content()]
+    logprobs = {"tokens": tokens, "token_logprobs": [-0.5] * len(tokens)}
+    answer = {"text": "Blue", "logprobs": logprobs, "finish_reason": "stop"}
+    row = {"prompt": "Hi", "system": "Be brief.", "choices": [answer]}
+    with pytest.raises(RowProblem, match="a system message beside the text prompt of a completion"):
+        read(row)
+
+
 def test_what_an_answer_of_responses_echoes_is_in_the_prompt() -> None:
     assert "system\nBe brief.<|im_end|>" in prompt(responses(instructions="Be brief."))
     row = responses(instructions="Be brief.") | {"messages": MESSAGES}

@@ -15,6 +15,7 @@ class Conversation:
         messages: list of {role, content, ...} as it stands in the row; ShareGPT's {from, value} too.
         prompt: the user's words, or a list of messages.
         response: what the policy sampled after it, as it stands.
+        system: the system message, where it does not stand among the messages.
         tools: JSON schemas of the functions that the policy could call.
         documents: list of {title, text}, for templates of retrieval models.
         chat_template_kwargs: arguments of the template (``enable_thinking``, ...), over the encoder's own.
@@ -24,6 +25,7 @@ class Conversation:
     messages: Any = None
     prompt: Any = None
     response: str | None = None
+    system: str | None = None
     tools: Any = None
     documents: Any = None
     chat_template_kwargs: Mapping[str, Any] | None = None

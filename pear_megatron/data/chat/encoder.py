@@ -21,6 +21,7 @@ from pear_megatron.data.chat.messages import (
     parts_of,
     read_messages,
     unseen_changes,
+    with_system,
 )
 from pear_megatron.data.chat.renderers import Renderer, Renderers
 from pear_megatron.data.chat.turns import check_stops, check_thinking
@@ -86,7 +87,7 @@ class ChatEncoder:
         """The conversation's trajectories, one unless it is split; RowProblem where that is not possible."""
         if conversation.messages is None:
             return [self._encode_raw(conversation)]
-        messages = read_messages(conversation.messages)
+        messages = read_messages(with_system(conversation.system, conversation.messages))
         check_order(messages)
         renderer = self._needed(conversation)
         self._look_at(messages, "messages", renderer)
@@ -193,11 +194,13 @@ class ChatEncoder:
         if isinstance(value, str) and field == "prompt":
             check_encodable("prompt", value)
             renderer = self._renderers.of(conversation)
+            if renderer is None and conversation.system:
+                raise RowProblem(f"system: the tokenizer has no chat template to write it with; {_GIVE_IDS}")
             if renderer is None:
                 return value, None
             self._refuse_rendered(value, renderer)
             value = [{"role": "user", "content": value}]
-        messages = read_messages(value, field)
+        messages = read_messages(with_system(conversation.system, value), field)
         if field == "prompt" and messages and is_assistant(messages[-1]):
             raise RowProblem(
                 f"prompt[{len(messages) - 1}] is an assistant message, and the response would begin another assistant "

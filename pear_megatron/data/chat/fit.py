@@ -20,6 +20,7 @@ from pear_megatron.data.errors import RowProblem
 MOST_KNOWN = 4096  # shapes that are remembered
 _HEAD_TAG = re.compile(r"\s*(<[^<>\s]+>)")
 _WRITES_IDS = re.compile(r"\.id\b|\[.id.\]")
+_OTHER_ROLES = {"function": "tool", "developer": "system"}
 _CHANGE = "use a chat template that renders it, or change the row"
 
 
@@ -164,6 +165,9 @@ class Fitter:
         way_out = _CHANGE
         if names[lost[0]].endswith("function.name") and _WRITES_IDS.search(self.template.text):
             way_out = f"it writes a call's id, which may hold the name (functions.NAME:0); {_CHANGE}"
+        for role, other in _OTHER_ROLES.items():
+            if names[lost[0]].endswith(f"(role {role!r})"):
+                way_out = f"write {other!r} for {role!r} if that is the same to it; {_CHANGE}"
         return f"{names[lost[0]]}: the chat template leaves it out; {way_out}"
 
 

@@ -14,7 +14,7 @@ from pear_megatron.data.fields import short
 Message = dict[str, Any]
 # What servers write beside the content that no chat template reads, and the way out.
 _UNREAD = {
-    "function_call": "write it as tool_calls",
+    "function_call": "write one list of tool_calls",
     "refusal": "the policy's words go into the content",
     "audio": "only text can be trained on; drop the row",
 }
@@ -64,6 +64,26 @@ def read_messages(value: Any, field: str = "messages") -> list[Message]:
     if not isinstance(value, list) or not value:
         raise RowProblem(f"{field} = {short(value)}; it must be a list of {{role, content}}, not empty")
     return [_read_message(message, f"{field}[{k}]") for k, message in enumerate(value)]
+
+
+def with_system(system: str | None, messages: Any) -> Any:
+    """The messages of a row behind the text of its column ``system``, unless they begin with it.
+
+    Raises:
+        RowProblem: they have another system message.
+    """
+    if not system or not isinstance(messages, list):
+        return messages
+    roles = [one.get("role", one.get("from")) if isinstance(one, dict) else None for one in messages]
+    own = [one for role, one in zip(roles, messages, strict=True) if role in ("system", "developer")]
+    if not own:
+        return [{"role": "system", "content": system}, *messages]
+    text = own[0].get("content", own[0].get("value"))
+    if own[0] is messages[0] and text == system:
+        return messages
+    raise RowProblem(
+        f"system = {short(system)}, and the messages have {short(text)} as a system message of their own; keep one"
+    )
 
 
 def is_assistant(message: Message) -> bool:
@@ -143,7 +163,7 @@ def unseen_changes(message: Any) -> Iterator[str]:
     parts = message.get("content")
     if isinstance(parts, list) and message.get("role") != "assistant" and sum(map(bool, parts)) > 1:
         yield "messages of several text parts, joined as they are (some engines put a line break between them)"
-    for call in message.get("tool_calls") or ():
+    for call in message.get("tool_calls") or [message.get("function_call")]:
         function = call.get("function", call) if isinstance(call, dict) else None
         text = function.get("arguments") if isinstance(function, dict) else None
         parsed = _json(text) if isinstance(text, str) else None
@@ -178,6 +198,8 @@ def _read_message(value: Any, where: str) -> Message:
     if (role := value["role"]) not in _ROLES.values() and (meant := _ROLES.get(role.lower())):
         raise RowProblem(f"{where}.role = {short(role)}; write {meant!r}")
     calls = value.get("tool_calls")
+    if not calls and isinstance(value.get("function_call"), dict):  # OpenAI's old form
+        calls, value = [value["function_call"]], {**value, "function_call": None}
     message = _without_nulls({**value, "tool_calls": None})
     check_keys({**message, "tool_calls": calls}, where, body)
     for key, way_out in _UNREAD.items():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.data.fields import get_integers, get_mask, short
+from pear_megatron.data.fields import FUNCTIONS, SYSTEM, get_integers, get_mask, short
 from pear_megatron.score.recorded.beside import CARRIED
 from pear_megatron.score.recorded.request import CONTEXT_FIELDS, Request, refuse_images
 from pear_megatron.score.recorded.tokens import RECORD_IDS, Tokens, id_in
@@ -312,7 +312,8 @@ def own_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def notes_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What else of the row is worth keeping."""
-    return {name: fields[name] for name in ("messages", "prompt", *CONTEXT_FIELDS) if name in fields}
+    names = ("messages", "prompt", *SYSTEM, *CONTEXT_FIELDS, FUNCTIONS)
+    return {name: fields[name] for name in names if name in fields}
 
 
 def number(value: Any, place: str) -> float | None:

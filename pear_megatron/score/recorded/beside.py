@@ -8,6 +8,7 @@ from typing import Any
 
 from pear_megatron.data.columns import REFERENCE, TOPK_IDS, TOPK_LOGPROBS
 from pear_megatron.data.errors import RowProblem
+from pear_megatron.data.fields import FUNCTIONS, SYSTEM
 from pear_megatron.data.names import UnreadFields, is_nearly
 from pear_megatron.score.recorded.request import TEMPLATE_FIELDS
 from pear_megatron.score.recorded.sampling import is_of_sampling
@@ -55,7 +56,13 @@ def unread_fields(
     Raises:
         RowProblem: a name that is nearly one of those, or a column that cannot be placed beside an answer.
     """
-    known = {*read, *OWN, *_PER_TOKEN}
+    known = {
+        *read,
+        *OWN,
+        *_PER_TOKEN,
+        FUNCTIONS,
+        *(name for name in SYSTEM if isinstance(fields.get(name), str)),
+    }
     check_spelling(fields, known)
     for name in _PER_TOKEN:
         if name not in fields or name in carried:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from pear_megatron.data.chat import Conversation
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.data.fields import get_integers, short
+from pear_megatron.data.fields import FUNCTIONS, SYSTEM, get_integers, get_system, short
+from pear_megatron.data.text import tools_of
 
 CONTEXT_FIELDS = ("tools", "documents", "chat_template_kwargs")
 NO_PROMPT = "no prompt: give the request's messages, prompt or prompt_token_ids beside the answer"
@@ -43,6 +44,7 @@ class Request:
         ids: the prompt's token ids.
         context: ``tools``, ``documents``, ``chat_template_kwargs``, those that the row has.
         effort: ``reasoning_effort``, which engines hand on to the chat template.
+        system: the columns of the system message, as they stand.
         created: when the answer was made; None where it does not say.
         unread: what keeps the messages from being rendered as they were; None = nothing.
     """
@@ -52,6 +54,7 @@ class Request:
     ids: list[int] | None
     context: Mapping[str, Any]
     effort: Any = None
+    system: Mapping[str, Any] = field(default_factory=dict)
     created: datetime | None = None
     unread: str | None = None
 
@@ -85,8 +88,9 @@ class Request:
             messages,
             prompt,
             None if ids is None else get_integers({"prompt_token_ids": ids}, "prompt_token_ids").tolist(),
-            {name: _first(places, (name,)) for name in CONTEXT_FIELDS if _first(places, (name,)) is not None},
+            {name: value for name, value in _context(places).items() if value is not None},
             effort=_effort(places),
+            system={name: _first(places, (name,)) for name in SYSTEM},
             created=_created(fields),
             unread=_unread(places),
         )
@@ -98,7 +102,9 @@ class Request:
             raise RowProblem(NO_PROMPT)
         if self.unread is not None:
             raise RowProblem(self.unread)
-        return Conversation(messages=self.messages, prompt=self.prompt, **self.context)
+        return Conversation(
+            messages=self.messages, prompt=self.prompt, system=get_system(self.system), **self.context
+        )
 
     @property
     def ends_with_assistant(self) -> bool:
@@ -126,6 +132,11 @@ def _places(fields: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for name in _REQUEST_PLACES:
         if isinstance(fields.get(name), Mapping):
             yield from _places(fields[name])
+
+
+def _context(places: list[Mapping[str, Any]]) -> dict[str, Any]:
+    found = {name: _first(places, (name,)) for name in (*CONTEXT_FIELDS, FUNCTIONS)}
+    return {name: tools_of(found) if name == "tools" else found[name] for name in CONTEXT_FIELDS}
 
 
 def _effort(places: list[Mapping[str, Any]]) -> Any:

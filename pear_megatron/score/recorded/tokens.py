@@ -62,6 +62,11 @@ class Tokens:
             return encoder.generation_prompt(self._conversation(request))
         if request.prompt is None:
             raise RowProblem(NO_PROMPT)
+        if any(request.system.values()):
+            raise RowProblem(
+                "a system message beside the text prompt of a completion has no place in it; give the prompt as it was "
+                "sent, system message included, and leave the column out"
+            )
         return list(tokenizer(request.prompt)["input_ids"])
 
     def of_trajectory(self, request: Request, response: Any) -> tuple[list[int], list[bool]]:

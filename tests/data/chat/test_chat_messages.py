@@ -35,12 +35,13 @@ def test_what_other_programs_write_as_texts_and_calls_is_read() -> None:
         {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
         {"from": "function_call", "value": '<think>add</think>\n{"name": "f", "arguments": {"x": 1}}'},
         {"from": "function_call", "value": {"name": "f", "arguments": {"x": 1}}},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
         {"from": "chatgpt", "value": "Two."},
     ]
-    asked, thought, called, said = read_messages(rows)
+    asked, thought, called, called_once, said = read_messages(rows)
     assert asked == USER
     assert thought["content"] == "<think>add</think>"
-    assert thought["tool_calls"] == called["tool_calls"] == [CALL]
+    assert thought["tool_calls"] == called["tool_calls"] == called_once["tool_calls"] == [CALL]
     assert said["role"] == "assistant"
 
 
@@ -84,8 +85,12 @@ def test_thinking_is_one_field(name: str) -> None:
 
 BAD = {
     "old form of a call": (
-        {"role": "assistant", "content": "4", "function_call": {"name": "f", "arguments": "{}"}},
-        r"messages\[0\]\.function_call = .* would be left out; write it as tool_calls",
+        {
+            "role": "assistant",
+            "function_call": {"name": "f"},
+            "tool_calls": [{"name": "f", "arguments": "{}"}],
+        },
+        r"messages\[0\]\.function_call = .* would be left out; write one list of tool_calls",
     ),
     "refusal": (
         {"role": "assistant", "content": None, "refusal": "No."},
