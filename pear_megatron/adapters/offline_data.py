@@ -73,11 +73,13 @@ class OfflineBatches(Iterator[PackedBatch]):
         dp_rank, dp_size, cp_rank, cp_size: where this rank stands; the batches are its zigzag shards.
         seed: of the order.
         consumed_samples: rows that were seen before, as Megatron counts samples.
+        packing: False gives each trajectory a row of its own.
         period: steps after which it begins again, for evaluations that all see the same; None = never.
         device: where the batches go; None = they stay on the CPU.
 
     Attributes:
         steps_per_epoch: of the first epoch; others may differ by a step, since rows are packed anew.
+        micro_batches_per_step: of this rank.
 
     Raises:
         RecipeError: the batch does not divide among the ranks, or consumed_samples is not at a step's end.
@@ -96,6 +98,7 @@ class OfflineBatches(Iterator[PackedBatch]):
         cp_size: int = 1,
         seed: int = 0,
         consumed_samples: int = 0,
+        packing: bool = True,
         period: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -104,16 +107,14 @@ class OfflineBatches(Iterator[PackedBatch]):
                 f"a global batch of {global_batch_size} rows does not divide into micro-batches of "
                 f"{micro_batch_size} on {dp_size} data-parallel ranks; change one of them"
             )
-        if consumed_samples % global_batch_size:
-            raise RecipeError(
-                f"{consumed_samples} rows were consumed, which is no multiple of the global batch of "
-                f"{global_batch_size}: the run would see other batches than it would have; resume with the batch "
-                "size that it had (no ramp-up)"
-            )
         multiple = 2 * cp_size if cp_size > 1 else 1
-        self.plan = BatchPlan(dataset.lengths, seq_length, global_batch_size, seed=seed, multiple=multiple)
+        self.plan = BatchPlan(
+            dataset.lengths, seq_length, global_batch_size, seed=seed, packing=packing, multiple=multiple
+        )
         self.steps_per_epoch = self.plan.steps_per_epoch()
-        self._step, self._period, self._device = consumed_samples // global_batch_size, period, device
+        self.micro_batches_per_step = global_batch_size // (dp_size * micro_batch_size)
+        self._global_batch_size, self._period, self._device = global_batch_size, period, device
+        self.consumed_samples = consumed_samples
         self._micro_batches = partial(
             micro_batches,
             dataset,
@@ -124,6 +125,21 @@ class OfflineBatches(Iterator[PackedBatch]):
             cp_rank=cp_rank,
             cp_size=cp_size,
         )
+
+    @property
+    def consumed_samples(self) -> int:
+        """Rows of the steps that were begun, over all ranks; set it to go on from there."""
+        return self._step * self._global_batch_size
+
+    @consumed_samples.setter
+    def consumed_samples(self, rows: int) -> None:
+        if rows % self._global_batch_size:
+            raise RecipeError(
+                f"{rows} rows were consumed, which is no multiple of the global batch of "
+                f"{self._global_batch_size}: the run would see other batches than it would have; resume with the batch "
+                "size that it had (no ramp-up)"
+            )
+        self._step = rows // self._global_batch_size
         self._current: Iterator[PackedBatch] = iter(())
 
     def announce(self, iterations: int | None) -> None:

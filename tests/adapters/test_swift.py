@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ import pytest
 import torch
 
 from pear_megatron import PearConfig
-from pear_megatron.data import BatchPlan, DataConfig, TrajectoryDataset, collate, prepare
-from pear_megatron.loss import pear_loss
+from pear_megatron.data import BatchPlan
+from tests.adapters import one_rank
 from tests.adapters.checkouts import needs_modules
+from tests.adapters.one_rank import assert_same, loss_of, means
 from tests.adapters.swift_edge import NO_ATTENTION
 from tests.adapters.tiny_llama import VOCABULARY, save_tiny_llama
 from tests.adapters.torchrun import REPOSITORY, torchrun
@@ -84,56 +84,13 @@ def train(folder: Path, ranks: int, *args: Any, **options: Any) -> tuple[list[di
     return [line for line in lines if "iteration" in line], said
 
 
-@cache
 def expected(
     folder: Path, pear: PearConfig = PEAR, *, steps: int = STEPS, attention: bool = True
 ) -> tuple[list[dict[str, float]], Any]:
-    """Of every step: loss, gradient norm and report of the one-rank loss on Hugging Face's model; and that model."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.float32, attn_implementation="eager"
-    )
-    if not attention:
-        for layer in model.model.layers:
-            layer.self_attn.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    rows = trajectories(folder / "data.jsonl")
-    plan = BatchPlan(rows.lengths, SEQ_LENGTH, BATCH, seed=SEED, multiple=1 if attention else 4)
-    found = []
-    for step in range(steps):
-        loss, decisions, report = loss_of(model, rows, [i for row in plan.rows(step)[1] for i in row], pear)
-        optimizer.zero_grad()
-        (loss / decisions).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        found.append({"grad_norm": float(norm), **means(report)})
-    return found, model
-
-
-def trajectories(file: Path) -> TrajectoryDataset:
-    return TrajectoryDataset.open(
-        prepare(DataConfig(train=[str(file)], seq_length=SEQ_LENGTH), vocab_size=VOCABULARY)
-    )
-
-
-def loss_of(model: Any, rows: TrajectoryDataset, own: list[int], pear: PearConfig) -> Any:
-    batch = collate(rows, [own], int(sum(rows.lengths[i] - 1 for i in own)))
-    logits = [model(torch.as_tensor(rows[i].input_ids[:-1].astype("int64"))[None]).logits[0] for i in own]
-    return pear_loss(
-        torch.cat(logits), batch.labels.flatten(), batch.behavior_logprobs.flatten(), batch.loss_mask.flatten(),
-        batch.cu_seqlens, pear, reward=batch.reward,
+    return one_rank.expected(
+        folder, pear, seq_length=SEQ_LENGTH, batch=BATCH, steps=steps, learning_rate=LEARNING_RATE, seed=SEED,
+        multiple=1 if attention else 4, attention=attention,
     )  # fmt: skip
-
-
-def means(report: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {key: float(total / count) for key, (total, count) in report.items()}
-
-
-def assert_same(steps: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
-    assert len(steps) == len(wanted)
-    for step, want in zip(steps, wanted, strict=True):
-        assert {name: step[name] for name in want} == pytest.approx(want, rel=1e-5, abs=1e-6)
 
 
 def test_it_trains_evaluates_and_saves_what_the_loss_says(folder: Path) -> None:
@@ -147,7 +104,7 @@ def test_it_trains_evaluates_and_saves_what_the_loss_says(folder: Path) -> None:
     assert "PEAR: an epoch is 5 iterations; 0.60 epochs are asked for" in said
     assert "of the weights are at" not in said
 
-    held_out = trajectories(folder / "held_out.jsonl")
+    held_out = one_rank.trajectories(folder / "held_out.jsonl", VOCABULARY + 1, SEQ_LENGTH)
     with torch.no_grad():
         report = means(loss_of(model, held_out, list(range(len(held_out))), PEAR)[2])
     evaluations = [line for line in lines if "eval_loss" in line]
@@ -191,7 +148,7 @@ def test_lora_trains_on_and_its_merged_model_has_the_loss_of_the_next_step(folde
     assert lines[0]["loss"] == pytest.approx(expected(folder)[0][0]["loss"], rel=1e-5)
     (saved,) = folder.glob(f"out-*/checkpoint-{STEPS}-merged")
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32, attn_implementation="eager")
-    rows = trajectories(folder / "data.jsonl")
+    rows = one_rank.trajectories(folder / "data.jsonl", VOCABULARY + 1, SEQ_LENGTH)
     own = [i for row in BatchPlan(rows.lengths, SEQ_LENGTH, BATCH, seed=SEED).rows(STEPS)[1] for i in row]
     report = means(loss_of(model, rows, own, PEAR)[2])
     assert_same(lines[STEPS:], [report])
