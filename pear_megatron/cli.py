@@ -22,6 +22,7 @@ from pear_megatron.commands import (
     validate,
 )
 from pear_megatron.commands.errors import say_errors
+from pear_megatron.streams import steady
 
 app = typer.Typer(
     help="PEAR for Megatron-Core. Train with: torchrun -m pear_megatron.train --config RECIPE.yaml",
@@ -66,6 +67,7 @@ def _commands(
     ] = False,
 ) -> None:
     """Options before the command's name."""
+    steady()
     name = context.invoked_subcommand or ""
     interrupt.end_on_interrupt(
         _KEPT.get(name, "the same command starts again"), clean=name in ("convert", "export")

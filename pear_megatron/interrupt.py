@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 from pear_megatron.ranks import is_main
@@ -21,7 +22,8 @@ def say(text: str) -> None:
     line = f"{text}\n".encode()
     if sys.stderr.isatty():
         line = b"\n" + _SHOW_CURSOR + line  # after the terminal's ^C
-    os.write(2, line)
+    with suppress(OSError):  # nobody reads it any more
+        os.write(2, line)
 
 
 def end(text: str) -> NoReturn:

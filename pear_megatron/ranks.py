@@ -83,7 +83,7 @@ def run_ranks(processes: int, module: str, arguments: list[str]) -> int:
 def _pass_on(number: int, _: object) -> None:
     """Sends a signal to this process's children."""
     for children in Path("/proc/self/task").glob("*/children"):
-        for child in children.read_text().split():
+        for child in children.read_text(encoding="utf-8").split():
             with suppress(ProcessLookupError):
                 os.kill(int(child), number)
 
@@ -103,7 +103,9 @@ def report_error(error: BaseException) -> None:
     else:
         time.sleep(_SECONDS_FOR_RANK_0)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(report).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
+        Path(report).write_text(
+            json.dumps({"message": str(error), "timestamp": int(time.time())}), encoding="utf-8"
+        )
 
 
 def from_main(work: Callable[[], _T], *, group: Any = None) -> _T:

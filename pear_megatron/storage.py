@@ -87,7 +87,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     try:
         read = json.loads if path.suffix == ".json" else yaml.safe_load  # to which 1e-05 is a text
-        content = read(path.read_text())
+        content = read(path.read_text(encoding="utf-8"))
     except Exception as error:  # yaml raises whatever its parts do: KeyError, RecursionError, AttributeError
         raise RecipeError(f"{path} cannot be read: {error or repr(error)}; is the file whole?") from error
     if not isinstance(content, dict):
@@ -238,7 +238,7 @@ def lock(
         OSError: it cannot be made, or is no folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
+    with (folder / ".lock").open("ab") as file:
         began, said = time.monotonic(), False
         while True:
             try:

@@ -99,6 +99,21 @@ def test_nothing_but_the_method_and_the_ground_floor_stands_at_the_top() -> None
         "ranks",
         "schema",
         "storage",
+        "streams",
         "watch",
     }
     assert {path.stem for path in PACKAGE.glob("*.py")} == method | ground_floor
+
+
+def test_text_files_are_read_and_written_as_utf_8_whatever_the_locale_says() -> None:
+    found = []
+    for name, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+                continue
+            called = ast.unparse(node.func).rpartition(".")[2]
+            modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            opens = called == "open" and any("b" not in mode for mode in modes)
+            if called in ("read_text", "write_text") or opens:
+                found.append(f"{name}:{node.lineno}")
+    assert not found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import ParamSpec, cast
@@ -30,6 +31,7 @@ def say_errors(command: Callable[_Arguments, None]) -> Callable[_Arguments, None
         try:
             with working(f"pear-megatron {name}"):
                 command(*args, **options)
+                sys.stdout.flush()
         except (PearError, ImportError) as error:
             report_error(error)
             raise typer.Exit(1) from error

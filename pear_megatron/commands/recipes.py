@@ -54,7 +54,7 @@ def show_recipe(name: _RecipeArgument) -> None:
     """Print a recipe's file."""
     from pear_megatron.recipe.shipped import find_shipped
 
-    print(find_shipped(name).read_text(), end="")
+    print(find_shipped(name).read_text(encoding="utf-8"), end="")
 
 
 @recipes.command("copy", epilog="Example: pear-megatron recipes copy sft/qwen2.5-7b mine.yaml")
@@ -89,7 +89,7 @@ def show_script(
     """Print a script."""
     from pear_megatron.recipe.shipped import find_script
 
-    print(find_script(name).read_text(), end="")
+    print(find_script(name).read_text(encoding="utf-8"), end="")
 
 
 @slurm.command("copy", epilog="Example: pear-megatron slurm copy slurm; then edit slurm/cluster.env")

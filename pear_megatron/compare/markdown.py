@@ -34,4 +34,4 @@ def markdown_table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown_table(json.loads(Path(sys.argv[1]).read_text())), end="")
+    print(markdown_table(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), end="")

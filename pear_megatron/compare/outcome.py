@@ -14,6 +14,7 @@ import numpy as np
 from pear_megatron.compare import stages
 from pear_megatron.compare.cell import Cell
 from pear_megatron.compare.recipe import CompareRecipe
+from pear_megatron.errors import PearError
 from pear_megatron.evaluate.results import SHARE, Results, read_results
 from pear_megatron.evaluate.statistics import Estimate, interval, over_runs, p_value
 
@@ -63,13 +64,40 @@ class CellResult:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Rows of the metrics.jsonl of a cell's stage.
+
+    Raises:
+        PearError: it is not there or damaged; names the line.
+    """
+    path, rows = folder / "metrics.jsonl", []
+    way_out = f"put it back, or remove {folder.parent}, which the same command then runs again"
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise PearError(f"{path} cannot be read ({error.strerror}); {way_out}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise PearError(f"{path}:{number} is damaged; {way_out}") from error
+        rows.append(row)
+    return rows
 
 
 def read_cell(cell: Cell) -> CellResult:
-    """The result of a cell that is done."""
-    rewards = np.array([row["reward"] for row in read_metrics(cell.folder / stages.RL)])
+    """The result of a cell that is done.
+
+    Raises:
+        PearError: what it left is damaged.
+    """
+    rows, steps = read_metrics(cell.folder / stages.RL), cell.rl.grpo.max_num_steps
+    if [row["step"] for row in rows] != list(range(1, steps + 1)):
+        raise PearError(
+            f"{cell.folder / stages.RL / 'metrics.jsonl'} does not have a row for each of the {steps} steps; put it "
+            f"back, or remove {cell.folder}, which the same command then runs again"
+        )
+    rewards = np.array([row["reward"] for row in rows])
     before, after = (
         read_results(cell.folder / name) if cell.evaluated else None for name in (stages.BEFORE, stages.AFTER)
     )

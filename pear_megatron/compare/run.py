@@ -116,7 +116,7 @@ class Comparison:
             if not marker.is_file():
                 stages.prepare(commands, folder / "prepare.log", self._threads)
                 write_atomically(marker, json.dumps(commands, indent=1) + "\n")
-            elif json.loads(marker.read_text()) != commands:
+            elif json.loads(marker.read_text(encoding="utf-8")) != commands:
                 raise RecipeError(
                     f"{folder} was prepared by other commands; choose another folder, or remove that one"
                 )

@@ -90,13 +90,13 @@ def prepare(commands: list[list[str]], log: Path, threads: int) -> None:
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         for command in commands:
             words = [sys.executable if word == "python" else word for word in command]
             print("$", *words, file=file, flush=True)
             done = subprocess.run(words, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
             if done.returncode:
-                tail = "\n".join(log.read_text(errors="replace").splitlines()[-10:])
+                tail = "\n".join(log.read_text(errors="replace", encoding="utf-8").splitlines()[-10:])
                 raise StageError(
                     f"`{' '.join(command)}` failed (exit code {done.returncode}); {log} ends with:\n{tail}"
                 )

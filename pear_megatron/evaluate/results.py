@@ -94,7 +94,7 @@ def read_results(path: str | Path) -> Results:
     """
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         problems = [ProblemResult(**problem) for problem in content["problems"]]
         return Results(content["settings"], content["right_at"], content["k"], problems)
     except FileNotFoundError as error:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pear_megatron.storage import naming, write_atomically
 
+log = logging.getLogger("pear_megatron")
+
 FILE = "samples.jsonl"
+_KEYS = {"id", "sample", "response", "score", "truncated", "tokens"}
 
 
 class Slot(NamedTuple):
@@ -87,9 +91,20 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    return [
-        json.loads(line) for line in path.read_text().split("\n")[:-1]
-    ]  # a killed run's last line has no end
+    rows = []
+    for number, line in enumerate(
+        path.read_bytes().split(b"\n")[:-1], 1
+    ):  # a killed run's last line has no end
+        try:
+            row = json.loads(line)
+            whole = isinstance(row, dict) and row.keys() >= _KEYS
+        except ValueError:
+            whole = False
+        if whole:
+            rows.append(row)
+        else:
+            log.warning("%s:%d is damaged: the responses of its batch are drawn again", path, number)
+    return rows
 
 
 def _line(row: dict[str, Any]) -> str:

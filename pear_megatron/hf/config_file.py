@@ -123,10 +123,10 @@ def rename_tokenizer_class(path: Path) -> None:
     """Calls transformers 5's general class by the name that version 4 knows too, where a tokenizer has it."""
     if not path.is_file():
         return
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def generation_json(config: dict[str, Any]) -> dict[str, Any]:
@@ -152,9 +152,9 @@ def name_end_of_turn(folder: Path) -> None:
     except RowProblem:  # a template for other rows than plain questions
         return
     path = folder / "generation_config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     named = config.get("eos_token_id", tokenizer.eos_token_id)
     ids = [i for i in (named if isinstance(named, list) else [named]) if i is not None]
     if end is not None and end not in ids:
         config["eos_token_id"] = [*ids, end]
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -101,7 +101,7 @@ class HFWeights:
         if (self.folder / SINGLE).is_file() or not path.is_file():
             return {}
         try:
-            index = dict(json.loads(path.read_text())["weight_map"])
+            index = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read: {error!r}; download it again") from error
         for name, file in index.items():

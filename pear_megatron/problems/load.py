@@ -52,7 +52,7 @@ def load_problems(config: ProblemsConfig) -> ProblemSet:
         from pear_megatron.problems.jsonl import read_problems
 
         problems = read_problems(config)
-        graded_by = Path(config.grader).expanduser().read_text()
+        graded_by = Path(config.grader).expanduser().read_text(encoding="utf-8")
     else:
         from pear_megatron.problems.reasoning_gym import make_problems
 

@@ -111,7 +111,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         hint = f"; {gguf} has to be made into one first, with transformers (gguf_file=)" if gguf else ""
         raise RecipeError(f"{folder} is not a Hugging Face checkpoint: it has no config.json{hint}")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read: {error}; is the file whole?") from error
     if not isinstance(config, dict):

@@ -87,7 +87,7 @@ def recipe_file(given: str | Path, folder: str | None = None, *, base: Path | No
 
 def about(path: Path) -> str:
     """The first sentence of a recipe's or a script's opening comment."""
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     start = 1 if lines and lines[0].startswith("#!") else 0
     comment = []
     for line in lines[start:]:
@@ -118,8 +118,8 @@ def copy_recipe(name: str, destination: Path) -> list[Path]:
     target = destination if to_file else destination / source.name
     if source.parent.name == NEMO_RL:
         chain = _chain(source)
-        texts = {target: source.read_text()}
-        texts |= {target.parent / parent.name: parent.read_text() for parent in chain[1:]}
+        texts = {target: source.read_text(encoding="utf-8")}
+        texts |= {target.parent / parent.name: parent.read_text(encoding="utf-8") for parent in chain[1:]}
         if len(texts) < len(chain):
             raise RecipeError(
                 f"{target} has the name of a parent of {name}, which is copied beside it; choose another"
@@ -132,13 +132,15 @@ def copy_recipe(name: str, destination: Path) -> list[Path]:
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     return list(texts)
 
 
 def _chain(source: Path) -> list[Path]:
     """A recipe and those it inherits from in the same folder."""
-    parents = [match[2] for match in _PATHS.finditer(source.read_text()) if match[1] == "defaults: "]
+    parents = [
+        match[2] for match in _PATHS.finditer(source.read_text(encoding="utf-8")) if match[1] == "defaults: "
+    ]
     return [source, *(file for parent in parents for file in _chain(source.parent / parent))]
 
 
@@ -148,7 +150,7 @@ def _with_shipped_parents(source: Path) -> str:
     def rename(match: re.Match[str]) -> str:
         return f"{match[1]}{PREFIX}{(source.parent / match[2]).resolve().relative_to(root).as_posix()}"
 
-    return _PATHS.sub(rename, source.read_text())
+    return _PATHS.sub(rename, source.read_text(encoding="utf-8"))
 
 
 def slurm_scripts() -> dict[str, Path]:
@@ -184,5 +186,8 @@ def copy_slurm(destination: Path) -> list[Path]:
         if path.suffix == ".sh":  # srun starts node.sh
             path.chmod(path.stat().st_mode | 0o111)
     settings = destination / "cluster.env"
-    settings.write_text(_PYTHON.sub(lambda _: f"export PEAR_PYTHON={sys.executable}", settings.read_text()))
+    settings.write_text(
+        _PYTHON.sub(lambda _: f"export PEAR_PYTHON={sys.executable}", settings.read_text(encoding="utf-8")),
+        encoding="utf-8",
+    )
     return written

@@ -248,6 +248,6 @@ def _unscored_table(rows: Sequence[ScoreRow]) -> pa.Table:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ScoreError(f"{path} cannot be read: {error}; start over with --overwrite") from error

@@ -20,6 +20,7 @@ from pear_megatron.interrupt import EXIT_INTERRUPTED
 from pear_megatron.ranks import from_main, is_main, report_error, run_ranks
 from pear_megatron.recipe import RecipeError, check_layout, load_recipe
 from pear_megatron.storage import PATIENCE, lock
+from pear_megatron.streams import steady
 from pear_megatron.train.stop import EXIT_REQUEUE, StopRequest, remove_requeue_file
 from pear_megatron.train.weights_and_biases import check_wandb
 from pear_megatron.watch import working
@@ -73,6 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     A run that was asked to stop ends with EXIT_REQUEUE.
     """
     args = parse_arguments(arguments)
+    steady()
     world = os.environ.get("WORLD_SIZE")
     if args.nproc_per_node > 1 and world is None:
         sys.exit(run_ranks(args.nproc_per_node, "pear_megatron.train", arguments or sys.argv[1:]))

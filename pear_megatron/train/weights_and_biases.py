@@ -84,7 +84,7 @@ class WandbLog:
 def _run_id(folder: Path) -> str:
     path = folder / RUN_ID
     if path.exists():
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8").strip()
     name = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
     write_atomically(path, name)
     return name

@@ -113,6 +113,22 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(finished: Path,
         assert again.read_bytes() == samples.read_bytes(), (whole_group, log, delay)
 
 
+def test_a_finished_cell_that_is_damaged_is_named_with_file_and_line(finished: Path) -> None:
+    path = finished / "out" / "seed0" / "token" / "rl" / "metrics.jsonl"
+    whole = path.read_bytes()
+    for damaged, said in (
+        (
+            whole[:-20],
+            f"{path}:{len(whole.splitlines())} is damaged; put it back, or remove {path.parents[1]}",
+        ),
+        (whole[whole.index(b"\n") + 1 :], f"{path} does not have a row for each of the"),
+        (None, f"{path} cannot be read (No such file or directory)"),
+    ):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        assert said in compare(finished / "compare.yaml", code=1)
+    path.write_bytes(whole)
+
+
 def test_two_commands_at_once_are_refused_the_folder(finished: Path) -> None:
     from pear_megatron.storage import lock
 

@@ -184,7 +184,8 @@ def test_tuning_takes_the_value_with_the_highest_mean_reward_over_rl_for_each_ar
     tuning = tuning_cells(recipe)
     for arm, by_value in tuning.items():
         for cell, curve in zip(by_value.values(), rewards[arm], strict=True):
-            made.write_rows(cell.folder / "rl", [{"reward": reward} for reward in curve])
+            rows = [{"step": step, "reward": reward} for step, reward in enumerate(curve, 1)]
+            made.write_rows(cell.folder / "rl", rows)
     chosen = Comparison(recipe)._choose(tuning)
     assert chosen == {"SFT": ("optimizer.lr=0.002",), "token": ("optimizer.lr=0.001",)}  # a tie: the first
 

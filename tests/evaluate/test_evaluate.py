@@ -173,6 +173,21 @@ def _run_on_a_rank(rank: int, model: Path, problems: Path, output: Path) -> None
     run(model, problems, output)
 
 
+def test_damaged_responses_are_drawn_again(
+    word_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    problems, path = write_problems(tmp_path), tmp_path / "out" / "samples.jsonl"
+    whole = run(word_model, problems, path.parent)
+    before = path.read_bytes()
+    lines = before.splitlines(keepends=True)
+    lines[2:4] = [lines[2][:-9] + b"\n", b'{"id": "\xff"}\n']
+    path.write_bytes(b"".join(lines))
+    assert run(word_model, problems, path.parent).problems == whole.problems
+    assert sorted(path.read_bytes().splitlines()) == sorted(before.splitlines())
+    assert f"{path}:3 is damaged: the responses of its batch are drawn again" in caplog.text
+    assert caplog.text.count("is damaged") == 2
+
+
 def test_an_evaluation_killed_midway_continues_to_the_same_samples(word_model: Path, tmp_path: Path) -> None:
     problems = write_problems(tmp_path, grader=_KILLER)
     with pytest.raises(RuntimeError, match="died with exit code -9"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from pear_megatron.train.weights_and_biases import RUN_ID, check_wandb, start_wa
 from tests.distributed import run_ranks
 from tests.full_disk import files_up_to
 from tests.megatron.ranks import train_runs
-from tests.megatron.runs import TINY, write_trajectories
+from tests.megatron.runs import TINY, Started, run_entry_point, write_trajectories
 
 
 def _metrics(step: int, **more: float) -> dict[str, Any]:
@@ -234,3 +236,20 @@ def test_rows_that_a_full_disk_does_not_take_wait_and_training_goes_on(
         run.log_step(_metrics(7))
         with pytest.raises(CheckpointError, match=r"metrics\.jsonl lacks its last 1 rows"):
             run.close()
+
+
+def _with_packages_of(site: str, rank: int, world: int, port: int, output: Any, arguments: list[str]) -> None:
+    sys.path.insert(0, site)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        del sys.modules[name]
+    run_entry_point(rank, world, port, output, arguments)
+
+
+def test_wandb_that_does_not_start_is_said_before_data_are_read(tmp_path: Path) -> None:
+    (tmp_path / "site" / "wandb").mkdir(parents=True)
+    (tmp_path / "site" / "wandb" / "__init__.py").write_text("import of_a_package_that_is_missing\n")
+    overrides = ["data.train=/nowhere.jsonl", "logging.wandb_project=pear", f"output_dir={tmp_path / 'out'}"]
+    started = Started(2, *overrides, target=partial(_with_packages_of, str(tmp_path / "site")))
+    assert started.wait() == [1, 1]
+    assert started.output(0).startswith("error: logging.wandb_project pear: W&B cannot be started: No module")
+    assert started.output(1) == ""

@@ -175,7 +175,7 @@ def _check_resumed(args: Any) -> None:
     folder = args.mcore_adapter or next(iter(args.adapters), None) or args.mcore_model or args.model
     if args.finetune or folder is None or not (file := Path(folder) / "args.json").is_file():
         return
-    before = json.loads(file.read_text())
+    before = json.loads(file.read_text(encoding="utf-8"))
     if PREFIX + "variant" not in before:
         log.warning("PEAR: %s does not say which loss it was trained with; not checked", folder)
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -14,12 +13,12 @@ from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.checkpoint.background import write_format
 from pear_megatron.megatron.checkpoint.paths import (
     BEST,
-    FILES,
     LATEST,
     best_step,
     checkpoint_path,
     damage,
     steps_on_disk,
+    write_sizes,
 )
 from pear_megatron.storage import remove, sync
 
@@ -160,8 +159,7 @@ class CheckpointFolder:
 def _complete(folder: Path) -> None:
     """The files that say what the others are: Megatron's metadata.json, and the sizes."""
     write_format(folder)
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    (folder / FILES).write_text(json.dumps(sizes, indent=1))
+    write_sizes(folder)
     for path in folder.iterdir():
         sync(path)
     sync(folder)
@@ -169,5 +167,5 @@ def _complete(folder: Path) -> None:
 
 def _write_synced(path: Path, text: str) -> None:
     path.unlink(missing_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     sync(path)

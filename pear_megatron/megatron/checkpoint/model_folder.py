@@ -84,7 +84,7 @@ def check_split(folder: str | Path, tensor_parallel: int, pipeline_parallel: int
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ScoreError(f"{path} cannot be read: {error}; is the file whole?") from error
 

@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 
 from pear_megatron.errors import CheckpointError
-from pear_megatron.storage import is_name
+from pear_megatron.storage import is_name, write_atomically
 
 log = logging.getLogger("pear_megatron")
 
@@ -54,10 +54,21 @@ def damage(path: Path) -> str | None:
     for name in ("metadata.json", ".metadata"):
         if not (path / name).is_file():
             return f"{name} is missing"
+    return damaged_file(path)
+
+
+def write_sizes(path: Path) -> None:
+    """Writes down the sizes of a checkpoint's files, when all are there."""
+    sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.name != FILES}
+    write_atomically(path / FILES, json.dumps(sizes, indent=1))
+
+
+def damaged_file(path: Path) -> str | None:
+    """The first file that has not the size that was written down; None if all have, or nothing was."""
     if not (path / FILES).is_file():
         return None
     try:
-        sizes = dict(json.loads((path / FILES).read_text()))
+        sizes = dict(json.loads((path / FILES).read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         return f"{FILES} cannot be read ({error})"
     for name, size in sizes.items():
@@ -76,7 +87,7 @@ def _tracked_step(root: Path) -> int | None:
         if steps:
             log.warning("%s is missing; looking at the checkpoints themselves", tracker)
         return None
-    text = tracker.read_text(errors="replace").strip()
+    text = tracker.read_text(errors="replace", encoding="utf-8").strip()
     if not text.isdigit():
         log.warning("%s holds %r, not a step; looking at the checkpoints themselves", tracker, text)
     elif int(text) not in steps:

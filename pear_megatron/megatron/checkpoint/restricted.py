@@ -133,7 +133,7 @@ def read_common(folder: Path) -> dict[str, Any]:
     import megatron.core.dist_checkpointing  # noqa: F401 - its list of classes
 
     try:
-        described = json.loads((folder / "metadata.json").read_text())
+        described = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
         kind = described.get("sharded_backend"), described.get("common_backend", "torch")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder / 'metadata.json'} cannot be read: {error}") from error

@@ -207,7 +207,7 @@ def _shipped_keys(root: Path) -> set[str]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     keys = set(_TYPED)
     for path in [*(root / _CONFIGS).rglob("*.yaml"), *(root / "examples/nemo_gym").rglob("*.yaml")]:
-        content = yaml.load(path.read_text(), loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), loader)
         if isinstance(content, dict) and "sft" not in content and "dpo" not in content:
             keys |= set(_keys(content))
     return keys

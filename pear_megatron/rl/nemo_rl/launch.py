@@ -253,7 +253,7 @@ def _resume_faults(folder: Path, start: StartingPoint, notes: list[str]) -> list
     if not steps:
         return []
     try:
-        old = yaml.safe_load(steps[max(steps)].read_text())
+        old = yaml.safe_load(steps[max(steps)].read_text(encoding="utf-8"))
         began = str(old["policy"]["model_name"])
         pretrained = (old["checkpointing"].get("pretrained_checkpoint") or {}).get("path")
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:

@@ -72,7 +72,7 @@ def ask_nemo_rl(
                 last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
                 reasons.append(f"{' '.join(python)}: {last}")
                 continue
-            said = json.loads(report.read_text())
+            said = json.loads(report.read_text(encoding="utf-8"))
         if said["imported"]:
             faults = [_line(fault["says"], fault["at"], fault["keys"], recipe) for fault in said["faults"]]
             return Verdict(faults, "; ".join(said["unchecked"]))

@@ -90,7 +90,9 @@ def _check_weights(folder: Path) -> None:
     index = folder / _INDEX
     if index.is_file():
         try:
-            names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+            names = {
+                str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            }
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise RecipeError(f"{index} cannot be read: {error}; copy the checkpoint again") from error
         if missing := sorted(name for name in names if not (folder / name).is_file()):
@@ -179,7 +181,7 @@ def _tokenizer_faults(start: StartingPoint, recipe: Composed) -> list[str]:
 def _largest_token_id(folder: Path) -> int | None:
     """Of tokenizer.json; None where there is none, or its model has no list of tokens."""
     try:
-        content = json.loads((folder / "tokenizer.json").read_text())
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         vocabulary = content["model"]["vocab"]
         ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
         return max([*ids, *(token["id"] for token in content.get("added_tokens", []))])
@@ -191,7 +193,9 @@ def _has_chat_template(folder: Path) -> bool:
     if any((folder / name).is_file() for name in _TEMPLATES):
         return True
     try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_text()).get("chat_template"))
+        return bool(
+            json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+        )
     except (OSError, ValueError):
         return False
 

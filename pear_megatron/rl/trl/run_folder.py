@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from transformers import TrainerCallback
 
-from pear_megatron.errors import RecipeError
+from pear_megatron.errors import CheckpointError, RecipeError
+from pear_megatron.megatron.checkpoint.paths import FILES, damaged_file, write_sizes
 from pear_megatron.rl.trl.recipe import TrlRecipe
 from pear_megatron.storage import (
     check_same_settings,
@@ -45,7 +46,14 @@ _METRICS = {
 }
 
 _FOR_TRAINING = ("optimizer.pt", "scheduler.pt")
-_ONLY_FOR_TRAINING = ("optimizer.*", "scheduler.*", "rng_state*", "trainer_state.json", "training_args.bin")
+_ONLY_FOR_TRAINING = (
+    "optimizer.*",
+    "scheduler.*",
+    "rng_state*",
+    "trainer_state.json",
+    "training_args.bin",
+    FILES,
+)
 
 
 class TrlRunFolder:
@@ -82,18 +90,38 @@ class TrlRunFolder:
         return any(self.checkpoints.glob("checkpoint-*")) or (metrics.exists() and metrics.stat().st_size > 0)
 
     def latest_checkpoint(self) -> tuple[Path | None, int]:
-        """The newest checkpoint that was written to its end, and its step; newer ones are removed."""
+        """The newest whole checkpoint, and its step; newer ones, half-written or damaged, are removed.
+
+        Raises:
+            CheckpointError: there are checkpoints that were written to their end, and all are damaged.
+        """
+        newer, damaged = [], []
         for path in self._by_step():
             try:
-                state = json.loads((path / "trainer_state.json").read_text())  # the last that Trainer writes
-                missing = [name for name in _FOR_TRAINING if not (path / name).is_file()]
-                if not missing:
-                    return path, int(state["global_step"]) // self._updates
-                log.warning("%s has no %s: going on from the one before it", path, ", ".join(missing))
-            except (OSError, ValueError):
-                pass
-            remove(path)
-        return None, 0
+                # the last that Trainer writes
+                state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+                step = int(state["global_step"]) // self._updates
+            except (OSError, ValueError, KeyError, TypeError):
+                newer.append(path)
+                continue
+            missing = [f"{name} is missing" for name in _FOR_TRAINING if not (path / name).is_file()]
+            problem = next(iter(missing), None) or damaged_file(path)
+            if problem is None:
+                break
+            newer.append(path)
+            damaged.append(f"{path} ({problem})")
+        else:
+            if damaged:
+                raise CheckpointError(
+                    f"no checkpoint under {self.checkpoints} is whole: {'; '.join(damaged)}; put one back, or remove "
+                    f"{self.folder} to start anew"
+                )
+            path, step = None, 0
+        for description in damaged:
+            log.warning("skipping a damaged checkpoint: %s; going on from step %d", description, step)
+        for one in newer:
+            remove(one)
+        return path, step
 
     def _by_step(self) -> list[Path]:
         """The checkpoints, the newest first, by their names: a clock may go back."""
@@ -125,13 +153,17 @@ class TrlRunFolder:
 
 
 class KeepLast(TrainerCallback):
-    """Removes checkpoints as ``checkpointing.keep_last`` says; Trainer's own way goes by the clock."""
+    """Writes down the sizes of a new checkpoint's files, and removes old ones as ``checkpointing.keep_last`` says.
+
+    Trainer's own way goes by the clock.
+    """
 
     def __init__(self, folder: TrlRunFolder, count: int | None) -> None:
         self._folder, self._count = folder, count
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called by Trainer, once a checkpoint is whole."""
+        write_sizes(self._folder.checkpoints / f"checkpoint-{state.global_step}")
         self._folder.keep(self._count)
 
 

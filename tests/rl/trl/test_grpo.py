@@ -17,7 +17,7 @@ pytest.importorskip("trl", reason="needs the extra rl")
 
 from pear_megatron.cli import app
 from pear_megatron.data.errors import DataError
-from pear_megatron.errors import RecipeError
+from pear_megatron.errors import CheckpointError, RecipeError
 from pear_megatron.problems.graders import GraderError
 from pear_megatron.rl.trl.grpo import run
 from pear_megatron.rl.trl.recipe import load_trl_recipe
@@ -290,7 +290,16 @@ def test_a_run_is_not_gone_on_with_without_what_it_was(
     assert "is at step 2 already, and grpo.max_num_steps is 1" in caplog.text
     (output / "checkpoints" / "checkpoint-2" / "optimizer.pt").unlink()
     train(recipe, word_model, output, "grpo.max_num_steps=2")
-    assert "checkpoint-2 has no optimizer.pt: going on from the one before it" in caplog.text
+    assert "checkpoint-2 (optimizer.pt is missing); going on from step 1" in caplog.text
+    assert len(metrics(output)) == 2
+    for step in (1, 2):
+        weights = output / "checkpoints" / f"checkpoint-{step}" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(
+        CheckpointError, match=r"is whole: .*checkpoint-2 \(model.safetensors has \d+ of \d+ bytes"
+    ):
+        train(recipe, word_model, output, "grpo.max_num_steps=2")
+    assert len(list((output / "checkpoints").glob("checkpoint-*"))) == 2
     (output / "config.yaml").unlink()
     with pytest.raises(RecipeError, match=r"holds a run and no config\.yaml"):
         train(recipe, word_model, output)

@@ -290,7 +290,7 @@ def main(report: str, script: str, *arguments: str) -> None:
     rehearsal = Rehearsal()
     rehearsal.run(script, list(arguments))
     said = {name: getattr(rehearsal, name) for name in ("imported", "faults", "unchecked")}
-    Path(report).write_text(json.dumps(said))
+    Path(report).write_text(json.dumps(said), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def _named(words: set[str], known: Iterable[str]) -> set[str]:
 
 def _words_behind(path: Path, line: int) -> set[str]:
     """Names and strings of the condition that failed at a line, and of what its variables were assigned from."""
-    functions = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
     function = max((f for f in functions if _spans(f, line)), key=lambda node: node.lineno, default=None)
     if function is None:
         return set()
