@@ -22,6 +22,7 @@ from pear_megatron.commands import (
     validate,
 )
 from pear_megatron.commands.errors import say_errors
+from pear_megatron.ranks import end_with_parent
 from pear_megatron.streams import steady
 
 app = typer.Typer(
@@ -68,6 +69,7 @@ def _commands(
 ) -> None:
     """Options before the command's name."""
     steady()
+    end_with_parent()
     name = context.invoked_subcommand or ""
     interrupt.end_on_interrupt(
         _KEPT.get(name, "the same command starts again"), clean=name in ("convert", "export")

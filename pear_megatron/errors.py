@@ -37,7 +37,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _FULL_WORDS = (*map(os.strerror, _FULL), "PytorchStreamWriter", "unexpected pos")
 
 
-def of_the_disk(error: BaseException, place: str | Path | None) -> PearError | None:
+_MANY_FILES = os.strerror(errno.EMFILE)
+
+
+def of_the_system(error: BaseException, place: str | Path | None) -> PearError | None:
     """What to say of an error that a full disk, a quota or a limit brought about; None = it was something else.
 
     Args:
@@ -48,6 +51,8 @@ def of_the_disk(error: BaseException, place: str | Path | None) -> PearError | N
         if isinstance(cause, OSError) and cause.errno in _FULL:
             place = cause.filename or place
             return PearError(_no_room(place, os.strerror(cause.errno)))
+        if _MANY_FILES in str(cause):
+            return PearError(f"{_MANY_FILES}: a process may not open more; raise its limit (ulimit -n 4096)")
         if words := next((words for words in _FULL_WORDS if words in str(cause)), None):
             reason = words if words in map(os.strerror, _FULL) else "cannot be written to"
             return PearError(_no_room(place, reason))

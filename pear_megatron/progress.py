@@ -133,7 +133,8 @@ class Progress:
     """A context manager; ``advance`` says what was done and about how long the rest takes."""
 
     def __init__(self, title: str, total: int) -> None:
-        self._title, self._total, self._done, self._started = title, total, 0, time.monotonic()
+        self._title, self._total, self._started = title, total, time.monotonic()
+        self._done = self._timed = 0
         console = Console(stderr=True, highlight=False)
         columns = (TextColumn(f"[bold]{title}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Bar(*columns, console=console, disable=not console.is_terminal)
@@ -148,11 +149,14 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def advance(self, text: str) -> None:
-        """One more is done."""
+    def advance(self, text: str, *, found: bool = False) -> None:
+        """One more is done; ``found`` = it was done before, and says nothing of how long the rest takes."""
         self._done += 1
-        seconds = (time.monotonic() - self._started) / self._done * (self._total - self._done)
-        left = f"  (about {max(1, round(seconds / 60))} min left)" if self._done < self._total else ""
+        self._timed += not found
+        left = ""
+        if self._timed and self._done < self._total:
+            seconds = (time.monotonic() - self._started) / self._timed * (self._total - self._done)
+            left = f"  (about {max(1, round(seconds / 60))} min left)"
         line = f"{self._title} {self._done}/{self._total}  {text}{left}"
         self._bar.advance(self._task)
         if self._interactive:

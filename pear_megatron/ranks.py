@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -17,6 +18,8 @@ from pear_megatron.errors import CheckpointError, PearError, one_sentence
 from pear_megatron.watch import leave_to_others
 
 _SECONDS_FOR_RANK_0 = 3.0
+_PARENT = "PEAR_MEGATRON_PARENT"
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 _T = TypeVar("_T")
 
 
@@ -66,6 +69,7 @@ def run_ranks(processes: int, module: str, arguments: list[str]) -> int:
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGINT, _pass_on)
     options = parse_args(["--standalone", f"--nproc-per-node={processes}", "-m", module, *arguments])
+    os.environ[_PARENT] = str(os.getpid())
     options.signals_to_handle = "SIGTERM,SIGHUP,SIGQUIT"  # torch 2.6 still handles SIGINT too
     try:
         run(options)
@@ -78,6 +82,29 @@ def run_ranks(processes: int, module: str, arguments: list[str]) -> int:
             print(f"error: rank {rank}: {failure.message}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     return 0
+
+
+def end_with_parent() -> None:
+    """Has a rank that ``run_ranks`` started get SIGTERM when that process dies, however it came: a run saves then."""
+    parent = os.environ.pop(_PARENT, None)
+    if parent is not None and "WORLD_SIZE" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != int(parent):  # it is dead already
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+# Becomes the command that its arguments are, which dies with the process whose id is the first of them.
+_MORTAL = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)})
+os.getppid() == int(sys.argv[1]) or sys.exit(1)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def mortal(command: list[str]) -> list[str]:
+    """The command, to be started by this process and to be killed with it."""
+    return [sys.executable, "-c", _MORTAL, str(os.getpid()), *command]
 
 
 def _pass_on(number: int, _: object) -> None:

@@ -117,7 +117,8 @@ def describe(error: ValidationError, what: str = "recipe", root: type[BaseModel]
     """
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        # without the members of a union, list[str] | list[DataSource], each of which says the same
+        where = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))
         message = problem["msg"].removeprefix("Value error, ")
         if isinstance(unknown := problem.get("ctx", {}).get("error"), UnknownKey):
             message = str(UnknownKey(unknown.model, unknown.key, root))
@@ -127,4 +128,4 @@ def describe(error: ValidationError, what: str = "recipe", root: type[BaseModel]
             message = "give a list, as [low,high]"
         shown = problem["type"] not in ("missing", "value_error")
         lines.append(f"{where or what}: {message}" + (f" (got {problem['input']!r})" if shown else ""))
-    return "; ".join(lines)
+    return "; ".join(dict.fromkeys(lines))

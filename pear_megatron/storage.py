@@ -237,6 +237,11 @@ def lock(
         PearError: another process holds it for longer.
         OSError: it cannot be made, or is no folder.
     """
+    if folder.is_symlink() and not folder.exists():
+        raise PearError(
+            f"{folder} is a link to {os.readlink(folder)}, which is not there; make that folder, or choose another "
+            f"{other}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("ab") as file:
         began, said = time.monotonic(), False

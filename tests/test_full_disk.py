@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="needs the extra hf")
 pytest.importorskip("scipy", reason="needs the extra eval")
 
 from pear_megatron.cli import app
-from pear_megatron.errors import of_the_disk
+from pear_megatron.errors import of_the_system
 from tests.evaluate.words import save_word_model, write_problems
 from tests.full_disk import files_up_to
 from tests.inspect.scored_rows import scored
@@ -111,10 +111,10 @@ def test_what_libraries_say_of_a_disk_that_is_really_full(small_disk: Path) -> N
     for number, save in enumerate((torch.save, safetensors.torch.save_file)):
         with pytest.raises(Exception, match=r".") as raised:
             save(tensor, small_disk / f"{number}")
-        told = str(of_the_disk(raised.value, small_disk))
+        told = str(of_the_system(raised.value, small_disk))
         assert told.startswith(f"{small_disk}: ")
         assert told.endswith("; name another place, or make room there")
-    assert of_the_disk(ValueError("x"), small_disk) is None
+    assert of_the_system(ValueError("x"), small_disk) is None
 
 
 def test_grpo(word_model: Path, tmp_path: Path) -> None:

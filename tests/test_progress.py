@@ -75,3 +75,18 @@ def test_what_speaks_is_not_spoken_for(
     with watch.working("another rank"):
         time.sleep(0.05)
     assert capfd.readouterr().err == ""
+
+
+def test_what_was_done_before_does_not_shorten_what_is_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with progress.Progress("compare", 5) as bar:
+        for name in "abc":
+            bar.advance(name, found=True)
+        now = 600.0
+        bar.advance("d")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "compare 1/5  a"
+    assert lines[3] == "compare 4/5  d  (about 10 min left)"

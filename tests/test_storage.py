@@ -65,6 +65,13 @@ def test_files_are_not_written_through_links(tmp_path: Path, elsewhere: Path) ->
     assert untouched(elsewhere)
 
 
+def test_a_folder_behind_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    link = tmp_path / "run"
+    link.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(PearError, match=r"run is a link to .*nowhere, which is not there"), lock(link):
+        pass
+
+
 def test_links_are_taken_away_alone(tmp_path: Path, elsewhere: Path) -> None:
     for target in (elsewhere, elsewhere / "precious", tmp_path / "nowhere"):
         link = tmp_path / "link"

@@ -11,7 +11,7 @@ from typing import ParamSpec, cast
 
 import typer
 
-from pear_megatron.errors import PearError, of_the_disk
+from pear_megatron.errors import PearError, of_the_system
 from pear_megatron.ranks import report_error
 from pear_megatron.watch import working
 
@@ -36,7 +36,7 @@ def say_errors(command: Callable[_Arguments, None]) -> Callable[_Arguments, None
             report_error(error)
             raise typer.Exit(1) from error
         except Exception as error:
-            told = of_the_disk(error, cast("Path | None", options.get("output"))) or _of_the_user(error)
+            told = of_the_system(error, cast("Path | None", options.get("output"))) or _of_the_user(error)
             if told is None:
                 raise
             report_error(told)

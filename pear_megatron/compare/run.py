@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class Comparison:
     on_seed: Callable[[list[CellResult], dict[str, tuple[str, ...]]], object] | None = None
     chosen: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _running: set[ForkServerProcess] = field(default_factory=set)
+    _found: set[str] = field(default_factory=set)  # names of what was done before
     _freed: list[int] = field(default_factory=list)
     _stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -116,15 +118,24 @@ class Comparison:
             if not marker.is_file():
                 stages.prepare(commands, folder / "prepare.log", self._threads)
                 write_atomically(marker, json.dumps(commands, indent=1) + "\n")
-            elif json.loads(marker.read_text(encoding="utf-8")) != commands:
+                return
+            self._found.add(f"seed {seed}")
+            before = json.loads(marker.read_text(encoding="utf-8"))
+            if before != commands:
+                no_command: list[str] = []
+                pairs = zip_longest(before, commands, fillvalue=no_command)
+                old, new = next((" ".join(a), " ".join(b)) for a, b in pairs if a != b)
                 raise RecipeError(
-                    f"{folder} was prepared by other commands; choose another folder, or remove that one"
+                    f"{folder} was prepared by other commands (`{old}`, now `{new}`); choose another folder, or "
+                    "remove that one"
                 )
 
     def _run_cell(self, cell: Cell) -> CellResult:
         cell.claim()
         done = cell.folder / _DONE
-        if not done.is_file():
+        if done.is_file():
+            self._found.add(cell.name)
+        else:
             started = time.monotonic()
             for name, function, arguments, ranks in stages.stages_of(cell):
                 workers.run_stage(
@@ -185,7 +196,8 @@ class Comparison:
                         progress.advance(f"{name(items[i])}: FAILED")
                         continue
                     finished.append(results[i])
-                    progress.advance(f"{name(items[i])}{self._said(results[i])}")
+                    found = name(items[i]) in self._found
+                    progress.advance(f"{name(items[i])}{self._said(results[i])}", found=found)
                     after(finished)
             except BaseException:
                 self._stop()

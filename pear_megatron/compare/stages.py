@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from pear_megatron.compare.cell import RL_ENGINE, Cell
 from pear_megatron.compare.workers import StageError
+from pear_megatron.ranks import mortal
 from pear_megatron.rl.engine import find_engine
 
 RUN, EXPORT, BEFORE, RL, AFTER = "run", "export", "before", "rl", "after"
@@ -94,7 +96,11 @@ def prepare(commands: list[list[str]], log: Path, threads: int) -> None:
         for command in commands:
             words = [sys.executable if word == "python" else word for word in command]
             print("$", *words, file=file, flush=True)
-            done = subprocess.run(words, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False)
+            if shutil.which(words[0]) is None:
+                raise StageError(f"`{' '.join(command)}`: there is no program {words[0]}")
+            done = subprocess.run(
+                mortal(words), env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
+            )
             if done.returncode:
                 tail = "\n".join(log.read_text(errors="replace", encoding="utf-8").splitlines()[-10:])
                 raise StageError(

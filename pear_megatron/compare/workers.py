@@ -18,7 +18,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from pear_megatron.errors import PearError, of_the_disk
+from pear_megatron.errors import PearError, of_the_system
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _LINES = 15
@@ -157,7 +157,7 @@ def _run(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        if told := of_the_disk(error, log.parent):
+        if told := of_the_system(error, log.parent):
             print(f"error: {told}", file=sys.stderr)
         else:
             traceback.print_exc()

@@ -109,7 +109,9 @@ def cache_path(
         DataError: a file is missing.
     """
     files = _files(config)
-    stats = [(str(file), str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    # the time of a change too: one that archives put back is that of the content
+    times = [(file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ctime_ns) for file in files]
+    stats = [(str(file), str(file.resolve()), *of) for file, of in zip(files, times, strict=True)]
     content = {
         "format_version": FORMAT_VERSION,
         "files": stats,

@@ -102,7 +102,7 @@ def build_scheduler(recipe: Recipe, optimizer: Any, total_steps: int) -> Any:
             decay_steps,
             warmup_steps,
         )
-    return OptimizerParamScheduler(
+    scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
@@ -117,6 +117,8 @@ def build_scheduler(recipe: Recipe, optimizer: Any, total_steps: int) -> Any:
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+    scheduler.total_steps = total_steps  # of the run
+    return scheduler
 
 
 def load_scheduler(scheduler: Any, state: dict[str, Any]) -> None:
@@ -133,6 +135,8 @@ def load_scheduler(scheduler: Any, state: dict[str, Any]) -> None:
         for key in ("lr_warmup_steps", "lr_decay_steps")
         if now[key] != state[key]
     ]
+    if now["num_steps"] >= scheduler.total_steps:
+        return  # there is nothing left to plan
     if changed and (
         scheduler.lr_decay_style != "constant" or now["lr_warmup_steps"] != state["lr_warmup_steps"]
     ):

@@ -185,7 +185,8 @@ def read_values(
             )
         )
     except OmegaConfBaseException as error:
-        raise RecipeError(f"{path}: {error}") from error
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise RecipeError(f"{path}: {key}{str(error).partition(chr(10))[0]}") from error
 
 
 def _at_home(value: Any) -> Any:

@@ -15,9 +15,9 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from pear_megatron.errors import PearError, of_the_disk
+from pear_megatron.errors import PearError, of_the_system
 from pear_megatron.interrupt import EXIT_INTERRUPTED
-from pear_megatron.ranks import from_main, is_main, report_error, run_ranks
+from pear_megatron.ranks import end_with_parent, from_main, is_main, report_error, run_ranks
 from pear_megatron.recipe import RecipeError, check_layout, load_recipe
 from pear_megatron.storage import PATIENCE, lock
 from pear_megatron.streams import steady
@@ -75,6 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     args = parse_arguments(arguments)
     steady()
+    end_with_parent()
     world = os.environ.get("WORLD_SIZE")
     if args.nproc_per_node > 1 and world is None:
         sys.exit(run_ranks(args.nproc_per_node, "pear_megatron.train", arguments or sys.argv[1:]))
@@ -124,23 +125,24 @@ def _run(args: argparse.Namespace, stop: StopRequest) -> bool:
     from pear_megatron.megatron import layout as layouts
     from pear_megatron.train.trainer import Trainer
 
-    layout = layouts.initialize(recipe.model, recipe.parallel, recipe.train)
     threading.excepthook = _say_of_thread
     try:
-        with ExitStack() as held:
-            from_main(partial(_hold, held, recipe.output_dir))
-            return Trainer(recipe, layout, stop).train()
+        layout = layouts.initialize(recipe.model, recipe.parallel, recipe.train)
+        try:
+            with ExitStack() as held:
+                from_main(partial(_hold, held, recipe.output_dir))
+                return Trainer(recipe, layout, stop).train()
+        finally:
+            layouts.shutdown()
     except Exception as error:
-        if not isinstance(error, PearError) and (told := of_the_disk(error, recipe.output_dir)):
+        if not isinstance(error, PearError) and (told := of_the_system(error, recipe.output_dir)):
             raise told from error
         raise
-    finally:
-        layouts.shutdown()
 
 
 def _say_of_thread(of: threading.ExceptHookArgs) -> None:
     """A thread's traceback; of TensorBoard's, which finds the disk full, RunFolder speaks."""
-    if of.exc_value is None or not of_the_disk(of.exc_value, None):
+    if of.exc_value is None or not of_the_system(of.exc_value, None):
         threading.__excepthook__(of)
 
 

@@ -25,6 +25,10 @@ log = logging.getLogger("pear_megatron")
 def announce(trainer: Trainer) -> None:
     """What is trained, on what, for how long, and which checkpoints stay."""
     recipe, step, total_steps = trainer.recipe, trainer.step, trainer.total_steps
+    if step >= total_steps:
+        asked = "" if step == total_steps else f", and this command asks for {total_steps}"
+        log.info("nothing to do: %s is at step %d already%s", recipe.output_dir, step, asked)
+        return
     what = _method(recipe.pear)
     log.info(
         "%s: %d trajectories, %d decisions; %s on %s; steps %d to %d",
@@ -42,10 +46,7 @@ def announce(trainer: Trainer) -> None:
         log.info("evaluations on %d held-out trajectories", len(trainer.evaluation.dataset))
     if step == 0 and not (recipe.model.hf or recipe.checkpoint.pretrained):
         log.info("weights are fresh: neither model.hf nor checkpoint.pretrained is given")
-    if step >= total_steps:
-        log.info("nothing to do: %s is at step %d already", recipe.output_dir, step)
-    else:
-        _announce_checkpoints(recipe, trainer.saver.folder, step)
+    _announce_checkpoints(recipe, trainer.saver.folder, step)
 
 
 def _method(pear: PearConfig) -> str:

@@ -143,7 +143,7 @@ def test_another_recipe_is_refused_the_folder_by_key(finished: Path) -> None:
     batch = "'train.global_batch_size=16','train.micro_batch_size=8'"
     longer = f"offline.overrides=['train.max_steps=4','checkpoint.pretrained=x',{batch}]"
     assert "offline.train.max_steps" in compare(config, longer, code=1)
-    assert "was prepared by other commands" in compare(config, "prepare=['python -c 1']", code=1)
+    assert "was prepared by other commands (`python " in compare(config, "prepare=['python -c 1']", code=1)
     assert tiny.logs(finished) == before
 
 

@@ -67,6 +67,15 @@ def test_a_full_disk_leaves_nothing_and_what_killed_runs_left_goes(tmp_path: Pat
         assert len(list(folder.parent.iterdir())) == 2
 
 
+def test_other_rows_under_the_same_size_and_time_are_prepared_anew(tmp_path: Path, config: Config) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [a_row(reward=1.0)])
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    assert TrajectoryDataset.open(prepare(config(file))).rewards == [1.0]
+    write_jsonl(file, [a_row(reward=0.5)])
+    os.utime(file, ns=times)  # as archives do
+    assert TrajectoryDataset.open(prepare(config(file))).rewards == [0.5]
+
+
 def test_log_probs_off_the_decisions_do_not_matter(tmp_path: Path, config: Config) -> None:
     values = [None, 0.0, 7.0, -0.1, -0.2, -0.3, -0.4, -0.5]
     file = write_jsonl(tmp_path / "a.jsonl", [a_row(), a_row(behavior_logprobs=values)])

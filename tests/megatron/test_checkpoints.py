@@ -359,3 +359,11 @@ def test_a_save_that_fails_ends_the_command_with_one_line(
     assert "Traceback" not in run.output()
     assert "error: the checkpoint of step 4 cannot be written to" in run.output()
     assert not (tmp_path / "run" / "requeue").exists()
+
+
+def test_a_checkpoint_of_other_versions_says_which_wrote_it() -> None:
+    from pear_megatron.megatron.checkpoint.state import _other_versions, versions
+
+    assert _other_versions({"versions": versions()}) == _other_versions({}) == ""
+    said = _other_versions({"versions": versions() | {"megatron-core": "0.99.0"}})
+    assert said.startswith("; it was written with megatron-core 0.99.0, torch ")

@@ -94,6 +94,11 @@ def test_finished_run_is_left_alone(trajectories: Path, one_rank_folder: Path) -
     assert run.wait() == [0]
     assert "nothing to do" in run.output()
     assert (one_rank_folder / "metrics.jsonl").read_bytes() == before
+    shorter = Started(1, f"data.train={trajectories}", f"output_dir={one_rank_folder}", "train.max_steps=3")
+    assert shorter.wait() == [0]
+    resuming, line = shorter.output().strip().splitlines()
+    assert resuming.startswith("resuming from ")
+    assert line == f"nothing to do: {one_rank_folder} is at step 6 already, and this command asks for 3"
 
 
 def test_another_recipe_does_not_continue_a_run(trajectories: Path, one_rank_folder: Path) -> None:

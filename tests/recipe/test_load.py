@@ -77,6 +77,8 @@ def test_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
         (["data.train=a,b"], "override data.train=a,b: a list is written in brackets, key=[a,b]"),
         (["train.max_steps=5", "data.train=x=y"], "override data.train=x=y: mismatched input '='"),
         ([], "data.train: this key is required"),
+        (["data.train=null"], "tiny.yaml: data.train: Input should be a valid list (got None)"),
+        (["data.train='${x}.jsonl'"], "tiny.yaml: data.train: Interpolation key 'x' not found"),
         (
             ["data.train=x", "train.precision=fp8"],
             "train.precision: Input should be 'bf16' or 'fp32' (got 'fp8')",
@@ -98,6 +100,7 @@ def test_errors_name_the_key_and_the_way_out(overrides: list[str], said: str) ->
     with pytest.raises(RecipeError) as raised:
         load_recipe(TINY, overrides)
     assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_missing_parent_and_circles_are_named(tmp_path: Path) -> None:

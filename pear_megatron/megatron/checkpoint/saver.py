@@ -27,7 +27,7 @@ from pear_megatron.megatron.checkpoint.background import (
 from pear_megatron.megatron.checkpoint.folder import CheckpointFolder
 from pear_megatron.megatron.checkpoint.megatron_lm import megatron_lm_state
 from pear_megatron.megatron.checkpoint.paths import checkpoint_path, damage
-from pear_megatron.megatron.checkpoint.state import SHARDING, model_state, rng
+from pear_megatron.megatron.checkpoint.state import SHARDING, model_state, rng, versions
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.ranks import from_main
 
@@ -154,7 +154,8 @@ class CheckpointSaver:
         if optimizer is not None:
             state["optimizer"] = optimizer.sharded_state_dict(dict(state), metadata=SHARDING)
             state["scheduler"] = scheduler.state_dict()
-        state |= {"step": step, "layout": rng.describe(self.layout), "rng": rng.sharded_state(self.layout)}
+        state |= {"step": step, "versions": versions()}
+        state |= {"layout": rng.describe(self.layout), "rng": rng.sharded_state(self.layout)}
         return state | megatron_lm_state(step, self.layout, has_optimizer=optimizer is not None)
 
     def poll(self) -> None:

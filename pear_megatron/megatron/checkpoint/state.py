@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.checkpoint import rng
 from pear_megatron.megatron.checkpoint.restricted import check_objects, read_common
@@ -30,6 +32,22 @@ def model_state(model: Any) -> dict[str, Any]:
 def _stored(gpt: Any) -> dict[str, Any]:
     state = gpt.sharded_state_dict()
     return adapters_only(state) if has_adapters(gpt) else state
+
+
+def versions() -> dict[str, str]:
+    """Of what writes and reads checkpoints."""
+    import megatron.core
+
+    return {"megatron-core": str(megatron.core.__version__), "torch": str(torch.__version__)}
+
+
+def _other_versions(common: dict[str, Any]) -> str:
+    """Which versions wrote a checkpoint, if they are not those that read it."""
+    wrote, here = common.get("versions"), versions()
+    if not isinstance(wrote, dict) or wrote == here:
+        return ""
+    shown = [", ".join(f"{name} {version}" for name, version in all_.items()) for all_ in (wrote, here)]
+    return f"; it was written with {shown[0]}, and this is {shown[1]}: go on with the versions that wrote it"
 
 
 def load(
@@ -67,7 +85,9 @@ def load(
     try:
         loaded = dist_checkpointing.load(state, str(path))
     except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{path} cannot be loaded into this model: {error}") from error
+        raise CheckpointError(
+            f"{path} cannot be loaded into this model: {error}{_other_versions(common)}"
+        ) from error
     for name, chunk in zip(models, as_chunks(model), strict=True):
         gpt = unwrap(chunk)
         gpt.load_state_dict(loaded[name], strict=not has_adapters(gpt))  # frozen weights are elsewhere

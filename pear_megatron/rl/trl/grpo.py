@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pear_megatron.data.tokenizer import load_tokenizer
-from pear_megatron.errors import RecipeError, of_the_disk
+from pear_megatron.errors import RecipeError, of_the_system
 from pear_megatron.megatron.checkpoint.model_folder import check_model_folder
 from pear_megatron.problems.load import load_problems
 from pear_megatron.problems.problem import ProblemSet
@@ -97,7 +97,7 @@ def run(recipe: TrlRecipe, checkpoint: str | Path, output: str | Path) -> Path:
             try:
                 trainer.train(resume_from_checkpoint=str(latest) if latest else None)
             except Exception as error:
-                if of_the_disk(error, None):
+                if of_the_system(error, None):
                     folder.latest_checkpoint()  # removes the one that was being written
                 raise
         elif done > recipe.grpo.max_num_steps:

@@ -1,0 +1,65 @@
+"""What a command has started ends with it, however that comes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.megatron.runs import REPOSITORY
+
+_SLEEPER = """
+import os, pathlib, sys, time
+from pear_megatron.ranks import end_with_parent
+end_with_parent()
+pathlib.Path(sys.argv[1], str(os.getpid())).touch()
+time.sleep(600)
+"""
+
+
+def _is_there(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _killed_with_its_parent(folder: Path, parent: str, count: int) -> bool:
+    """Starts Python code, which leaves files with its children's ids in a folder, and kills it."""
+    paths = f"{folder}:{REPOSITORY}"
+    process = subprocess.Popen([sys.executable, "-c", parent], env={**os.environ, "PYTHONPATH": paths})
+    begun = folder / "begun"
+    deadline = time.monotonic() + 120
+    while len(list(begun.iterdir())) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = [int(path.name) for path in begun.iterdir()]
+    assert len(children) == count
+    assert all(map(_is_there, children))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(map(_is_there, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [child for child in children if _is_there(child)]
+    for child in left:
+        os.kill(child, signal.SIGKILL)
+    return not left
+
+
+def test_ranks_end_when_the_command_that_started_them_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "sleeper.py").write_text(_SLEEPER)
+    code = (
+        f"from pear_megatron.ranks import run_ranks; run_ranks(2, 'sleeper', [{str(tmp_path / 'begun')!r}])"
+    )
+    assert _killed_with_its_parent(tmp_path, code, 2)
+
+
+def test_commands_of_a_comparison_end_with_it(tmp_path: Path) -> None:
+    (tmp_path / "begun").mkdir()
+    words = ["sh", "-c", f"touch {tmp_path / 'begun'}/$$; exec sleep 600"]
+    code = f"import subprocess; from pear_megatron.ranks import mortal; subprocess.run(mortal({words!r}))"
+    assert _killed_with_its_parent(tmp_path, code, 1)
