@@ -7,7 +7,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -212,16 +212,14 @@ def _read_parquet(path: Path, problems: Problems, strict: bool, skip: Collection
                 return
             size = path.stat().st_size / max(file.metadata.num_rows, 1)
             wanted = [name for name in schema.names if name not in skip]
+            values_of = {name: _reader(name, schema.field(name).type) for name in wanted}
             rows = _TOPK_BATCH if any(name in wanted for name in _TOPK) else _PARQUET_BATCH
             for batch in file.iter_batches(batch_size=rows, columns=wanted if skip else None):
                 columns = dict(zip(wanted, batch.columns, strict=True))
                 for i in range(batch.num_rows):
                     number += 1
-                    values = {
-                        name: _ragged(column[i]) if name in _TOPK else _value(column[i])
-                        for name, column in columns.items()
-                    }
                     try:
+                        values = {name: values_of[name](column[i]) for name, column in columns.items()}
                         rewards.check(values, f"{path}:{number}")
                     except RowProblem as problem:
                         problems.add(f"{path}:{number}", problem)
@@ -248,6 +246,34 @@ def _refuse_half(schema: Any) -> None:
             item = item.value_type
         if types.is_float16(item):
             raise RowProblem(f"column {name} is {kind}: float16, {HALF_WAY_OUT}")
+
+
+def _reader(name: str, kind: Any) -> Callable[[Any], Any]:
+    """What makes a row's value of a column's scalar."""
+    if name in _TOPK:
+        return _ragged
+    return _json_value if "arrow.json" in str(kind) else _value
+
+
+def _json_value(scalar: Any) -> Any:
+    return _from_json(scalar.as_py(maps_as_pydicts="strict"), scalar.type)
+
+
+def _from_json(value: Any, kind: Any) -> Any:
+    """Columns of Parquet's type JSON hold it as text, also within lists and structs; nulls in it stay, as in JSONL."""
+    if value is None:
+        return None
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        try:
+            return json.loads(value, object_pairs_hook=_object)
+        except ValueError as error:
+            raise RowProblem(f"a column of type JSON holds {short(value)}, which is none ({error})") from None
+    if isinstance(value, list):
+        return [_from_json(inner, kind.value_type) for inner in value]
+    if isinstance(value, dict):
+        types = {key: getattr(kind, "item_type", None) or kind.field(key).type for key in value}
+        return {key: _from_json(inner, types[key]) for key, inner in value.items() if inner is not None}
+    return value
 
 
 def _value(scalar: Any) -> Any:

@@ -55,6 +55,7 @@ _NO_FORM = {
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns", "trajectory", "items", "contents"),
 }
 _PREFERENCES = ("chosen", "rejected", "preferred_output", "non_preferred_output", "rejected_response")
+_PAGE = "docs/datasets.md has the lines that convert rows of published data sets"
 _MAX_NAMED = 12
 
 
@@ -90,7 +91,7 @@ def form_of(fields: Mapping[str, Any]) -> tuple[str, ...]:
         found = " and ".join("+".join(form) for form in used) or "none of them"
         raise RowProblem(
             "a row has one of input_ids+loss_mask, messages (or conversations), or prompt+response; this one has "
-            f"{found}{way_to_a_form(fields) if not used else ''}"
+            f"{found}{f'; keep one ({_PAGE})' if used else way_to_a_form(fields)}"
         )
     for name in used[0]:
         if name not in fields:
@@ -141,14 +142,15 @@ def way_to_a_form(names: Iterable[str]) -> str:
         f"{ours!r} for {' and '.join(map(repr, found))}" for ours, found in meant.items() if ours not in names
     ]
     if any(name in _PREFERENCES for name in names):
-        return f"; {_BAD_ANSWERS}"
+        return f"; {_BAD_ANSWERS}; {_PAGE}"
     if "text" in names and not said:
         return (
-            "; 'text' does not say which part of it the policy wrote: give prompt and response, or messages"
+            "; 'text' does not say which part of it the policy wrote: give prompt and response, or messages; "
+            f"{_PAGE}"
         )
     if "labels" in names and "loss_mask" not in names:
         return "; for 'labels' give loss_mask: 1 where a label is not -100"
-    return f"; did you mean {', '.join(said)}?" if said else ""
+    return f"; did you mean {', '.join(said)}? {_PAGE}" if said else ""
 
 
 def _is_empty(value: Any) -> bool:

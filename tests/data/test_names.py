@@ -44,8 +44,8 @@ NO_FORM: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "the bad one as a row with a 'reward' below zero"),
     ({"text": "a"}, "does not say which part of it the policy wrote"),
     ({"input_ids": [1], "labels": [-100]}, "for 'labels' give loss_mask"),
-    ({"items": []}, "did you mean 'messages' for 'items'"),
-    (CHAT | {"response": "b"}, "messages and prompt.response"),
+    ({"items": []}, "did you mean 'messages' for 'items'. docs/datasets.md has the lines"),
+    (CHAT | {"response": "b"}, "messages and prompt.response; keep one .docs/datasets.md"),
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,3 +160,33 @@ def test_conversations_from_parquet_become_the_tokens_of_jsonl(
     (trajectory,) = TrajectoryDataset.open(prepare(config(path, **settings), require_behavior_logprobs=False))
     text = byte_tokenizer().decode(trajectory.input_ids.tolist())
     assert text == byte_tokenizer().apply_chat_template(MESSAGES[1], tokenize=False).rstrip("\n")
+
+
+@pytest.mark.skipif(not hasattr(pa, "json_"), reason="this pyarrow has no type JSON")
+def test_columns_of_type_json_are_what_they_say_also_in_lists_and_structs(tmp_path: Path) -> None:
+    """As `datasets` 5 writes what has other keys from row to row."""
+    call = {"function": {"name": "get", "arguments": {"city": "Paris", "unit": None}}}
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [call]}]
+    as_text = pa.json_()
+
+    def column(value: Any, kind: pa.DataType) -> pa.Array:
+        if pa.types.is_list(kind):
+            return pa.ListArray.from_arrays([0, len(value)], column(value, kind.value_type))
+        return pa.ExtensionArray.from_storage(kind, pa.array([json.dumps(one) for one in value], pa.string()))
+
+    columns = {
+        "messages": column(chat, pa.list_(as_text)),
+        "metadata": column([{"a": None}], as_text),
+        "extra": pa.StructArray.from_arrays([column([[1]], as_text), pa.nulls(1)], ["kept", "null"]),
+        "none": column([None], as_text),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert rows_of(tmp_path / "a.parquet") == [
+        {"messages": chat, "metadata": {"a": None}, "extra": {"kept": [1]}}
+    ]
+    broken = pa.ExtensionArray.from_storage(as_text, pa.array(["{"], pa.string()))
+    pq.write_table(pa.table({"metadata": broken}), tmp_path / "b.parquet")
+    problems = Problems()
+    assert list(read_rows(tmp_path / "b.parquet", problems)) == []
+    with pytest.raises(DataError, match=r"b\.parquet:1: a column of type JSON holds '\{', which is none"):
+        problems.raise_if_any()

@@ -63,6 +63,10 @@ def read_messages(value: Any, field: str = "messages") -> list[Message]:
         )
     if not isinstance(value, list) or not value:
         raise RowProblem(f"{field} = {short(value)}; it must be a list of {{role, content}}, not empty")
+    if all(isinstance(_json(message), dict) for message in value):
+        raise RowProblem(
+            f"{field} is a list of JSON texts; parse each (json.loads), so that objects stand there"
+        )
     return [_read_message(message, f"{field}[{k}]") for k, message in enumerate(value)]
 
 

@@ -45,6 +45,11 @@ def test_what_other_programs_write_as_texts_and_calls_is_read() -> None:
     assert said["role"] == "assistant"
 
 
+def test_messages_that_are_json_texts_are_refused_with_the_remedy() -> None:
+    with pytest.raises(RowProblem, match="messages is a list of JSON texts; parse each"):
+        read_messages(['{"role": "user", "content": "Hi"}'])
+
+
 @pytest.mark.parametrize("arguments", ["", " ", None, {}])
 def test_a_function_without_parameters_is_called_with_none(arguments: Any) -> None:
     (message,) = read_messages([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}])
