@@ -86,6 +86,8 @@ def read_rows(
         rows = _read_parquet(path, problems, strict, skip)
     else:
         way_out = _CONVERSIONS.get(path.suffix, "")
+        if path.name.endswith((".ndjson", ".json", ".json.gz")) and _first_byte(path) == b"{":
+            way_out = " (if it has one object a line, name it .jsonl, or .jsonl.gz)"
         problems.add(str(path), f"ends in {path.suffix!r}; expected .jsonl, .jsonl.gz or .parquet{way_out}")
         return
     before, empty = problems.total, True
@@ -94,6 +96,14 @@ def read_rows(
         yield row
     if empty and problems.total == before:
         problems.add(str(path), "has no rows; write one trajectory a row, or take it out of data.train")
+
+
+def _first_byte(path: Path) -> bytes:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            return cast(BinaryIO, stream).read(64).lstrip()[:1]
+    except (EOFError, OSError, zlib.error):
+        return b""
 
 
 def _read_jsonl(path: Path, problems: Problems, skip: Collection[str]) -> Iterator[Row]:

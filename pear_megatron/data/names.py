@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
+from pear_megatron.data.chat.keys import REASONING
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import FORMS, FUNCTIONS, KNOWN_FIELDS, OF_TEXT, SYSTEM
 
@@ -17,6 +19,7 @@ _GRADE = "a grade is a 'reward': 1 trains as ever, below zero trains against the
 _SYSTEM = "write it as the first message, of role system (a 'prompt' can be a list of messages)"
 _TOOLS = "write the functions into 'tools'"
 _WORDS = "put it into the prompt, in the words that the policy was given"
+_THINKING = "write it where the policy did: into the answer as <think>...</think>, or into its message under this name"
 _CUT = 'the response is cut off: write "truncated": true'
 # What datasets and programs call things that this package reads under another name, or cannot read.
 _WAYS_OUT = {
@@ -34,6 +37,10 @@ _WAYS_OUT_OF_TEXT = {
     **dict.fromkeys(("function", "available_tools", "tool_definitions", "function_definitions"), _TOOLS),
     **dict.fromkeys(
         ("image", "images", "video", "videos", "audio", "audios"), "only text can be trained on; drop the row"
+    ),
+    **dict.fromkeys(
+        ("enable_thinking", "reasoning_effort"),
+        "write it into 'chat_template_kwargs' if the template was given it",
     ),
 }
 # Beside a prompt and a response; conversations hold all of it already.
@@ -56,6 +63,7 @@ _NO_FORM = {
 }
 _PREFERENCES = ("chosen", "rejected", "preferred_output", "non_preferred_output", "rejected_response")
 _PAGE = "docs/datasets.md has the lines that convert rows of published data sets"
+_SETTINGS = ("on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high")
 _MAX_NAMED = 12
 
 
@@ -104,6 +112,8 @@ def form_of(fields: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _check_company(fields: Mapping[str, Any], form: str) -> None:
+    if form in ("messages", "conversations") and "chosen" in fields and not _is_answered(fields[form]):
+        raise RowProblem(f"the answers are not among the {form}: {_BAD_ANSWERS}; {_PAGE}")
     if form != "input_ids":
         if "token_weights" in fields:
             raise RowProblem(
@@ -161,6 +171,19 @@ def _is_conversation(fields: Mapping[str, Any]) -> bool:
     return "messages" in fields or "conversations" in fields
 
 
+def _is_answered(messages: Any) -> bool:
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return not isinstance(last, dict) or last.get("role", last.get("from")) not in ("user", "human")
+
+
+def _is_lost_thinking(value: Any, fields: Mapping[str, Any]) -> bool:
+    """Of a column that is called as thinking is: whether it is no setting, and the answers have none."""
+    answers = str([fields.get(name) for name in ("response", "messages", "conversations")])
+    if not isinstance(value, str) or value.lower() in _SETTINGS or "</think>" in answers:
+        return False
+    return not re.search(rf"'({'|'.join(REASONING)})': ['\"]", answers)
+
+
 def _way_out(name: str, fields: Mapping[str, Any]) -> str | None:
     value, lower = fields[name], name.lower()
     said = _WAYS_OUT.get(lower)
@@ -168,6 +191,8 @@ def _way_out(name: str, fields: Mapping[str, Any]) -> str | None:
         said = _WAYS_OUT_OF_TEXT.get(lower)
         if said is None and "prompt" in fields and not _is_conversation(fields):
             said = _WAYS_OUT_OF_PROMPTS.get(lower)
+    if lower in REASONING and "input_ids" not in fields and _is_lost_thinking(value, fields):
+        said = _THINKING
     if lower in ("label", "labels") and value is False:
         said = _GRADE
     if lower in ("finish_reason", "stop_reason") and value in ("length", "max_tokens"):

@@ -168,6 +168,8 @@ def conversation_of(fields: Mapping[str, Any], form: tuple[str, ...]) -> Convers
                 raise RowProblem(
                     "prompt is a list of messages written as JSON text; parse it (json.loads): a list may stand there"
                 )
+        if isinstance(fields["response"], list) and all(isinstance(one, str) for one in fields["response"]):
+            raise RowProblem("response is a list of texts; give each of them as a row with its prompt")
         if isinstance(fields["response"], list):
             raise RowProblem(
                 "response is a list; it must be a string: give prompt and response as one list of 'messages'"

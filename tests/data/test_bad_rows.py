@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -185,6 +186,23 @@ def test_a_saved_data_set_is_told_how_to_be_written(tmp_path: Path, config: Conf
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(DataError, match=r"is a folder of datasets\.save_to_disk; .*\.to_parquet"):
         prepare(config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "way_out"),
+    [
+        ("a.json", b'[{"id": 1}]', r"write one object a line: jq -c"),
+        ("a.json", b'\n{"id": 1}\n', r"if it has one object a line, name it \.jsonl"),
+        ("a.ndjson", b'{"id": 1}\n', r"if it has one object a line, name it \.jsonl"),
+        ("a.json.gz", gzip.compress(b'{"id": 1}\n'), r"if it has one object a line, name it \.jsonl"),
+    ],
+)
+def test_json_by_another_name_is_told_what_to_do(
+    name: str, text: bytes, way_out: str, tmp_path: Path, config: Config
+) -> None:
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(DataError, match=rf"ends in '\.\w+'; .*\({way_out}"):
+        prepare(config(tmp_path / name))
 
 
 def test_missing_empty_and_foreign_files_are_named(tmp_path: Path, config: Config) -> None:

@@ -27,11 +27,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (CHAT | {"finish_reason": "length"}, 'write "truncated": true'),
     (CHAT | {"chat_template_kwarg": {"a": 1}}, "did you mean 'chat_template_kwargs'"),
     ({"conversation": CHAT["messages"]}, "did you mean 'conversations'"),
+    (
+        PAIR | {"reasoning_content": "add"},
+        "into the answer as <think>...</think>, or into its message under this name",
+    ),
+    (CHAT | {"thinking": "add"}, "into the answer as <think>"),
+    (CHAT | {"enable_thinking": False}, "write it into 'chat_template_kwargs'"),
 ]
 UNREAD: list[tuple[dict[str, Any], list[str]]] = [
     (CHAT | {"source": "web", "uuid": "u", "idx": 3}, ["source", "uuid", "idx"]),
     (CHAT | {"problem": "2+2?", "prompt_id": "p"}, ["problem", "prompt_id"]),
     (CHAT | {"prompt": "Hi"}, ["prompt"]),
+    (CHAT | {"reasoning": "off"}, ["reasoning"]),
+    ({"prompt": "Hi", "response": "<think>add</think>4", "thinking": "add"}, ["thinking"]),
+    ({"messages": [CHAT["messages"][1] | {"reasoning": "it's"}], "reasoning": "it's"}, ["reasoning"]),
     (CHAT | {"system": "", "images": [], "topic": None}, []),
     (CHAT | {"system": "Be brief.", "functions": [{"name": "f"}]}, []),
     (CHAT | {"label": True, "conversation_id": "c", "instance_id": "i"}, ["label", "conversation_id", "instance_id"]),
@@ -42,6 +51,10 @@ NO_FORM: list[tuple[dict[str, Any], str]] = [
     ({"instruction": "a", "input": "b", "output": "c"}, "'response' for 'output', 'prompt' for 'instruction' and"),
     ({"prompt": "a", "completion": "b"}, "missing field 'response'.*did you mean 'response' for 'completion'"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "the bad one as a row with a 'reward' below zero"),
+    (
+        {"messages": CHAT["messages"][:1], "chosen": [], "rejected": []},
+        "the answers are not among the messages: .* below zero.*docs/datasets.md",
+    ),
     ({"text": "a"}, "does not say which part of it the policy wrote"),
     ({"input_ids": [1], "labels": [-100]}, "for 'labels' give loss_mask"),
     ({"items": []}, "did you mean 'messages' for 'items'. docs/datasets.md has the lines"),

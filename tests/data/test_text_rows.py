@@ -12,6 +12,8 @@ import pytest
 from sample_rows import CHATML_THAT_FORGETS, a_row, write_jsonl
 
 from pear_megatron.data import DataConfig, DataError, Trajectory, TrajectoryDataset, prepare, tokenizer_hash
+from pear_megatron.data.files import Row as FileRow
+from pear_megatron.data.validate import Validator
 from tests.byte_tokenizer import CHATML
 
 Config = Callable[..., DataConfig]
@@ -26,6 +28,12 @@ THINKING = [
 WITH_TOOLS = (
     "{% if tools %}{{ tools | tojson }}{% endif %}{% if documents %}{{ documents | tojson }}{% endif %}"
     "{% if shout %}!{% endif %}" + CHATML
+)
+
+
+WITH_CALLS = CHATML.replace(
+    " + '<|im_end|>'",
+    " }}{% for c in m['tool_calls'] or [] %}{{ c['function'] | tojson }}{% endfor %}{{ '<|im_end|>'",
 )
 
 
@@ -356,6 +364,8 @@ NO_SYSTEM: dict[str, tuple[Row, str]] = {
     "tools and functions": (
         HI | {"tools": [{"name": "f"}], "functions": [{"name": "f"}]}, "tools and functions are both there"
     ),
+    "several responses": (HI | {"response": ["a", "b"]}, "response is a list of texts; give each of them as a row"),
+    "tools of another form": (HI | {"tools": ["f"]}, r"tools = \['f'\]; it must be a list of objects"),
     "functions of another form": (HI | {"functions": ["f"]}, r"functions = \['f'\]; it must be a list of {name,"),
 }  # fmt: skip
 
@@ -387,7 +397,37 @@ def test_functions_are_tools_without_their_envelopes(
         pair | {"functions": [function]},
         pair | {"functions": json.dumps([function])},
         pair | {"functions": [function], "tools": []},
+        pair | {"tools": [json.dumps({"type": "function", "function": function})]},
     ]
     dataset = load(config, write_jsonl(tmp_path / "a.jsonl", rows), made)
     (text,) = {shown(made, trajectory) for trajectory in dataset}
     assert '"type": "function", "function": {"name": "get_weather"' in text
+
+
+NOTED: dict[str, tuple[Row, str | None]] = {
+    "an empty prompt": ({"prompt": "", "response": "Hello"}, "messages of the user without text"),
+    "calls without tools": (
+        {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}]},
+        "messages with calls in rows without 'tools'",
+    ),
+    "no tools": ({"prompt": "Hi", "response": "Hello", "tools": ""}, None),
+    "another template's frame": ({"prompt": "[INST] Hi [/INST]", "response": "Hello"}, "end as another template's do"),
+    "another end": ({"prompt": "Hi", "response": "Hello<|im_start|>"}, "a special token before their end"),
+    "its end": ({"prompt": "Hi", "response": "Hello<|im_end|>"}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "said"), NOTED.values(), ids=NOTED)
+def test_what_a_row_may_not_have_meant_is_said(
+    row: Row, said: str | None, config: Config, tokenizer: Callable[[str], Any]
+) -> None:
+    made = tokenizer(WITH_CALLS)
+    validator = Validator(
+        config("-", tokenizer=made.name_or_path, seq_length=512),
+        require_behavior_logprobs=False,
+        tokenizer=made,
+    )
+    (trajectory,) = validator(FileRow("a:1", row, 0))
+    assert trajectory.loss_mask.any()
+    assert len(validator.notes) == (said is not None)
+    assert all(said is not None and said in note for note in validator.notes)

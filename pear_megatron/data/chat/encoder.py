@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from pear_megatron.data.fields import check_encodable, short
 
 MultiTurn = Literal["auto", "whole", "split"]
 _GIVE_IDS = "or give input_ids+loss_mask as they were sampled"
+_FRAMED = re.compile(r"(\[/INST\]|\b(Assistant|ASSISTANT|Response):|<\|assistant\|>)\s*$")
 _MOST_KEYS = 8  # that are named in notes
 
 
@@ -166,7 +168,8 @@ class ChatEncoder:
         raw = self._raw(context, response, renderer, conversation.truncated)
         if renderer is not None:
             self._note_context(context, conversation.prompt, renderer)
-        if any(token in response.removesuffix(token) for token in self._special):
+        ended = raw.endswith(response)  # else its end has been written behind it
+        if any(token in (response.removesuffix(token) if ended else response) for token in self._special):
             self.notes["responses with a special token before their end, which becomes that token"] += 1
         return _joined(before, self._sampled_ids(raw))
 
@@ -199,6 +202,10 @@ class ChatEncoder:
             if renderer is None:
                 return value, None
             self._refuse_rendered(value, renderer)
+            if noted and _FRAMED.search(value):
+                self.notes[
+                    "prompts that end as another template's do ('Assistant:', '[/INST]'), within the user's turn"
+                ] += 1
             value = [{"role": "user", "content": value}]
         messages = read_messages(with_system(conversation.system, value), field)
         if field == "prompt" and messages and is_assistant(messages[-1]):
@@ -266,6 +273,12 @@ class ChatEncoder:
             if any(has_nulls(call["function"]["arguments"]) for call in message.get("tool_calls", ())):
                 self.notes["messages whose calls have null among their arguments, which stands there"] += 1
             role = message["role"]
+            if role == "user" and not message["content"].strip():
+                self.notes["messages of the user without text, whose turns are empty in the context"] += 1
+            if message.get("tool_calls") and not renderer.setting.tools:
+                self.notes[
+                    "messages with calls in rows without 'tools', in whose prompt the functions may not be"
+                ] += 1
             if message.get("name") and role != "tool" and not renderer.writer.writes_name(role):
                 self.notes["messages with a 'name' that the chat template does not write"] += 1
             for key in unread_keys(message, renderer.fitter.template.text):

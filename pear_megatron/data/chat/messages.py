@@ -213,6 +213,8 @@ def _read_message(value: Any, where: str) -> Message:
         message.get("content"), f"{where}.content", needed=value["role"] != "assistant"
     )
     if thinking := _thinking(message, where):
+        if value["role"] != "assistant":
+            raise RowProblem(f"{where} has thinking and is no assistant's: it would be left out; take it out")
         if value["role"] == "assistant" and message["content"].lstrip().startswith("<think>"):
             raise RowProblem(f"{where} has thinking both in its content, as <think>, and beside it; keep one")
         message["reasoning_content"] = thinking

@@ -108,13 +108,20 @@ class Renderers:
 def _objects(value: Any, name: str) -> list[Any] | None:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json.loads(value) if value.strip() else None
         except ValueError:
             raise RowProblem(
                 f"{name} = {short(value)} is a text that is no JSON; give a list of objects"
             ) from None
     if value is None or value == []:
         return None
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        try:
+            value = [json.loads(item) for item in value]
+        except ValueError:
+            raise RowProblem(
+                f"{name} = {short(value)}; it must be a list of objects, or of their JSON"
+            ) from None
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise RowProblem(f"{name} = {short(value)}; it must be a list of objects")
     for i, item in enumerate(value):

@@ -45,6 +45,12 @@ def test_what_other_programs_write_as_texts_and_calls_is_read() -> None:
     assert said["role"] == "assistant"
 
 
+def test_thinking_of_others_than_the_assistant_is_refused() -> None:
+    with pytest.raises(RowProblem, match=r"messages\[0\] has thinking and is no assistant's"):
+        read_messages([USER | {"reasoning_content": "hm"}])
+    assert read_messages([USER | {"reasoning_content": ""}]) == [USER]
+
+
 def test_messages_that_are_json_texts_are_refused_with_the_remedy() -> None:
     with pytest.raises(RowProblem, match="messages is a list of JSON texts; parse each"):
         read_messages(['{"role": "user", "content": "Hi"}'])
