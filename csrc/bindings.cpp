@@ -11,10 +11,12 @@ TORCH_LIBRARY(pear_megatron, m) {
       "int vocab_size) -> Tensor");
   m.def("logprob_combine(Tensor stats, Tensor? mask) -> (Tensor, Tensor)");
   m.def(
-      "logprob_backward(Tensor logits, Tensor target, Tensor? mask, Tensor lse, Tensor grad, "
+      "logprob_backward(Tensor logits, Tensor target, Tensor? mask, Tensor normalizer, Tensor "
+      "grad, "
       "int vocab_start, int vocab_size) -> Tensor");
   m.def(
-      "logprob_backward_(Tensor(a!) logits, Tensor target, Tensor? mask, Tensor lse, Tensor grad, "
+      "logprob_backward_(Tensor(a!) logits, Tensor target, Tensor? mask, Tensor normalizer, Tensor "
+      "grad, "
       "int vocab_start, int vocab_size) -> ()");
   m.def(
       "statistics_forward(Tensor logits, Tensor target, Tensor? mask, Tensor? topk_ids, "
@@ -24,11 +26,13 @@ TORCH_LIBRARY(pear_megatron, m) {
       "int vocab_size, bool entropy, bool bucket) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "topk_kl_backward(Tensor logits, Tensor target, Tensor? mask, Tensor lse, Tensor grad, "
+      "topk_kl_backward(Tensor logits, Tensor target, Tensor? mask, Tensor normalizer, Tensor "
+      "grad, "
       "Tensor topk_ids, Tensor topk_logprobs, Tensor topk_log_pi, Tensor kl_terms, Tensor kl_grad, "
       "int vocab_start, int vocab_size) -> Tensor");
   m.def(
-      "topk_kl_backward_(Tensor(a!) logits, Tensor target, Tensor? mask, Tensor lse, Tensor grad, "
+      "topk_kl_backward_(Tensor(a!) logits, Tensor target, Tensor? mask, Tensor normalizer, Tensor "
+      "grad, "
       "Tensor topk_ids, Tensor topk_logprobs, Tensor topk_log_pi, Tensor kl_terms, Tensor kl_grad, "
       "int vocab_start, int vocab_size) -> ()");
   m.def(

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "online_softmax.h"
 #include "ops.h"
 
 namespace pear {
@@ -27,6 +28,22 @@ inline void check_vector(const Tensor& x, const char* name, int64_t T, at::Scala
                     x.sizes());
   TORCH_CHECK_VALUE(x.scalar_type() == dtype, name, " must be ", dtype, ", got ", x.scalar_type());
   TORCH_CHECK_VALUE(x.is_contiguous(), name, " must be contiguous");
+}
+
+// [T, 2]: a Normalizer per row.
+inline void check_normalizer(const Tensor& x, int64_t T) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) == T && x.size(1) == 2,
+                    "normalizer must have shape [", T, ", 2], got ", x.sizes());
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && x.is_contiguous(),
+                    "normalizer must be contiguous and float32");
+}
+
+inline const Normalizer* const_normalizers(const Tensor& x) {
+  return reinterpret_cast<const Normalizer*>(x.const_data_ptr<float>());
+}
+
+inline Normalizer* mutable_normalizers(Tensor& x) {
+  return reinterpret_cast<Normalizer*>(x.mutable_data_ptr<float>());
 }
 
 inline void check_same_device(const Tensor& x, const char* name, const Tensor& as) {

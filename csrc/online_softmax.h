@@ -76,13 +76,16 @@ PEAR_HOST_DEVICE float logit_of_ranks(const TokenStatistics& stats, int64_t whic
   return logit;
 }
 
-// A row's softmax over all ranks: max, sum of exp(x - max), and its logarithm.
-struct RankSoftmax {
-  float max, sum, log_sum;
+// What makes log-probs of a row's logits. In two parts: their sum would round as coarsely as max.
+struct Normalizer {
+  float max, log_sum;
 
-  PEAR_HOST_DEVICE float lse() const { return max + log_sum; }
-  // logit - max first, not logit - lse, which rounds as coarsely as max.
   PEAR_HOST_DEVICE float logprob(float logit) const { return (logit - max) - log_sum; }
+};
+
+// A row's softmax over all ranks: max, log of the sum of exp(x - max), and that sum.
+struct RankSoftmax : Normalizer {
+  float sum;
 };
 
 // In rank order, so every rank computes the same bits.
@@ -97,7 +100,7 @@ PEAR_HOST_DEVICE RankSoftmax softmax_of_ranks(const TokenStatistics& stats) {
     const float part = stats(r, kRowSumExp), row_max = stats(r, kRowMax);
     sum += row_max == kNegativeInfinity ? part : part * expf(row_max - max);
   }
-  return {max, sum, logf(sum)};
+  return {{max, logf(sum)}, sum};
 }
 
 PEAR_HOST_DEVICE float entropy_of_ranks(const TokenStatistics& stats, const RankSoftmax& row) {
@@ -111,14 +114,15 @@ PEAR_HOST_DEVICE float entropy_of_ranks(const TokenStatistics& stats, const Rank
 }
 
 struct Logprob {
-  float logprob, lse;
+  float logprob;
+  Normalizer normalizer;
 };
 
-// Token t's log-probability and log-sum-exp from stats [ranks, 3, T].
+// Of token t, from stats [ranks, 3, T].
 PEAR_HOST_DEVICE Logprob combine_ranks(const float* stats, int64_t ranks, int64_t T, int64_t t) {
   const TokenStatistics token = {stats + t, T, kLogprobStatistics * T, ranks};
   const RankSoftmax row = softmax_of_ranks(token);
-  return {row.logprob(logit_of_ranks(token, kTargetLogit)), row.lse()};
+  return {row.logprob(logit_of_ranks(token, kTargetLogit)), row};
 }
 
 }  // namespace pear

@@ -60,16 +60,17 @@ enum WeightStatistic {
      Raises IndexError on a target outside [0, vocab_size) where the mask is true. */              \
   Tensor logprob_forward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,   \
                          int64_t vocab_start, int64_t vocab_size);                                 \
-  /* stats [n, 3, T], of all ranks -> logprob [T], logsumexp [T], f32; logprob 0 off the mask. */  \
+  /* stats [n, 3, T], of all ranks -> logprob [T] and normalizer [T, 2] (the row's max, and the    \
+     log of its sum of exp(x - max)), f32; 0 off the mask. */                                              \
   std::tuple<Tensor, Tensor> logprob_combine(const Tensor& stats, const OptionalTensor& mask);     \
   /* grad_logits = grad[t] * (onehot - softmax), written over the logits. Rows off the mask and    \
-     padded columns become 0, whatever they held. lse, grad [T] f32. */                            \
+     padded columns become 0, whatever they held. grad [T] f32. */                                 \
   void logprob_backward_(Tensor& logits, const Tensor& target, const OptionalTensor& mask,         \
-                         const Tensor& lse, const Tensor& grad, int64_t vocab_start,               \
+                         const Tensor& normalizer, const Tensor& grad, int64_t vocab_start,        \
                          int64_t vocab_size);                                                      \
   /* The same into a new contiguous tensor of the logits' shape and dtype. */                      \
   Tensor logprob_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,  \
-                          const Tensor& lse, const Tensor& grad, int64_t vocab_start,              \
+                          const Tensor& normalizer, const Tensor& grad, int64_t vocab_start,       \
                           int64_t vocab_size);                                                     \
   /* logprob_forward and more of each row in the same pass, token by token: [T, W] f32, W = 3, + 1 \
      if entropy is wanted, + k if topk_ids [T, k] int32 are given (-inf where another rank, or     \
@@ -77,11 +78,11 @@ enum WeightStatistic {
   Tensor statistics_forward(const Tensor& logits, const Tensor& target,                            \
                             const OptionalTensor& mask, const OptionalTensor& topk_ids,            \
                             int64_t vocab_start, int64_t vocab_size, bool entropy);                \
-  /* stats [n, T, W], of all ranks -> logprob, logsumexp, entropy, KL [T], all f32 and 0 off the   \
-     mask, the top-k's log-probs [T, k] and kl_terms [T, kKlTerms]; what is not wanted has no      \
-     elements. topk_logprobs [T, k] f32 are the behaviour policy's; an id of -1 is no entry. On    \
-     the mask an id outside [0, vocab_size) raises IndexError; an id twice, no entry with any      \
-     mass, and a log-prob that is NaN or above 1e-5 raise ValueError. */                           \
+  /* stats [n, T, W], of all ranks -> logprob [T], normalizer [T, 2], entropy, KL [T], all f32 and \
+     0 off the mask, the top-k's log-probs [T, k] and kl_terms [T, kKlTerms]; what is not wanted                 \
+     has no elements. topk_logprobs [T, k] f32 are the behaviour policy's; an id of -1 is no                  \
+     entry. On the mask an id outside [0, vocab_size) raises IndexError; an id twice, no entry                   \
+     with any mass, and a log-prob that is NaN or above 1e-5 raise ValueError. */                               \
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics_combine(                   \
       const Tensor& stats, const OptionalTensor& mask, const OptionalTensor& topk_ids,             \
       const OptionalTensor& topk_logprobs, int64_t vocab_size, bool entropy, bool bucket);         \
@@ -89,13 +90,13 @@ enum WeightStatistic {
      pass; the top-k's columns come from topk_log_pi, as statistics_combine gave it. kl_grad [T]   \
      f32. */                                                                                       \
   void topk_kl_backward_(Tensor& logits, const Tensor& target, const OptionalTensor& mask,         \
-                         const Tensor& lse, const Tensor& grad, const Tensor& topk_ids,            \
+                         const Tensor& normalizer, const Tensor& grad, const Tensor& topk_ids,     \
                          const Tensor& topk_logprobs, const Tensor& topk_log_pi,                   \
                          const Tensor& kl_terms, const Tensor& kl_grad, int64_t vocab_start,       \
                          int64_t vocab_size);                                                      \
   /* The same into a new contiguous tensor of the logits' shape and dtype. */                      \
   Tensor topk_kl_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,  \
-                          const Tensor& lse, const Tensor& grad, const Tensor& topk_ids,           \
+                          const Tensor& normalizer, const Tensor& grad, const Tensor& topk_ids,    \
                           const Tensor& topk_logprobs, const Tensor& topk_log_pi,                  \
                           const Tensor& kl_terms, const Tensor& kl_grad, int64_t vocab_start,      \
                           int64_t vocab_size);                                                     \

@@ -90,6 +90,11 @@ class PearConfig(StrictModel):
                 f"log_ratio_clip ({low:g}, {high:g}) does not contain 0, the logarithm of a ratio of 1: bounds are "
                 "logarithms (a ratio of 0.92 is -0.083), and the lower one is below 0"
             )
+        if self.log_weight_clip[0] < -_MAX_LOG_WEIGHT:
+            raise ValueError(
+                f"log_weight_clip: the lower bound {self.log_weight_clip[0]} underflows float32 after exp; "
+                f"use at least {-_MAX_LOG_WEIGHT:g} (the default is -10)"
+            )
         if self.log_weight_clip[1] > _MAX_LOG_WEIGHT:
             raise ValueError(
                 f"log_weight_clip: the upper bound {self.log_weight_clip[1]} overflows float32 after exp; "

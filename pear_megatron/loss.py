@@ -149,7 +149,7 @@ def _masked(x: Tensor, mask: Tensor) -> Tensor:
 
 def _check_rows(mask: Tensor, cu: Tensor, cp_size: int) -> None:
     """In [B, S] every row begins a trajectory: one that ran over its end would be weighed by another row's tokens."""
-    if mask.dim() != 2 or mask.shape[0] == 1 or torch.compiler.is_compiling():
+    if mask.dim() != 2 or mask.shape[0] <= 1 or torch.compiler.is_compiling():
         return
     rows, length = mask.shape
     begins = torch.arange(1, rows, dtype=cu.dtype, device=cu.device) * length * cp_size
@@ -176,7 +176,7 @@ def _checked_token_weights(token_weights: Tensor, mask: Tensor) -> Tensor:
     finite = factor.isfinite()
     if factor.is_cuda:
         require_everywhere(finite, "token_weights", "not finite on a decision")
-    elif not finite.all():
+    elif not torch.compiler.is_compiling() and not finite.all():
         bad = (~finite).nonzero().flatten()
         raise ValueError(
             f"token_weights are not finite on {len(bad)} of {int(mask.sum())} decisions, first at flat position "
@@ -459,6 +459,7 @@ def loss_of_logprobs(
             initial = None if reference_logprobs is None else reference_logprobs.reshape(-1)
             base = dft_factor(logprob, initial, config).where(decisions, 0.0) * base
         base = kl if config.kl_weight == 1.0 else torch.lerp(base, kl, config.kl_weight)
+    base = base.where(coefficient != 0, 0.0)  # a token that the model holds impossible may weigh nothing
     loss_sum = torch.dot(coefficient, base)
 
     per_token = {"loss": coefficient * base.detach(), "nll": -logprob.detach()}

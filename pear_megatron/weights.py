@@ -13,6 +13,7 @@ from pear_megatron.ops.arguments import (
     LEAST_LOGPROB,
     require_behavior,
     require_config,
+    require_everywhere,
     require_fine,
     require_mask,
     require_sampled,
@@ -126,7 +127,10 @@ def reward_per_token(reward: Tensor, cu_seqlens: Tensor, tokens: int, cp_size: i
         raise ValueError(
             f"reward has {reward.numel()} entries; give one per trajectory ({segments}) or per token ({tokens})"
         )
-    return reward.repeat_interleave(cu_seqlens.diff() // cp_size, output_size=tokens)
+    lengths, whole = cu_seqlens.diff(), tokens * cp_size
+    good = (lengths >= 0) & (cu_seqlens.narrow(0, segments, 1) == whole)
+    require_everywhere(good, "cu_seqlens", f"must not fall, and end at the number of tokens {whole}")
+    return reward.repeat_interleave(lengths // cp_size, output_size=tokens)
 
 
 def weights_and_statistics(

@@ -77,6 +77,10 @@ def test_lists_and_numbers_from_yaml_are_taken():
             {"log_weight_clip": (-10.0, 100.0)},
             "the upper bound 100.0 overflows float32 after exp; use at most 80",
         ),
+        (
+            {"log_weight_clip": (-100.0, 5.0)},
+            "the lower bound -100.0 underflows float32 after exp; use at least -80",
+        ),
     ],
 )
 def test_bad_settings_are_named_with_the_way_out(settings, message):

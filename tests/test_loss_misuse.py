@@ -53,6 +53,58 @@ def test_megatrons_layout_is_refused() -> None:
         call.loss()
 
 
+@pytest.mark.parametrize("floor", [None, 0.5])
+@pytest.mark.parametrize("bounds", [[0, S, B * S - 1], [0, S, S - 2, B * S]])
+def test_boundaries_that_are_none_are_named(floor: float | None, bounds: list[int]) -> None:
+    call = Call()
+    call.cu = torch.tensor(bounds)
+    reward = -torch.ones(len(bounds) - 1)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        call.loss(PearConfig(negative_floor=floor), reward=reward)
+
+
+def test_no_rows_are_a_loss_of_zero() -> None:
+    call = Call()
+    call.cu = torch.tensor([0])
+    for name in ("logits", "target", "behavior", "mask"):
+        setattr(call, name, getattr(call, name)[:0])
+    loss, tokens, _ = call.loss()
+    assert (float(loss), int(tokens)) == (0.0, 0)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_logits_that_share_memory_get_gradients_of_their_own(inplace: bool) -> None:
+    call, row = Call(), torch.randn(1, 1, V, requires_grad=True)
+    call.logits = (2 * row).expand(B, S, V)
+    call.loss(inplace_backward=inplace)[0].backward()
+    found, row.grad = row.grad, None
+    call.logits = (2 * row).repeat(B, S, 1)
+    call.loss()[0].backward()
+    torch.testing.assert_close(found, row.grad)
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (TOKEN, {"token_weights": (torch.arange(B * S) != 3).float()}),
+        (TOKEN, {"reward": torch.tensor([0.0, 1.0])}),
+        (PearConfig(negative_floor=0.5), {"reward": torch.tensor([-1.0, 1.0])}),
+        (PearConfig(variant="none", dft_power=1.0), {}),
+    ],
+    ids=["token weight", "reward", "stopped", "dft"],
+)
+def test_an_impossible_token_that_weighs_nothing_adds_nothing(config: PearConfig, options: Any) -> None:
+    call = Call()
+    call.logits[0, 3, call.target[0, 3]] = -INF
+    call.logits.requires_grad_()
+    loss, _, report = call.loss(config, **options)
+    loss.backward()
+    assert loss.isfinite()
+    assert call.logits.grad is not None
+    assert call.logits.grad.isfinite().all()
+    assert report["nll"][0] == INF
+
+
 def test_what_stands_off_the_mask_changes_nothing() -> None:
     call = Call()
     expected, _, report = call.loss()

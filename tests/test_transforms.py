@@ -55,9 +55,16 @@ def values_and_gradients(head: Head, run: Callable[..., Any], hidden: Tensor, *r
     return [*(x.detach() for x in found), leaf.grad, head.layer.weight.grad.clone()]
 
 
-@pytest.mark.parametrize(("config", "inplace"), [(TOKEN, False), (KL, True)], ids=["token", "kl_inplace"])
-def test_compiled_without_a_graph_break_it_gives_the_same_bits(config, inplace):
-    options = {"behavior_topk": topk()} if config is KL else {}
+@pytest.mark.parametrize(
+    ("config", "inplace", "options"),
+    [
+        (TOKEN, False, {"token_weights": torch.rand(T), "reward": torch.tensor([1.0, -1.0])}),
+        (KL, True, {"behavior_topk": topk()}),
+        (PearConfig(ratio="reference"), False, {"reference_logprobs": -torch.rand(T)}),
+    ],
+    ids=["token", "kl_inplace", "reference"],
+)
+def test_compiled_without_a_graph_break_it_gives_the_same_bits(config, inplace, options):
     head = Head(config, inplace_backward=inplace, **options)
     inputs = torch.randn(T, H), *of_tokens()
     torch._dynamo.reset()

@@ -1,9 +1,9 @@
 """The output layer in four bytes of traffic per logit instead of six: an experiment, not in the package.
 
 Forward writes ``e = exp(x - local max)`` over the logits in the pass that reduces them. The gradient of a logit,
-``g (onehot - softmax)``, is then ``s e`` with one number a row, ``s = -g exp(local max - lse)``, and what multiplies
-rows does not touch the vocabulary: in the weight's gradient it scales the rows of the hidden states, in the hidden
-states' gradient the rows of the result.
+``g (onehot - softmax)``, is then ``s e`` with one number a row, ``s = -g exp(local max - logsumexp)``, and what
+multiplies rows does not touch the vocabulary: in the weight's gradient it scales the rows of the hidden states, in the
+hidden states' gradient the rows of the result.
 
 The target's column is 0 in ``e`` and a term of its own, a gather and a scatter-add with the factor
 ``g (1 - p) = -g expm1(logprob)``: taken as a difference ``1 - p`` of a bfloat16 ``p``, it would be wrong by 2^-9 where
@@ -68,12 +68,12 @@ class _FourByteLogprob(torch.autograd.Function):
         e = hidden @ weight.t()  # logits, for a moment
         stats = exp_forward_(e, target, mask, start, vocab_size)
         of_ranks = stats[None] if tp_group is None else all_gather(stats, tp_group)
-        logprob, lse = ops.logprob_combine(of_ranks, mask)
+        logprob, normalizer = ops.logprob_combine(of_ranks, mask)
         here = (target >= start) & (target < start + columns)
         if mask is not None:
             here &= mask
         ctx.save_for_backward(hidden, weight, (target - start).where(here, 0), here, e)
-        ctx.rows = (stats[0] - lse, logprob)
+        ctx.rows = ((stats[0] - normalizer[:, 0]) - normalizer[:, 1], logprob)
         ctx.tp_group, ctx.mask = tp_group, mask
         return logprob
 

@@ -73,8 +73,8 @@ class _TwoSweeps(torch.autograd.Function):
         for rows, logits in chunks_of_logits(hidden, weight, ctx.chunk_tokens):
             args = (target[rows], mask[rows])
             stats = ops.logprob_forward(logits, *args, 0, weight.shape[0])
-            lse = ops.logprob_combine(stats[None], mask[rows])[1]
-            ops.logprob_backward_(logits, *args, lse, grad[rows].contiguous(), 0, weight.shape[0])
+            normalizer = ops.logprob_combine(stats[None], mask[rows])[1]
+            ops.logprob_backward_(logits, *args, normalizer, grad[rows].contiguous(), 0, weight.shape[0])
             torch.mm(logits, weight, out=grad_hidden[rows])
             total.add_product(logits.t(), hidden[rows])
         return grad_hidden, total.gradient(), None, None, None

@@ -50,7 +50,7 @@ template <typename T>
 struct RowKernels {
   void (*sums)(const T*, int64_t, float*, float*, float*);
   void (*sums_and_entropy)(const T*, int64_t, float*, float*, float*);
-  void (*scaled_softmax)(const T*, T*, int64_t, float, float);
+  void (*scaled_softmax)(const T*, T*, int64_t, Normalizer, float);
 };
 
 template <typename T>
@@ -90,7 +90,7 @@ struct TopkGradient {
 
 template <typename T>
 void backward_rows(const Tensor& logits, Tensor& out, const Tensor& target,
-                   const OptionalTensor& mask, const Tensor& lse, const Tensor& grad,
+                   const OptionalTensor& mask, const Tensor& normalizer, const Tensor& grad,
                    VocabShard shard, const TopkGradient& topk) {
   const auto kernels = row_kernels<T>();
   const T* x = logits.const_data_ptr<T>();
@@ -98,7 +98,7 @@ void backward_rows(const Tensor& logits, Tensor& out, const Tensor& target,
   const int64_t V = logits.size(1), x_stride = logits.stride(0), y_stride = out.stride(0);
   const int64_t* targets = target.const_data_ptr<int64_t>();
   const bool* wanted = mask_data(mask);
-  const float* lses = lse.const_data_ptr<float>();
+  const Normalizer* normalizers = const_normalizers(normalizer);
   const float* grads = grad.const_data_ptr<float>();
   at::parallel_for(0, logits.size(0), row_grain(V), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -110,14 +110,14 @@ void backward_rows(const Tensor& logits, Tensor& out, const Tensor& target,
       }
       const int64_t column = targets[t] - shard.start;
       const bool here = 0 <= column && column < shard.columns;
-      const float target_logit = here ? static_cast<float>(row[column]) : 0.0f;
+      const float logprob = here ? normalizers[t].logprob(static_cast<float>(row[column])) : 0.0f;
       const float outside = topk.outside(t);
-      kernels.scaled_softmax(row, out_row, shard.columns, lses[t],
+      kernels.scaled_softmax(row, out_row, shard.columns, normalizers[t],
                              topk.k ? outside - grads[t] : -grads[t]);
       std::fill(out_row + shard.columns, out_row + V, T(0));
       if (here) {
-        const float of_logprob = -grads[t] * std::expm1(target_logit - lses[t]);
-        const float of_kl = topk.k ? outside * std::exp(target_logit - lses[t]) : 0.0f;
+        const float of_logprob = -grads[t] * std::expm1(logprob);
+        const float of_kl = topk.k ? outside * std::exp(logprob) : 0.0f;
         out_row[column] = static_cast<T>(of_logprob + of_kl);
       }
       for (int64_t j = 0; j < topk.k; ++j) {
@@ -131,17 +131,17 @@ void backward_rows(const Tensor& logits, Tensor& out, const Tensor& target,
 }
 
 void check_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                    const Tensor& lse, const Tensor& grad) {
+                    const Tensor& normalizer, const Tensor& grad) {
   check_logits(logits, target, mask);
-  check_vector(lse, "lse", logits.size(0), at::kFloat);
+  check_normalizer(normalizer, logits.size(0));
   check_vector(grad, "grad", logits.size(0), at::kFloat);
 }
 
 void run_backward(const Tensor& logits, Tensor& out, const Tensor& target,
-                  const OptionalTensor& mask, const Tensor& lse, const Tensor& grad,
+                  const OptionalTensor& mask, const Tensor& normalizer, const Tensor& grad,
                   VocabShard shard, const TopkGradient& topk = {}) {
   for_logits_dtype(logits, [&](auto zero) {
-    backward_rows<decltype(zero)>(logits, out, target, mask, lse, grad, shard, topk);
+    backward_rows<decltype(zero)>(logits, out, target, mask, normalizer, grad, shard, topk);
   });
 }
 
@@ -243,59 +243,61 @@ std::tuple<Tensor, Tensor> logprob_combine(const Tensor& stats, const OptionalTe
   check_stats(stats);
   const int64_t ranks = stats.size(0), T = stats.size(2);
   check_mask(mask, T, stats);
-  Tensor logprob = at::empty({T}, stats.options()), lse = at::empty({T}, stats.options());
+  Tensor logprob = at::empty({T}, stats.options());
+  Tensor normalizer = at::empty({T, 2}, stats.options());
   const float* in = stats.const_data_ptr<float>();
   const bool* wanted = mask_data(mask);
-  float *lp = logprob.mutable_data_ptr<float>(), *out_lse = lse.mutable_data_ptr<float>();
+  float* lp = logprob.mutable_data_ptr<float>();
+  Normalizer* normalizers = mutable_normalizers(normalizer);
   at::parallel_for(0, T, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      Logprob token = {0.0f, 0.0f};
+      Logprob token = {};
       if (!wanted || wanted[t]) token = combine_ranks(in, ranks, T, t);
       lp[t] = token.logprob;
-      out_lse[t] = token.lse;
+      normalizers[t] = token.normalizer;
     }
   });
-  return {logprob, lse};
+  return {logprob, normalizer};
 }
 
 Tensor logprob_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                        const Tensor& lse, const Tensor& grad, int64_t vocab_start,
+                        const Tensor& normalizer, const Tensor& grad, int64_t vocab_start,
                         int64_t vocab_size) {
-  check_backward(logits, target, mask, lse, grad);
+  check_backward(logits, target, mask, normalizer, grad);
   Tensor out = at::empty(logits.sizes(), logits.options());
-  run_backward(logits, out, target, mask, lse, grad,
+  run_backward(logits, out, target, mask, normalizer, grad,
                vocab_shard(logits.size(1), vocab_start, vocab_size));
   return out;
 }
 
 void logprob_backward_(Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                       const Tensor& lse, const Tensor& grad, int64_t vocab_start,
+                       const Tensor& normalizer, const Tensor& grad, int64_t vocab_start,
                        int64_t vocab_size) {
-  check_backward(logits, target, mask, lse, grad);
-  run_backward(logits, logits, target, mask, lse, grad,
+  check_backward(logits, target, mask, normalizer, grad);
+  run_backward(logits, logits, target, mask, normalizer, grad,
                vocab_shard(logits.size(1), vocab_start, vocab_size));
 }
 
 Tensor topk_kl_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                        const Tensor& lse, const Tensor& grad, const Tensor& topk_ids,
+                        const Tensor& normalizer, const Tensor& grad, const Tensor& topk_ids,
                         const Tensor& topk_logprobs, const Tensor& topk_log_pi,
                         const Tensor& kl_terms, const Tensor& kl_grad, int64_t vocab_start,
                         int64_t vocab_size) {
-  check_backward(logits, target, mask, lse, grad);
+  check_backward(logits, target, mask, normalizer, grad);
   const auto topk = topk_gradient(logits, topk_ids, topk_logprobs, topk_log_pi, kl_terms, kl_grad);
   Tensor out = at::empty(logits.sizes(), logits.options());
-  run_backward(logits, out, target, mask, lse, grad,
+  run_backward(logits, out, target, mask, normalizer, grad,
                vocab_shard(logits.size(1), vocab_start, vocab_size), topk);
   return out;
 }
 
 void topk_kl_backward_(Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                       const Tensor& lse, const Tensor& grad, const Tensor& topk_ids,
+                       const Tensor& normalizer, const Tensor& grad, const Tensor& topk_ids,
                        const Tensor& topk_logprobs, const Tensor& topk_log_pi,
                        const Tensor& kl_terms, const Tensor& kl_grad, int64_t vocab_start,
                        int64_t vocab_size) {
-  check_backward(logits, target, mask, lse, grad);
-  run_backward(logits, logits, target, mask, lse, grad,
+  check_backward(logits, target, mask, normalizer, grad);
+  run_backward(logits, logits, target, mask, normalizer, grad,
                vocab_shard(logits.size(1), vocab_start, vocab_size),
                topk_gradient(logits, topk_ids, topk_logprobs, topk_log_pi, kl_terms, kl_grad));
 }

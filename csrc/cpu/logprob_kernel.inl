@@ -249,13 +249,18 @@ static void row_sums(const T* x, int64_t n, float* row_max, float* row_sum_exp,
   if constexpr (kEntropy) *row_weighted = weighted;
 }
 
-// out = scale * exp(x - lse); out may be x.
+// out = scale * softmax(x); out may be x.
 template <typename T>
-static void scaled_softmax_row(const T* x, T* out, int64_t n, float lse, float scale) {
+static void scaled_softmax_row(const T* x, T* out, int64_t n, Normalizer row, float scale) {
   constexpr float nan = std::numeric_limits<float>::quiet_NaN();
-  if (lse != lse || scale != scale) lse = nan, scale = nan;  // NaNs that `rounded` may take
+  if (row.max != row.max || row.log_sum != row.log_sum || scale != scale) {
+    // NaNs that `rounded` may take.
+    row.max = scale = nan;
+  }
+  const float log2_sum = row.log_sum * kLog2e;
   const auto gradient = [&](f32s v) {
-    const auto [significand, power] = exp2_parts(smaller(splat(127.0f), (v - lse) * kLog2e));
+    const auto [significand, power] =
+        exp2_parts(smaller(splat(127.0f), (v - row.max) * kLog2e - log2_sum));
     return significand * power * scale;
   };
   int64_t i = 0;

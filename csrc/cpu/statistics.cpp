@@ -88,13 +88,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics_combine(
   check_mask(mask, T, stats);
   const int64_t with_kl = k ? T : 0, first_entry = kLogprobStatistics + entropy;
   const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, stats.options()); };
-  Tensor logprob = empty({T}), lse = empty({T}), entropies = empty({entropy ? T : 0});
+  Tensor logprob = empty({T}), normalizer = empty({T, 2}), entropies = empty({entropy ? T : 0});
   Tensor kl = empty({with_kl}), log_pi = empty({with_kl, k}), terms = empty({with_kl, kKlTerms});
   const float* in = stats.const_data_ptr<float>();
   const bool* wanted = mask ? mask->const_data_ptr<bool>() : nullptr;
   const int32_t* ids = k ? topk_ids->const_data_ptr<int32_t>() : nullptr;
   const float* logprobs = k ? topk_logprobs->const_data_ptr<float>() : nullptr;
-  float *out_lp = logprob.mutable_data_ptr<float>(), *out_lse = lse.mutable_data_ptr<float>();
+  float* out_lp = logprob.mutable_data_ptr<float>();
+  Normalizer* normalizers = mutable_normalizers(normalizer);
   float *out_h = entropies.mutable_data_ptr<float>(), *out_kl = kl.mutable_data_ptr<float>();
   float *out_pi = log_pi.mutable_data_ptr<float>(), *out_terms = terms.mutable_data_ptr<float>();
   std::atomic<int64_t> bad_token{T};
@@ -103,7 +104,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics_combine(
       const TokenStatistics token = {in + t * width, 1, T * width, ranks};
       const Entries entries = {ids + t * k, logprobs + t * k, k};
       if (wanted && !wanted[t]) {
-        out_lp[t] = out_lse[t] = 0.0f;
+        out_lp[t] = 0.0f;
+        normalizers[t] = {0.0f, 0.0f};
         if (entropy) out_h[t] = 0.0f;
         if (k) {
           out_kl[t] = 0.0f;
@@ -114,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics_combine(
       }
       const RankSoftmax row = softmax_of_ranks(token);
       out_lp[t] = row.logprob(logit_of_ranks(token, kTargetLogit));
-      out_lse[t] = row.lse();
+      normalizers[t] = row;
       if (entropy) out_h[t] = entropy_of_ranks(token, row);
       if (k == 0) continue;
       if (!entries.valid(vocab_size)) {
@@ -133,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics_combine(
   if (bad_token < T) {
     Entries{ids + bad_token * k, logprobs + bad_token * k, k}.refuse(bad_token, vocab_size);
   }
-  return {logprob, lse, entropies, kl, log_pi, terms};
+  return {logprob, normalizer, entropies, kl, log_pi, terms};
 }
 
 }  // namespace pear::cpu

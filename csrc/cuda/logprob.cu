@@ -190,13 +190,13 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
 
 __global__ void __launch_bounds__(256)
     combine_tokens(const float* stats, int64_t ranks, int64_t T, const bool* mask, float* logprob,
-                   float* lse) {
+                   Normalizer* normalizers) {
   const int64_t t = int64_t(blockIdx.x) * 256 + threadIdx.x;
   if (t >= T) return;
-  Logprob out = {0.0f, 0.0f};
+  Logprob out = {};
   if (!mask || mask[t]) out = combine_ranks(stats, ranks, T, t);
   logprob[t] = out.logprob;
-  lse[t] = out.lse;
+  normalizers[t] = out.normalizer;
 }
 
 // What the KL adds to a backward pass.
@@ -223,7 +223,7 @@ __device__ __forceinline__ void sync_row() {
 template <typename T, int kThreads, bool kTopk>
 PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows,
                               int V, VocabShard shard, const int64_t* targets, const bool* mask,
-                              const float* lse, const float* grad, TopkGradient topk) {
+                              const Normalizer* normalizers, const float* grad, TopkGradient topk) {
   constexpr int kColumns = kPerVector<T>;
   const int i = threadIdx.x % kThreads;
   const int64_t t = row_index<kThreads>();
@@ -235,8 +235,11 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
   const int columns = static_cast<int>(shard.columns);
   const int64_t shifted = targets[t] - shard.start;
   const int target = 0 <= shifted && shifted < columns ? static_cast<int>(shifted) : -1;
-  const float row_lse = lse[t], scale = kTopk ? topk.outside(t) - grad[t] : -grad[t];
-  const auto gradient = [&](float logit) { return scale * exp_difference(logit, row_lse); };
+  const float scale = kTopk ? topk.outside(t) - grad[t] : -grad[t];
+  const float max = normalizers[t].max, log2_sum = normalizers[t].log_sum * kLog2e;
+  const auto gradient = [&](float logit) {
+    return scale * exp2_approx(fmaf(logit - max, kLog2e, -log2_sum));
+  };
   // Vectors need rows of the same alignment; others (a slice into a new tensor) go one by one.
   RowSplit split = split_row(out, columns);
   if (misaligned_by(in) != misaligned_by(out)) split = {columns, 0, 0};
@@ -271,10 +274,10 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
   zero_columns(out, columns, V, i, kThreads);
   const int64_t row = row_index<kThreads>();  // made and read again: kept, registers would spill
   if (has_target) {
-    const float less = target_logit - lse[row];
-    const float of_kl = kTopk ? topk.outside(row) * expf(less) : 0.0f;
+    const float logprob = normalizers[row].logprob(target_logit);
+    const float of_kl = kTopk ? topk.outside(row) * expf(logprob) : 0.0f;
     y[row * y_stride + targets[row] - shard.start] =
-        static_cast<T>(of_kl - grad[row] * expm1f(less));
+        static_cast<T>(of_kl - grad[row] * expm1f(logprob));
   }
   if constexpr (kTopk) {
     sync_row<kThreads>();  // their columns are written by other threads before
@@ -328,7 +331,7 @@ void run_forward(const Tensor& logits, const Tensor& target, const OptionalTenso
 }
 
 void run_backward(const Tensor& logits, Tensor& out, const Tensor& target,
-                  const OptionalTensor& mask, const Tensor& lse, const Tensor& grad,
+                  const OptionalTensor& mask, const Tensor& normalizer, const Tensor& grad,
                   VocabShard shard, const TopkGradient& topk = {}) {
   const int64_t rows = logits.size(0), V = logits.size(1);
   if (rows == 0) return;
@@ -341,8 +344,8 @@ void run_backward(const Tensor& logits, Tensor& out, const Tensor& target,
           topk.k ? backward_rows<T, kThreads, true> : backward_rows<T, kThreads, false>;
       launch(kernel, (rows + kRows - 1) / kRows, kBlock<kThreads>, logits.const_data_ptr<T>(),
              logits.stride(0), out.mutable_data_ptr<T>(), out.stride(0), rows, static_cast<int>(V),
-             shard, target.const_data_ptr<int64_t>(), mask_data(mask), lse.const_data_ptr<float>(),
-             grad.const_data_ptr<float>(), topk);
+             shard, target.const_data_ptr<int64_t>(), mask_data(mask),
+             const_normalizers(normalizer), grad.const_data_ptr<float>(), topk);
     });
   });
 }
@@ -359,14 +362,14 @@ TopkGradient topk_gradient(const Tensor& logits, const Tensor& ids, const Tensor
 }
 
 VocabShard check_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                          const Tensor& lse, const Tensor& grad, int64_t vocab_start,
+                          const Tensor& normalizer, const Tensor& grad, int64_t vocab_start,
                           int64_t vocab_size) {
   check_logits(logits, target, mask);
   check_columns(logits);
-  for (const auto& [x, name] : {std::pair(&lse, "lse"), std::pair(&grad, "grad")}) {
-    check_vector(*x, name, logits.size(0), at::kFloat);
-    check_same_device(*x, name, logits);
-  }
+  check_normalizer(normalizer, logits.size(0));
+  check_same_device(normalizer, "normalizer", logits);
+  check_vector(grad, "grad", logits.size(0), at::kFloat);
+  check_same_device(grad, "grad", logits);
   return vocab_shard(logits.size(1), vocab_start, vocab_size);
 }
 
@@ -404,54 +407,59 @@ std::tuple<Tensor, Tensor> logprob_combine(const Tensor& stats, const OptionalTe
   const int64_t ranks = stats.size(0), T = stats.size(2);
   check_mask(mask, T, stats);
   const DeviceGuard guard(stats.device());
-  Tensor logprob = at::empty({T}, stats.options()), lse = at::empty({T}, stats.options());
+  Tensor logprob = at::empty({T}, stats.options());
+  Tensor normalizer = at::empty({T, 2}, stats.options());
   if (T > 0) {
     launch(combine_tokens, (T + 255) / 256, 256, stats.const_data_ptr<float>(), ranks, T,
-           mask_data(mask), logprob.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>());
+           mask_data(mask), logprob.mutable_data_ptr<float>(), mutable_normalizers(normalizer));
   }
-  return {logprob, lse};
+  return {logprob, normalizer};
 }
 
 Tensor logprob_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                        const Tensor& lse, const Tensor& grad, int64_t vocab_start,
+                        const Tensor& normalizer, const Tensor& grad, int64_t vocab_start,
                         int64_t vocab_size) {
-  const auto shard = check_backward(logits, target, mask, lse, grad, vocab_start, vocab_size);
+  const auto shard =
+      check_backward(logits, target, mask, normalizer, grad, vocab_start, vocab_size);
   const DeviceGuard guard(logits.device());
   Tensor out = at::empty(logits.sizes(), logits.options());
-  run_backward(logits, out, target, mask, lse, grad, shard);
+  run_backward(logits, out, target, mask, normalizer, grad, shard);
   return out;
 }
 
 void logprob_backward_(Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                       const Tensor& lse, const Tensor& grad, int64_t vocab_start,
+                       const Tensor& normalizer, const Tensor& grad, int64_t vocab_start,
                        int64_t vocab_size) {
-  const auto shard = check_backward(logits, target, mask, lse, grad, vocab_start, vocab_size);
+  const auto shard =
+      check_backward(logits, target, mask, normalizer, grad, vocab_start, vocab_size);
   const DeviceGuard guard(logits.device());
-  run_backward(logits, logits, target, mask, lse, grad, shard);
+  run_backward(logits, logits, target, mask, normalizer, grad, shard);
 }
 
 Tensor topk_kl_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                        const Tensor& lse, const Tensor& grad, const Tensor& topk_ids,
+                        const Tensor& normalizer, const Tensor& grad, const Tensor& topk_ids,
                         const Tensor& topk_logprobs, const Tensor& topk_log_pi,
                         const Tensor& kl_terms, const Tensor& kl_grad, int64_t vocab_start,
                         int64_t vocab_size) {
-  const auto shard = check_backward(logits, target, mask, lse, grad, vocab_start, vocab_size);
+  const auto shard =
+      check_backward(logits, target, mask, normalizer, grad, vocab_start, vocab_size);
   const auto topk = topk_gradient(logits, topk_ids, topk_logprobs, topk_log_pi, kl_terms, kl_grad);
   const DeviceGuard guard(logits.device());
   Tensor out = at::empty(logits.sizes(), logits.options());
-  run_backward(logits, out, target, mask, lse, grad, shard, topk);
+  run_backward(logits, out, target, mask, normalizer, grad, shard, topk);
   return out;
 }
 
 void topk_kl_backward_(Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                       const Tensor& lse, const Tensor& grad, const Tensor& topk_ids,
+                       const Tensor& normalizer, const Tensor& grad, const Tensor& topk_ids,
                        const Tensor& topk_logprobs, const Tensor& topk_log_pi,
                        const Tensor& kl_terms, const Tensor& kl_grad, int64_t vocab_start,
                        int64_t vocab_size) {
-  const auto shard = check_backward(logits, target, mask, lse, grad, vocab_start, vocab_size);
+  const auto shard =
+      check_backward(logits, target, mask, normalizer, grad, vocab_start, vocab_size);
   const auto topk = topk_gradient(logits, topk_ids, topk_logprobs, topk_log_pi, kl_terms, kl_grad);
   const DeviceGuard guard(logits.device());
-  run_backward(logits, logits, target, mask, lse, grad, shard, topk);
+  run_backward(logits, logits, target, mask, normalizer, grad, shard, topk);
 }
 
 }  // namespace pear::cuda

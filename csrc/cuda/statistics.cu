@@ -16,7 +16,9 @@ namespace {
 constexpr int kTokensPerBlock = 8;
 
 struct CombineOut {
-  float *logprob, *lse, *entropy, *kl, *log_pi, *terms;
+  float* logprob;
+  Normalizer* normalizer;
+  float *entropy, *kl, *log_pi, *terms;
 };
 
 __device__ __forceinline__ float warp_max(float x) {
@@ -61,7 +63,8 @@ __global__ void __launch_bounds__(kTokensPerBlock* kWarp)
   if (mask && !mask[t]) {
     for (int j = lane; j < k; j += kWarp) log_pi[j] = 0.0f;
     if (lane == 0) {
-      out.logprob[t] = out.lse[t] = 0.0f;
+      out.logprob[t] = 0.0f;
+      out.normalizer[t] = {0.0f, 0.0f};
       if (out.entropy) out.entropy[t] = 0.0f;
       if (k) out.kl[t] = 0.0f;
     }
@@ -73,7 +76,7 @@ __global__ void __launch_bounds__(kTokensPerBlock* kWarp)
   const RankSoftmax row = softmax_of_ranks(token);
   if (lane == 0) {
     out.logprob[t] = row.logprob(logit_of_ranks(token, kTargetLogit));
-    out.lse[t] = row.lse();
+    out.normalizer[t] = row;
     if (out.entropy) out.entropy[t] = entropy_of_ranks(token, row);
   }
   if (k == 0) return;
@@ -123,11 +126,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics_combine(
   const DeviceGuard guard(stats.device());
   const int64_t with_kl = k ? T : 0;
   const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, stats.options()); };
-  Tensor logprob = empty({T}), lse = empty({T}), entropies = empty({entropy ? T : 0});
+  Tensor logprob = empty({T}), normalizer = empty({T, 2}), entropies = empty({entropy ? T : 0});
   Tensor kl = empty({with_kl}), log_pi = empty({with_kl, k}), terms = empty({with_kl, kKlTerms});
   if (T > 0) {
     const CombineOut out = {logprob.mutable_data_ptr<float>(),
-                            lse.mutable_data_ptr<float>(),
+                            mutable_normalizers(normalizer),
                             entropy ? entropies.mutable_data_ptr<float>() : nullptr,
                             kl.mutable_data_ptr<float>(),
                             log_pi.mutable_data_ptr<float>(),
@@ -139,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics_combine(
            k ? topk_logprobs->const_data_ptr<float>() : nullptr, static_cast<int>(k), vocab_size,
            bucket, out);
   }
-  return {logprob, lse, entropies, kl, log_pi, terms};
+  return {logprob, normalizer, entropies, kl, log_pi, terms};
 }
 
 }  // namespace pear::cuda

@@ -81,7 +81,8 @@ def _(logits: Tensor, target: Tensor, mask: Tensor | None, vocab_start: int, voc
 
 @torch.library.register_fake("pear_megatron::logprob_combine")
 def _(stats: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    return stats.new_empty(stats.shape[2]), stats.new_empty(stats.shape[2])
+    tokens = stats.shape[2]
+    return stats.new_empty(tokens), stats.new_empty(tokens, 2)
 
 
 @torch.library.register_fake("pear_megatron::logprob_backward")
@@ -89,7 +90,7 @@ def _(
     logits: Tensor,
     target: Tensor,
     mask: Tensor | None,
-    lse: Tensor,
+    normalizer: Tensor,
     grad: Tensor,
     vocab_start: int,
     vocab_size: int,
@@ -102,7 +103,7 @@ def _(
     logits: Tensor,
     target: Tensor,
     mask: Tensor | None,
-    lse: Tensor,
+    normalizer: Tensor,
     grad: Tensor,
     vocab_start: int,
     vocab_size: int,
@@ -136,7 +137,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     tokens = stats.shape[1]
     with_kl, k = (0, 0) if topk_ids is None else (tokens, topk_ids.shape[1])
-    shapes = [(tokens,), (tokens,), (tokens if entropy else 0,), (with_kl,), (with_kl, k), (with_kl, 2)]
+    shapes = [(tokens,), (tokens, 2), (tokens if entropy else 0,), (with_kl,), (with_kl, k), (with_kl, 2)]
     return tuple(stats.new_empty(shape) for shape in shapes)
 
 

@@ -28,16 +28,16 @@ class _VocabParallelLogprob(torch.autograd.Function):
         inplace_backward: bool,
     ) -> Tensor:
         stats = ops.logprob_forward(logits, target, mask, vocab_start, vocab_size)  # [3, T]
-        logprob, lse = ops.logprob_combine(gather_ranks(stats, tp_group), mask)
-        ctx.save_for_backward(logits, target, mask, lse)
+        logprob, normalizer = ops.logprob_combine(gather_ranks(stats, tp_group), mask)
+        ctx.save_for_backward(logits, target, mask, normalizer)
         ctx.vocab_start, ctx.vocab_size, ctx.inplace = vocab_start, vocab_size, inplace_backward
         return logprob
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, mask, lse = ctx.saved_tensors
-        args = (target, mask, lse, grad.float().contiguous(), ctx.vocab_start, ctx.vocab_size)
+        logits, target, mask, normalizer = ctx.saved_tensors
+        args = (target, mask, normalizer, grad.float().contiguous(), ctx.vocab_start, ctx.vocab_size)
         if ctx.inplace:
             ops.logprob_backward_(logits, *args)
             # Whoever still wants these logits, a second backward included, gets an error, not gradients.
@@ -64,9 +64,11 @@ class RowLayout:
         self.order = sorted(range(logits.dim() - 1), key=lambda d: (-strides[d], d))
 
     def rows(self, logits: Tensor) -> Tensor:
-        """[..., V] -> [T, V], each row contiguous."""
+        """[..., V] -> [T, V], each row contiguous and with memory of its own (of an expanded tensor, a copy's)."""
         rows = logits.permute([*self.order, logits.dim() - 1]).reshape(-1, logits.shape[-1])
-        return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+        count, columns = rows.shape
+        whole = columns == 1 or rows.stride(1) == 1
+        return rows if whole and (count == 1 or rows.stride(0) >= columns) else rows.contiguous()
 
     def flat(self, x: Tensor) -> Tensor:
         """[...] -> [T], or [..., k] -> [T, k]; contiguous."""

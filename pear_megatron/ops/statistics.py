@@ -68,12 +68,12 @@ class TokenPass(NamedTuple):
     def combine(self, stats: Tensor) -> tuple[TokenStatistics, list[Tensor]]:
         """[ranks, T, width] -> what they say, and what ``backward`` wants to have kept."""
         ids, logprobs = (None, None) if self.topk is None else self.topk
-        logprob, lse, entropy, kl, log_pi, terms = ops.statistics_combine(
+        logprob, normalizer, entropy, kl, log_pi, terms = ops.statistics_combine(
             stats, self.mask, ids, logprobs, self.vocab[1], self.entropy, self.bucket
         )
         if self.topk is None:
-            return TokenStatistics(logprob, None, entropy if self.entropy else None), [lse]
-        return TokenStatistics(logprob, kl, entropy if self.entropy else None), [lse, log_pi, terms]
+            return TokenStatistics(logprob, None, entropy if self.entropy else None), [normalizer]
+        return TokenStatistics(logprob, kl, entropy if self.entropy else None), [normalizer, log_pi, terms]
 
     def backward(
         self,

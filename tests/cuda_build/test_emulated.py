@@ -49,9 +49,9 @@ def check_logprob(ops, logits: Tensor, target: Tensor, mask=None, words=None) ->
     grad = torch.randn(len(target))
     expected, exact = float64_answer(logits[:, :words], target, grad, mask)
     exact = torch.nn.functional.pad(exact, (0, logits.shape[1] - words))
-    logprob, lse = forward(ops, logits, target, mask, 0, words)
+    logprob, normalizer = forward(ops, logits, target, mask, 0, words)
     torch.testing.assert_close(logprob.double(), expected, rtol=1e-5, atol=1e-5)
-    args = (target, mask, lse, grad, 0, words)
+    args = (target, mask, normalizer, grad, 0, words)
     out = ops.logprob_backward(logits, *args)
     assert_rounds_to(out, exact)
     ops.logprob_backward_inplace(logits, *args)
@@ -86,9 +86,9 @@ def test_padded_columns_and_rows_off_the_mask_are_not_looked_at(ops, dtype, colu
     target = torch.randint(words, (7,)).where(mask, -100)
     logits[~mask] = NAN
     expected, exact = float64_answer(logits[mask][:, :words], target[mask], torch.ones(4))
-    logprob, lse = forward(ops, logits, target, mask, 0, words)
+    logprob, normalizer = forward(ops, logits, target, mask, 0, words)
     torch.testing.assert_close(logprob[mask].double(), expected, rtol=1e-5, atol=1e-5)
-    out = ops.logprob_backward(logits, target, mask, lse, torch.ones(7), 0, words)
+    out = ops.logprob_backward(logits, target, mask, normalizer, torch.ones(7), 0, words)
     assert_rounds_to(out[mask][:, :words], exact)
     assert (logprob[~mask] == 0).all()
     assert (out[~mask] == 0).all()
@@ -101,10 +101,10 @@ def test_shards_of_the_vocabulary_one_of_them_only_padding(ops):
     shards = [shard.contiguous() for shard in logits.chunk(3, dim=1)]
     stats = torch.stack([ops.logprob_forward(x, target, None, 30 * r, 60) for r, x in enumerate(shards)])
     assert stats[2].tolist() == [[-INF] * 4, [0.0] * 4, [-INF] * 4]
-    logprob, lse = ops.logprob_combine(stats, None)
+    logprob, normalizer = ops.logprob_combine(stats, None)
     torch.testing.assert_close(logprob.double(), expected, rtol=1e-5, atol=1e-5)
     for r, x in enumerate(shards):
-        grad = ops.logprob_backward(x, target, None, lse, torch.ones(4), 30 * r, 60)
+        grad = ops.logprob_backward(x, target, None, normalizer, torch.ones(4), 30 * r, 60)
         wanted = exact[:, 30 * r : 30 * r + 30] if r < 2 else torch.zeros(4, 30, dtype=torch.float64)
         assert_rounds_to(grad, wanted)
 
@@ -147,11 +147,11 @@ def test_kl_and_entropy_at_every_width_and_alignment(ops, dtype, columns, k, off
         found = ops.statistics_combine(
             stats[None], problem.mask, problem.ids, problem.logprobs, columns, True, tail == "bucket"
         )
-        logprob, lse, ours, kl, log_pi, terms = found
+        logprob, normalizer, ours, kl, log_pi, terms = found
         for got, wanted in ((logprob, lp), (ours, entropy), (kl, expected)):
             torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
         topk = (problem.ids, problem.logprobs, log_pi, terms, problem.kl_grad)
-        args = (*of_token, lse, problem.grad, *topk, *vocab)
+        args = (*of_token, normalizer, problem.grad, *topk, *vocab)
         out = ops.topk_kl_backward(logits, *args)
         assert_close(out[:, :columns], exact, dtype)
         assert not out[:, columns:].any()
@@ -171,14 +171,15 @@ def test_kl_and_entropy_of_shards_of_the_vocabulary_one_of_them_only_padding(ops
     stats = [
         ops.statistics_forward(x, *of_token, problem.ids, 30 * r, 60, True) for r, x in enumerate(shards)
     ]
-    logprob, lse, ours, kl, log_pi, terms = ops.statistics_combine(
+    logprob, normalizer, ours, kl, log_pi, terms = ops.statistics_combine(
         torch.stack(stats), problem.mask, problem.ids, problem.logprobs, 60, True, True
     )
     for got, wanted in ((logprob, lp), (ours, entropy), (kl, expected)):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
     topk = (problem.ids, problem.logprobs, log_pi, terms, problem.kl_grad)
     gradients = [
-        ops.topk_kl_backward(x, *of_token, lse, problem.grad, *topk, 30 * r, 60) for r, x in enumerate(shards)
+        ops.topk_kl_backward(x, *of_token, normalizer, problem.grad, *topk, 30 * r, 60)
+        for r, x in enumerate(shards)
     ]
     assert_close(torch.cat(gradients[:2], 1), exact)
     assert not gradients[2].any()

@@ -47,8 +47,8 @@ def main() -> None:
             target, mask, grad = torch.randint(columns, (6,)), torch.rand(6) < 0.7, torch.randn(6)
             for logits in (wide[:, :columns].contiguous(), wide[:, 3:]):
                 args = (target, mask, 0, columns)
-                logprob, lse = ops.logprob_combine(ops.logprob_forward(logits, *args)[None], mask)
-                rest = (target, mask, lse, grad, 0, columns - columns // 8)
+                logprob, normalizer = ops.logprob_combine(ops.logprob_forward(logits, *args)[None], mask)
+                rest = (target, mask, normalizer, grad, 0, columns - columns // 8)
                 out = ops.logprob_backward(logits, *rest)
                 ops.logprob_backward_(logits, *rest)
                 assert torch.equal(out, logits)

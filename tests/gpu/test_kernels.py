@@ -34,9 +34,9 @@ def test_a_hundred_random_shapes_equal_float64_on_the_host():
         host = [x.cpu() for x in (logits[:, :words], target, grad, mask)]
         expected, exact = float64_answer(*host)
         stats = ops.logprob_forward(logits, target, mask, 0, words)
-        logprob, lse = ops.logprob_combine(stats[None], mask)
+        logprob, normalizer = ops.logprob_combine(stats[None], mask)
         torch.testing.assert_close(logprob.cpu().double(), expected, rtol=1e-5, atol=1e-5)
-        args = (target, mask, lse, grad, 0, words)
+        args = (target, mask, normalizer, grad, 0, words)
         out = ops.logprob_backward(logits, *args)
         assert_rounds_to(out[:, :words].cpu(), exact)
         assert not out[:, words:].any()
@@ -111,9 +111,9 @@ def test_a_row_past_2_to_the_31_elements_is_found():
     host = [x[wanted].cpu() for x in (logits, target, grad)]
     expected, exact = float64_answer(*host)
     stats = ops.logprob_forward(logits, target, mask, 0, columns)
-    logprob, lse = ops.logprob_combine(stats[None], mask)
+    logprob, normalizer = ops.logprob_combine(stats[None], mask)
     torch.testing.assert_close(logprob[wanted].cpu().double(), expected, rtol=1e-5, atol=1e-5)
-    ops.logprob_backward_(logits, target, mask, lse, grad, 0, columns)
+    ops.logprob_backward_(logits, target, mask, normalizer, grad, 0, columns)
     assert_rounds_to(logits[wanted].cpu(), exact)
     assert not logits[~mask].any()
 

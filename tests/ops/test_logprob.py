@@ -77,9 +77,21 @@ def test_the_kernels_of_every_instruction_set_equal_float64(monkeypatch, wanted,
 def test_a_nan_of_any_bits_stays_one(dtype):
     ones = torch.full((2,), -1, dtype=torch.int32).view(torch.float32)  # a NaN that rounding up would wrap
     logits, target, fine = torch.randn(2, 40).to(dtype), torch.tensor([3, 4]), torch.ones(2)
-    for lse, grad in ((ones, fine), (fine, ones)):
-        out = ops.logprob_backward(logits, target, None, lse, grad, 0, 40)
+    for max, log_sum, grad in ((ones, fine, fine), (fine, ones, fine), (fine, fine, ones)):
+        normalizer = torch.stack([max, log_sum], dim=1)
+        out = ops.logprob_backward(logits, target, None, normalizer, grad, 0, 40)
         assert out.isnan().all()
+
+
+@pytest.mark.parametrize("offset", [30.0, 1e3, 1e5])
+def test_gradients_do_not_round_as_coarsely_as_the_logits_are_large(offset):
+    logits = torch.randn(8, 300)
+    logits[:, 3] += 12  # a token that the model is nearly certain of: its gradient is 1 - p
+    logits = (logits + offset).requires_grad_()
+    target = torch.full((8,), 3)
+    vocab_parallel_logprob(logits, target).sum().backward()
+    _, exact = float64_answer(logits.detach(), target, torch.ones(8))
+    torch.testing.assert_close(logits.grad.double(), exact, rtol=1e-5, atol=5e-7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

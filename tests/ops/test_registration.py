@@ -17,7 +17,7 @@ T, V, BOUNDS = 12, 70, [0, 5, 5, 12]
 def op_arguments() -> dict[str, list[tuple]]:
     """Two calls of every op: with its optional arguments and without."""
     logits, target, mask = torch.randn(T, V), torch.randint(64, (T,)), torch.rand(T) < 0.7
-    lse, grad, x = torch.randn(T), torch.randn(T), torch.randn(T)
+    normalizer, grad, x = torch.randn(T, 2), torch.randn(T), torch.randn(T)
     stats = ops.logprob_forward(logits, target, None, 0, 64)[None].repeat(2, 1, 1)
     plain = ops.statistics_forward(logits, target, None, None, 0, 64, False)
     ids = torch.tensor([[3, 9, -1]] * T, dtype=torch.int32)
@@ -29,12 +29,12 @@ def op_arguments() -> dict[str, list[tuple]]:
         "logprob_forward": [(logits, target, None, 0, 64), (bf16, target, mask, 0, 64)],
         "logprob_combine": [(stats, None), (stats, mask)],
         "logprob_backward": [
-            (logits, target, None, lse, grad, 0, 64),
-            (bf16, target, mask, lse, grad, 0, 64),
+            (logits, target, None, normalizer, grad, 0, 64),
+            (bf16, target, mask, normalizer, grad, 0, 64),
         ],
         "logprob_backward_": [
-            (logits.clone(), target, None, lse, grad, 0, 64),
-            (bf16.clone(), target, mask, lse, grad, 0, 64),
+            (logits.clone(), target, None, normalizer, grad, 0, 64),
+            (bf16.clone(), target, mask, normalizer, grad, 0, 64),
         ],
         "statistics_forward": [
             (logits, target, None, None, 0, 64, True),
@@ -45,12 +45,12 @@ def op_arguments() -> dict[str, list[tuple]]:
             (whole[None].repeat(2, 1, 1), mask, ids, logq, 64, True, True),
         ],
         "topk_kl_backward": [
-            (logits, target, None, lse, grad, ids, logq, log_pi, terms, x, 0, 64),
-            (bf16, target, mask, lse, grad, ids, logq, log_pi, terms, x, 0, 64),
+            (logits, target, None, normalizer, grad, ids, logq, log_pi, terms, x, 0, 64),
+            (bf16, target, mask, normalizer, grad, ids, logq, log_pi, terms, x, 0, 64),
         ],
         "topk_kl_backward_": [
-            (logits.clone(), target, None, lse, grad, ids, logq, log_pi, terms, x, 0, 64),
-            (bf16.clone(), target, mask, lse, grad, ids, logq, log_pi, terms, x, 0, 64),
+            (logits.clone(), target, None, normalizer, grad, ids, logq, log_pi, terms, x, 0, 64),
+            (bf16.clone(), target, mask, normalizer, grad, ids, logq, log_pi, terms, x, 0, 64),
         ],
         "segmented_suffix_sum": [(x, cu, None, True), (x, cu, torch.randn(3), False)],
         "segment_sum": [(x, cu), (x[:0], cu[:1])],
@@ -102,7 +102,7 @@ def test_the_number_of_threads_changes_no_bit():
 
     def everything() -> list[torch.Tensor]:
         stats = ops.logprob_forward(logits, target, None, 0, 5000)
-        logprob, lse = ops.logprob_combine(stats[None], None)
+        logprob, normalizer = ops.logprob_combine(stats[None], None)
         more = ops.statistics_forward(logits, target, None, ids, 0, 5000, True)
         found = ops.statistics_combine(more[None], None, ids, logq, 5000, True, True)
         topk = (ids, logq, *found[4:], kl_grad)
@@ -115,9 +115,9 @@ def test_the_number_of_threads_changes_no_bit():
         ]
         return [
             logprob,
-            ops.logprob_backward(logits, target, None, lse, grad, 0, 5000),
+            ops.logprob_backward(logits, target, None, normalizer, grad, 0, 5000),
             *found,
-            ops.topk_kl_backward(logits, target, None, lse, grad, *topk, 0, 5000),
+            ops.topk_kl_backward(logits, target, None, normalizer, grad, *topk, 0, 5000),
             ops.segmented_suffix_sum(lp, cu, carry, True),
             ops.segment_sum(lp, cu),
             *(tensor for pair in weights for tensor in pair),
