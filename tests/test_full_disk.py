@@ -117,6 +117,19 @@ def test_what_libraries_say_of_a_disk_that_is_really_full(small_disk: Path) -> N
     assert of_the_system(ValueError("x"), small_disk) is None
 
 
+def _fill(folder: Path) -> None:
+    with (folder / "fill").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_stage_of_a_comparison(small_disk: Path) -> None:
+    from pear_megatron.compare.workers import StageError, run_stage
+
+    with pytest.raises(StageError, match=rf"stage failed .*\n.*\(the disk of {small_disk} is full\)"):
+        run_stage(_fill, small_disk, log=small_disk / "stage.log", threads=1)
+
+
 def test_grpo(word_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="needs the extra rl")
     from tests.rl.trl.test_grpo import write_recipe

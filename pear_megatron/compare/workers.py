@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import sys
 import threading
 import time
@@ -19,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from pear_megatron.errors import PearError, of_the_system
+from pear_megatron.streams import steady
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _LINES = 15
+_ROOM = 1 << 16  # bytes
 
 
 class StageError(PearError):
@@ -96,6 +99,8 @@ def run_stage(
         said = errors[-1:] or lines[-_LINES:]
         if 255 in codes and not errors:
             said.append("(exit code 255: the process that forks the stages was killed; is memory short?)")
+        if shutil.disk_usage(log.parent).free < _ROOM:
+            said.append(f"(the disk of {log.parent} is full)")  # and the log may lack its end
         raise StageError(f"{log.stem} failed (exit codes {codes}); {log} ends with:\n" + "\n".join(said))
 
 
@@ -146,6 +151,7 @@ def _run(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    steady()
     os.environ |= {"OMP_NUM_THREADS": str(threads), **environment}
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch

@@ -209,6 +209,7 @@ def test_full_disk_leaves_nothing_and_every_rank_hears_of_it(
 ) -> None:
     source = converted["qwen3"] if task == "export" else hf_models["qwen3"]
     messages = run_ranks(2, rank_on_a_full_disk, task, source, tmp_path / "out")
-    reason = "File too large" if task == "export" else "cannot be written"
+    place = tmp_path / "out"
+    reason = f"File too large: '{place}'" if task == "export" else "cannot be written"
     assert all(reason in message for message in messages), messages
     assert list(tmp_path.iterdir()) == []
