@@ -217,11 +217,11 @@ def test_damaged_metrics_do_not_stop_a_run_that_goes_on(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
 @pytest.mark.usefixtures("capsys")  # pytest's own file must not grow either
 def test_rows_that_a_full_disk_does_not_take_wait_and_training_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("threading.excepthook", lambda of: None)  # of TensorBoard's thread
     run = RunFolder(_recipe(tmp_path), start_step=0, total_steps=10)
     run.log_step(_metrics(1))
     with files_up_to(300):
