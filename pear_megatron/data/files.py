@@ -67,8 +67,12 @@ def expand_files(patterns: list[str], problems: Problems) -> list[Path]:
 
 
 def _way_out_of_folder(folder: Path) -> str:
-    if any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
-        return "is a folder of datasets.save_to_disk; write the data set with .to_parquet('FILE.parquet')"
+    for name, split in {"state.json": "", "dataset_dict.json": "['train']"}.items():
+        if (folder / name).exists():
+            return (
+                "is a folder of datasets.save_to_disk; write the data set as Parquet: "
+                f"datasets.load_from_disk({str(folder)!r}){split}.to_parquet('FILE.parquet')"
+            )
     return f"is a folder; name its files, for example {folder}/*.jsonl"
 
 

@@ -184,7 +184,12 @@ def test_gzip_by_another_name_is_named(tmp_path: Path, config: Config) -> None:
 
 def test_a_saved_data_set_is_told_how_to_be_written(tmp_path: Path, config: Config) -> None:
     (tmp_path / "state.json").write_text("{}")
-    with pytest.raises(DataError, match=r"is a folder of datasets\.save_to_disk; .*\.to_parquet"):
+    with pytest.raises(
+        DataError, match=r"is a folder of datasets\.save_to_disk; .*load_from_disk\(.*'\)\.to_parquet"
+    ):
+        prepare(config(tmp_path))
+    (tmp_path / "state.json").rename(tmp_path / "dataset_dict.json")
+    with pytest.raises(DataError, match=r"load_from_disk\(.*\)\['train'\]\.to_parquet"):
         prepare(config(tmp_path))
 
 

@@ -31,7 +31,7 @@ WITH_TOOLS = (
 )
 
 
-WITH_CALLS = CHATML.replace(
+WITH_CALLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML.replace(
     " + '<|im_end|>'",
     " }}{% for c in m['tool_calls'] or [] %}{{ c['function'] | tojson }}{% endfor %}{{ '<|im_end|>'",
 )
@@ -409,6 +409,13 @@ NOTED: dict[str, tuple[Row, str | None]] = {
     "calls without tools": (
         {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}]},
         "messages with calls in rows without 'tools'",
+    ),
+    "thinking in other tags": (
+        {"prompt": [ASKED, {"role": "assistant", "content": "<thinking>a</thinking>b"}, ASKED], "response": "Hello"},
+        "answers that begin with <thinking>, which is text to the chat template",
+    ),
+    "tools without an envelope": (
+        {"prompt": "Hi", "response": "Hello", "tools": [{"name": "f"}]}, "without the {type, function: {...}}"
     ),
     "no tools": ({"prompt": "Hi", "response": "Hello", "tools": ""}, None),
     "another template's frame": ({"prompt": "[INST] Hi [/INST]", "response": "Hello"}, "end as another template's do"),

@@ -32,6 +32,7 @@ from pear_megatron.data.fields import check_encodable, short
 MultiTurn = Literal["auto", "whole", "split"]
 _GIVE_IDS = "or give input_ids+loss_mask as they were sampled"
 _FRAMED = re.compile(r"(\[/INST\]|\b(Assistant|ASSISTANT|Response):|<\|assistant\|>)\s*$")
+_FOREIGN_THINKING = re.compile(r"\s*(<thinking>|<thought>|<reasoning>|<\|begin_of_thought\|>|\[THINK\])")
 _MOST_KEYS = 8  # that are named in notes
 
 
@@ -250,6 +251,11 @@ class ChatEncoder:
         """Counts what of ``given``, the row's messages or prompt, is another in the context, or is not the row's."""
         if isinstance(given, list):
             self.notes.update(note for message in given for note in unseen_changes(message))
+        if any("function" not in tool for tool in renderer.setting.tools or []):
+            self.notes[
+                "rows whose tools stand in the prompt as they are, without the {type, function: {...}} around each in "
+                "which engines hand them on"
+            ] += 1
         if has_nulls(renderer.setting.tools or []):
             self.notes["rows whose tools have null in their schemas, which stands there"] += 1
         if day := renderer.fitter.template.date_in(context):
@@ -278,6 +284,11 @@ class ChatEncoder:
             if message.get("tool_calls") and not renderer.setting.tools:
                 self.notes[
                     "messages with calls in rows without 'tools', in whose prompt the functions may not be"
+                ] += 1
+            tag = _FOREIGN_THINKING.match(message["content"]) if role == "assistant" else None
+            if tag and tag[1] not in renderer.fitter.template.text:
+                self.notes[
+                    f"answers that begin with {tag[1]}, which is text to the chat template, no thinking"
                 ] += 1
             if message.get("name") and role != "tool" and not renderer.writer.writes_name(role):
                 self.notes["messages with a 'name' that the chat template does not write"] += 1

@@ -34,6 +34,7 @@ _ROLES = {
     **dict.fromkeys(("observation", "tool"), "tool"),
     "system": "system",
 }
+_CONTENTS = ("text", "parts", "value", "message", "body")  # what other programs call the content
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _PARTS = {
     **dict.fromkeys(("thinking", "reasoning"), "write it into the message's 'reasoning_content'"),
@@ -209,6 +210,9 @@ def _read_message(value: Any, where: str) -> Message:
     for key, way_out in _UNREAD.items():
         if message.get(key):
             raise RowProblem(f"{where}.{key} = {short(message[key])} would be left out; {way_out}")
+    for key in _CONTENTS:
+        if not message.get("content") and message.get(key):
+            raise RowProblem(f"{where}.{key} = {short(message[key])} would not be read; write it as {body!r}")
     message["content"] = _text(
         message.get("content"), f"{where}.content", needed=value["role"] != "assistant"
     )

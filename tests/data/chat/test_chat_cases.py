@@ -421,7 +421,7 @@ def test_nulls_in_tools_and_names_that_vanish_are_noted(families: Families) -> N
     schema = {"name": "f", "description": None, "parameters": {}}
     messages = [{"role": "user", "content": "Hi", "name": "alice"}, {"role": "assistant", "content": "Hello"}]
     encoder = ChatEncoder(families("qwen2_5"))
-    encoder.encode(Conversation(messages=messages, tools=[schema]))
+    encoder.encode(Conversation(messages=messages, tools=[{"type": "function", "function": schema}]))
     assert dict(encoder.notes) == {
         "messages with a 'name' that the chat template does not write": 1,
         "rows whose tools have null in their schemas, which stands there": 1,

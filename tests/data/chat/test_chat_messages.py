@@ -45,6 +45,16 @@ def test_what_other_programs_write_as_texts_and_calls_is_read() -> None:
     assert said["role"] == "assistant"
 
 
+@pytest.mark.parametrize("key", ["text", "parts", "message"])
+def test_content_under_another_name_is_refused(key: str) -> None:
+    with pytest.raises(
+        RowProblem, match=rf"messages\[0\]\.{key} = .* would not be read; write it as 'content'"
+    ):
+        read_messages([{"role": "assistant", "content": None, key: "Hello"}])
+    (message,) = read_messages([{"role": "assistant", "content": "Hello", key: "Hello"}])
+    assert message["content"] == "Hello"
+
+
 def test_thinking_of_others_than_the_assistant_is_refused() -> None:
     with pytest.raises(RowProblem, match=r"messages\[0\] has thinking and is no assistant's"):
         read_messages([USER | {"reasoning_content": "hm"}])
