@@ -33,6 +33,9 @@ _PREFIX = "pear_"
 _NEEDED: tuple[tuple[str, Any, str], ...] = (
     ("calculate_per_token_loss", True, "packed rows hold different numbers of decisions, and every one counts alike"),
     ("dataloader_type", "external", "the micro-batches come from --pear-data"),
+    ("cuda_graph_impl", "none", "a graph keeps the boundaries of the rows that it was captured with"),
+    ("rampup_batch_size", None, "the order of the rows rests on one batch size"),
+    ("decrease_batch_size_if_needed", False, "the order of the rows rests on one batch size"),
     ("sft", False, "its evaluation averages means of micro-batches, which hold different numbers of decisions"),
 )  # fmt: skip
 

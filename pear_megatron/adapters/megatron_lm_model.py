@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
+from dataclasses import fields
 from pathlib import Path
 
+import torch.nn.functional as F
 from pydantic import ValidationError
 
 from pear_megatron.errors import RecipeError
@@ -14,12 +17,26 @@ from pear_megatron.recipe import ModelConfig
 
 log = logging.getLogger("pear_megatron")
 
-# Arguments that change a model in a way that ModelConfig has no word for, and their values in those that it has.
+# Other arguments that change the model and that ModelConfig has no word for, and their plain values.
 _PLAIN = {
-    "multi_latent_attention": False, "apply_layernorm_1p": False, "rotary_percent": 1.0, "window_size": None,
-    "use_rope_scaling": False, "mtp_num_layers": None, "moe_layer_freq": 1, "qk_l2_norm": False,
-    "add_position_embedding": True, "hybrid_layer_pattern": None, "experimental_attention_variant": None,
+    "rotary_percent": 1.0, "rotary_seq_len_interpolation_factor": None, "use_rope_scaling": False,
+    "add_position_embedding": True, "hybrid_layer_pattern": None,
 }  # fmt: skip
+# Fields of TransformerConfig that a ModelConfig describes.
+_DESCRIBED = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "normalization", "layernorm_epsilon", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "gated_linear_unit",
+    "activation_func", "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_router_pre_softmax",
+    "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
+)  # fmt: skip
+# Of the others, those that say how a model is trained or computed, and not what it computes: parts of their names.
+_NOT_THE_MODEL = re.compile(
+    "dropout|init_|fus|recompute|offload|saved_activations|stash|fp8|fp4|bf16|fp32|dtype|recipe|graph|inference|flash|"
+    "attention_backend|transformer_impl|use_te|kitchen|persist|memory_efficient|mem_eff|pipeline|comm|stream|nccl|"
+    "symmetric|dispatch|deepep|hybridep|num_sms|grouped|loss|jitter|logg|log_|bias_update_rate|padding|pad_|chunks|"
+    "replay|parameter_transpose|clone_scatter|deterministic|invariant|test_mode|query_key_layer_scaling|tp_only|"
+    "shared_expert_overlap|block_specs|checkpoint|_func$"
+)
 _SAME_NAME = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "max_position_embeddings",
     "normalization", "position_embedding_type", "rotary_base", "add_bias_linear", "add_qkv_bias", "qk_layernorm",
@@ -38,13 +55,12 @@ def model_of(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
     """The model that Megatron-LM's arguments describe, in a recipe's words.
 
     Raises:
-        RecipeError: a recipe has no words for it; names the option.
+        RecipeError: a recipe has no words for it; names the option, or the field of TransformerConfig.
     """
     for name, plain in _PLAIN.items():
         if getattr(args, name, plain) != plain:
             raise RecipeError(f"--{name.replace('_', '-')} {getattr(args, name)}")
-    if not args.swiglu and (args.squared_relu or args.quick_geglu):
-        raise RecipeError("an activation other than --swiglu and GELU")
+    _require_described(args)
     keys = {name: getattr(args, name) for name in _SAME_NAME}
     if getattr(args, "num_experts", None):
         keys |= {ours: getattr(args, theirs) for theirs, ours in _MIXTURE.items() if hasattr(args, theirs)}
@@ -59,6 +75,27 @@ def model_of(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
         )
     except ValidationError as error:
         raise RecipeError(str(error.errors()[0]["msg"])) from error
+
+
+def _require_described(args: argparse.Namespace) -> None:
+    """Raises RecipeError where TransformerConfig has more to say of the model than a ModelConfig can."""
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.transformer import TransformerConfig
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    config = core_transformer_config_from_args(args)
+    if config.activation_func is not (F.silu if config.gated_linear_unit else F.gelu):
+        raise RecipeError("an activation other than --swiglu and GELU")
+    plain = TransformerConfig(**{name: getattr(config, name) for name in _DESCRIBED})
+    own = {field.name for field in fields(TransformerConfig)} - {f.name for f in fields(ModelParallelConfig)}
+    for name in sorted(own - set(_DESCRIBED)):
+        value = getattr(config, name)
+        if name == "moe_router_load_balancing_type":  # all but this one leave the choice of experts as it is
+            differs = value == "sinkhorn"
+        else:
+            differs = value != getattr(plain, name) and not _NOT_THE_MODEL.search(name)
+        if differs:
+            raise RecipeError(f"{name} {value}")
 
 
 def describe_checkpoints(args: argparse.Namespace, vocab_size: int) -> None:

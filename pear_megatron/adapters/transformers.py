@@ -130,8 +130,11 @@ class PearTrainer(Trainer):
     """transformers' Trainer under PEAR's loss.
 
     The gradient is that of the sum of losses over all micro-batches, accumulation steps and processes, divided by
-    their decisions. Logs have ``nll`` and ``pear/...`` beside ``loss``, evaluations ``eval_nll`` and
-    ``eval_pear/...``: ratios of global sums.
+    their decisions; the load balancing loss of a mixture of experts, where its config has ``output_router_logits``, is
+    added as a mean over micro-batches and processes.
+
+    Logs have ``nll`` and ``pear/...`` beside ``loss``, evaluations ``eval_nll`` and ``eval_pear/...``: ratios of global
+    sums.
 
     Args:
         *args, **kwargs: the Trainer's. ``data_collator`` is a PearCollator if it is not given; ``train_dataset`` and
@@ -189,7 +192,15 @@ class PearTrainer(Trainer):
             copies = self.accelerator.num_processes
             loss_sum = loss_sum * (copies // self.get_tp_size() if hasattr(self, "get_tp_size") else copies)
         loss = loss_sum / num_items_in_batch
+        if (
+            router := outputs.get("aux_loss")
+        ) is not None:  # of a mixture of experts with output_router_logits
+            loss = loss + router * (self._model_config.get_text_config().router_aux_loss_coef / self._steps())
         return (loss, outputs) if return_outputs else loss
+
+    def _steps(self) -> int:
+        """Micro-batches of this step, whose mean a loss is that does not count decisions."""
+        return getattr(self, "current_gradient_accumulation_steps", 1) if torch.is_grad_enabled() else 1
 
     def _as_attention_takes(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Packed rows as one, [1, B * S], for flash attention: it looks for trajectories in a single row alone."""

@@ -128,6 +128,8 @@ def test_the_loss_is_what_the_arguments_say() -> None:
     [
         ({"calculate_per_token_loss": False}, "PEAR needs --calculate-per-token-loss: packed rows hold different"),
         ({"dataloader_type": "single"}, "PEAR needs --dataloader-type external"),
+        ({"cuda_graph_impl": "local"}, "PEAR needs --cuda-graph-impl none: a graph keeps the boundaries"),
+        ({"rampup_batch_size": [2, 2, 16]}, "PEAR needs no --rampup-batch-size"),
         ({"sft": True}, "PEAR needs no --sft: its evaluation averages"),
         ({"transformer_impl": "transformer_engine", "bf16": True}, "--micro-batch-size 2: Transformer Engine"),
     ],

@@ -305,3 +305,40 @@ def test_processes_that_would_count_alike_are_refused(folder: Path, tmp_path: Pa
     done = program(folder, tmp_path / "run", "--average_tokens_across_devices=False", processes=2)
     assert done.returncode
     assert "however few decisions it has" in done.stderr
+
+
+def test_a_mixtures_router_loss_is_a_mean_over_accumulated_micro_batches(
+    folder: Path, tmp_path: Path
+) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainingArguments
+
+    from pear_megatron.adapters.transformers import PearCollator, PearTrainer, Trajectories
+
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, head_dim=8,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2,
+            output_router_logits=True, router_aux_loss_coef=0.5,
+        )
+    )  # fmt: skip
+    pear = PearConfig(variant="none")
+    data = DataConfig(train=str(folder / "data.jsonl"), seq_length=63, packing=False)
+    rows = Trajectories(data, pear, vocab_size=VOCABULARY)
+    batches = [PearCollator()([rows[i], rows[i + 1]]) for i in range(0, ROWS, 2)]
+    total, decisions, routers = 0.0, 0, 0.0
+    for batch in batches:
+        out, given = model(batch["input_ids"], attention_mask=batch["attention_mask"]), batch["trajectories"]
+        columns = given["behavior_logprobs"], given["mask"], given["cu_seqlens"]
+        loss, count, _ = pear_loss(out.logits, batch["labels"], *columns, pear, reward=given["reward"])
+        total, decisions, routers = total + float(loss), decisions + int(count), routers + float(out.aux_loss)
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=4,
+        learning_rate=0.0, report_to="none", logging_steps=1, save_strategy="no", disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    trainer = PearTrainer(model, arguments, pear=pear, train_dataset=rows)
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(
+        total / decisions + 0.5 * routers / 4, rel=1e-5
+    )
