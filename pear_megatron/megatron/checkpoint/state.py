@@ -38,7 +38,8 @@ def versions() -> dict[str, str]:
     """Of what writes and reads checkpoints."""
     import megatron.core
 
-    return {"megatron-core": str(megatron.core.__version__), "torch": str(torch.__version__)}
+    found = {"megatron-core": megatron.core.__version__, "torch": torch.__version__}
+    return {name: str(version).partition("+")[0] for name, version in found.items()}  # + is of a build
 
 
 def _other_versions(common: dict[str, Any]) -> str:
