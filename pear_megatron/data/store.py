@@ -185,11 +185,14 @@ class TrajectoryWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex}")
-        self._temporary.mkdir()
-        self._held = os.open(self._temporary, os.O_RDONLY | os.O_DIRECTORY)
+        name = uuid.uuid4().hex
+        new = folder.with_name(f".{folder.name}.new-{name}")
+        new.mkdir()
+        self._held = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
         with suppress(OSError):  # no locks here
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._temporary = folder.with_name(f".{folder.name}.partial-{name}")
+        new.rename(self._temporary)  # held before others see it
         _remove_orphans(folder.parent, self._temporary)
         self._streams = {
             name: _NpyStream(self._temporary / f"{name}.npy", dtype) for name, dtype in _DTYPES.items()
