@@ -17,6 +17,7 @@ MEETS_MEGATRON = {
     "adapters/bridge/dataset.py": "megatron.bridge, whose dataset config it is",
     "adapters/bridge/loop.py": "megatron.bridge, the loop that it plugs into",
     "adapters/megatron_lm.py": "megatron.training, the loop that it plugs into",
+    "adapters/megatron_lm_model.py": "megatron.training, whose model it describes",
     "adapters/slime/loss.py": "slime's process groups are Megatron's global ones",
     "adapters/swift/trainer.py": "ms-swift's process groups are Megatron's global ones",
     "hf/bridge.py": "Megatron-Bridge, for architectures that this package does not know",
