@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 
-from pear_megatron.adapters.megatron_lm_model import describe_checkpoints
+from pear_megatron.adapters.megatron_lm_model import check_loaded_model, describe_checkpoints
 from pear_megatron.adapters.offline_data import OfflineBatches, open_trajectories
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig
@@ -113,6 +113,7 @@ def datasets(
 
     args = get_args()
     _check_resumed(args)
+    check_loaded_model(args)
     train = _batches(
         args, args.pear_data, args.global_batch_size, consumed_samples=args.consumed_train_samples
     )

@@ -12,15 +12,23 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from pear_megatron.errors import RecipeError
-from pear_megatron.hf.assets import ASSETS, MODEL_FILE, find_root, write_model_files
+from pear_megatron.hf.assets import (
+    ASSETS,
+    MODEL_FILE,
+    check_same_model,
+    find_root,
+    read_model_file,
+    write_model_files,
+)
 from pear_megatron.recipe import ModelConfig
+from pear_megatron.recipe.sections import expert_size
 
 log = logging.getLogger("pear_megatron")
 
 # Other arguments that change the model and that ModelConfig has no word for, and their plain values.
 _PLAIN = {
-    "rotary_percent": 1.0, "rotary_seq_len_interpolation_factor": None, "use_rope_scaling": False,
-    "add_position_embedding": True, "hybrid_layer_pattern": None,
+    "rotary_percent": 1.0, "rotary_seq_len_interpolation_factor": None, "add_position_embedding": True,
+    "hybrid_layer_pattern": None,
 }  # fmt: skip
 # Fields of TransformerConfig that a ModelConfig describes.
 _DESCRIBED = (
@@ -71,6 +79,7 @@ def model_of(args: argparse.Namespace, vocab_size: int) -> ModelConfig:
             norm_epsilon=getattr(args, "layernorm_epsilon", None) or args.norm_epsilon,
             activation="swiglu" if args.swiglu else "gelu",
             share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            rope_scaling_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
             vocab_size=vocab_size,
         )
     except ValidationError as error:
@@ -96,6 +105,31 @@ def _require_described(args: argparse.Namespace) -> None:
             differs = value != getattr(plain, name) and not _NOT_THE_MODEL.search(name)
         if differs:
             raise RecipeError(f"{name} {value}")
+
+
+def check_loaded_model(args: argparse.Namespace) -> None:
+    """Refuses weights of this package's in ``--load`` that belong to another model than the arguments describe.
+
+    Raises:
+        RecipeError: names what differs; Megatron-LM reads nothing but tensors, whose shapes may fit.
+    """
+    try:
+        root = find_root(args.load) if args.load else None
+    except RecipeError:
+        return
+    if root is None:
+        return
+    stored, _ = read_model_file(root)
+    try:
+        given = model_of(args, stored.vocab_size)
+        of_no_effect = {"max_position_embeddings"} if given.position_embedding_type == "rope" else set()
+        if given.num_moe_experts and expert_size(given) == expert_size(stored):
+            of_no_effect |= {"ffn_hidden_size", "moe_ffn_hidden_size"}
+        check_same_model(root, given.model_copy(update={key: getattr(stored, key) for key in of_no_effect}))
+    except RecipeError as error:
+        raise RecipeError(
+            f"--load {args.load}: its {MODEL_FILE} describes another model than this run's options: {error}"
+        ) from error
 
 
 def describe_checkpoints(args: argparse.Namespace, vocab_size: int) -> None:

@@ -88,11 +88,16 @@ def check_rows_stay_apart(model: torch.nn.Module, packed: str) -> None:
 
     Raises:
         RecipeError: attention that does not look at the mask (Transformer Engine's, a sliding window, the fused causal
-            softmax), or local attention, which takes no THD.
+            softmax), local attention, which takes no THD, or Mamba's layers.
     """
     from megatron.core.utils import get_model_config
 
     config = get_model_config(model)
+    if any(type(m).__name__ == "MambaMixer" for m in model.modules()):
+        raise RecipeError(
+            "the model has Mamba layers, whose state would run on from one packed trajectory into the next; hybrid "
+            "models are not supported"
+        )
     kinds = {type(m).__name__ for m in model.modules() if "DotProductAttention" in type(m).__name__}
     if packed == "thd":
         if "DotProductAttention" in kinds:

@@ -26,13 +26,17 @@ class Family:
     default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
     experts: Literal["qwen", "mixtral"] | None = None  # whose names config.json and the weights have for them
     shared_expert: bool = False
+    default_norm_epsilon: float = 1e-6
+    default_rope_theta: float = 10000.0
 
 
 FAMILIES = (
     Family("LlamaForCausalLM", "llama"),  # Llama 2 and 3, SmolLM2, DeepSeek-R1-Distill-Llama
     Family("Qwen2ForCausalLM", "qwen2", add_qkv_bias=True),  # Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen
     Family("Qwen3ForCausalLM", "qwen3", qk_layernorm=True, default_head_dim=128),
-    Family("MixtralForCausalLM", "mixtral", experts="mixtral"),
+    Family(
+        "MixtralForCausalLM", "mixtral", experts="mixtral", default_norm_epsilon=1e-5, default_rope_theta=1e6
+    ),
     Family(
         "Qwen3MoeForCausalLM", "qwen3_moe", qk_layernorm=True, experts="qwen"
     ),  # Qwen3-30B-A3B, -235B-A22B
@@ -173,7 +177,7 @@ class _Reader:
         self._check_attention(family)
         heads, hidden = self._integer("num_attention_heads"), self._integer("hidden_size")
         groups = heads if family.model_type == "llama" else None
-        rope = self._rope()
+        rope = self._rope(family.default_rope_theta)
         return {
             "num_layers": self._integer("num_hidden_layers"),
             "hidden_size": hidden,
@@ -186,7 +190,9 @@ class _Reader:
             "vocab_size": self._integer("vocab_size"),
             "max_position_embeddings": self._integer("max_position_embeddings"),
             "normalization": "RMSNorm",
-            "norm_epsilon": self._number("rms_norm_eps", self.config.get("rms_norm_eps", 1e-6)),
+            "norm_epsilon": self._number(
+                "rms_norm_eps", self.config.get("rms_norm_eps", family.default_norm_epsilon)
+            ),
             "activation": "swiglu",
             "position_embedding_type": "rope",
             "rotary_base": self._rotary_base(rope),
@@ -272,7 +278,7 @@ class _Reader:
                 "use_sliding_window", True, "layers from max_window_layers on would use it; not supported"
             )
 
-    def _rope(self) -> dict[str, Any]:
+    def _rope(self, default_theta: float) -> dict[str, Any]:
         """The rotary parameters in transformers 5's form; version 4 has rope_theta and rope_scaling instead."""
         new, old = (_renamed(self.config.get(key) or {}) for key in ("rope_parameters", "rope_scaling"))
         for source in (new, old):
@@ -280,7 +286,13 @@ class _Reader:
                 self._refuse("rope_parameters", source, "one set of parameters for all layers is supported")
         if self.config.get("rope_theta") is not None:
             old["rope_theta"] = self.config["rope_theta"]
-        merged = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1, **old, **new}
+        merged = {
+            "rope_type": "default",
+            "rope_theta": default_theta,
+            "partial_rotary_factor": 1,
+            **old,
+            **new,
+        }
         for key, value in old.items():
             if merged[key] != value:
                 self._refuse(

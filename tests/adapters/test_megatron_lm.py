@@ -281,6 +281,16 @@ def test_the_loss_of_multi_token_prediction_survives(ours: dict[str, Any], tmp_p
     assert large["grad-norm"][0] > 2 * none["grad-norm"][0]
 
 
+def test_weights_of_another_model_than_the_options_are_refused(ours: dict[str, Any], tmp_path: Path) -> None:
+    code, said = pretrain(
+        1, tmp_path, "--pear-data", str(ours["data"]), "--eval-iters", "0", *from_weights(ours["start"]),
+        "--rotary-base", "500000",
+    )  # fmt: skip
+    assert code != 0
+    assert "describes another model than this run's options" in said
+    assert "model.rotary_base 500000 (there 10000)" in said
+
+
 def test_a_checkpoint_of_another_loss_is_not_gone_on_with(
     interrupted: dict[str, Any], ours: dict[str, Any]
 ) -> None:

@@ -118,6 +118,17 @@ def test_llama_3_1(tmp_path: Path) -> None:
     }
 
 
+def test_what_a_mixtral_does_not_say_is_transformers_default(tmp_path: Path) -> None:
+    config = LLAMA31 | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+    }
+    gone = dict.fromkeys(("rms_norm_eps", "rope_theta", "rope_scaling"), GONE)
+    keys = model_keys(write(tmp_path, config, num_experts_per_tok=2, **gone))
+    assert (keys["norm_epsilon"], keys["rotary_base"]) == (1e-5, 1_000_000)
+
+
 def test_qwen_2_5_has_biases_and_qwen_3_norms_and_its_own_head_size(tmp_path: Path) -> None:
     qwen25 = model_keys(write(tmp_path, QWEN25))
     assert (qwen25["add_qkv_bias"], qwen25["qk_layernorm"], qwen25["kv_channels"]) == (True, False, 128)

@@ -246,7 +246,7 @@ def packed_models(rank: int) -> dict[str, str]:
 
     build(1)
 
-    def said(packed: str = "mask", *, transformer_engine: bool = False, **changed: Any) -> str:
+    def said(packed: str = "mask", *, stand_in: str | None = None, **changed: Any) -> str:
         settings: dict[str, Any] = {
             "num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "calculate_per_token_loss": True,
             "use_cpu_initialization": True, "masked_softmax_fusion": False, "persist_layer_norm": False,
@@ -261,9 +261,9 @@ def packed_models(rank: int) -> dict[str, str]:
             max_sequence_length=64,
             position_embedding_type="rope",
         )
-        if transformer_engine:  # by its name: the package needs a GPU
+        if stand_in:  # by its name: the package needs a GPU
             attention = model.decoder.layers[0].self_attention
-            attention.core_attention = type("TEDotProductAttention", (torch.nn.Module,), {})()
+            attention.core_attention = type(stand_in, (torch.nn.Module,), {})()
         batch = collate(make_trajectories(), [[0, 1], [2, 3]], SEQ_LENGTH)
         step = PearForwardStep(PearConfig(variant="none"), vocab_size=300, packed_attention=packed)
         try:
@@ -276,7 +276,8 @@ def packed_models(rank: int) -> dict[str, str]:
         "local": said(),
         "window": said(window_size=(8, 0)),
         "fused": said(masked_softmax_fusion=True, bf16=True, params_dtype=torch.bfloat16),
-        "transformer engine": said(transformer_engine=True),
+        "transformer engine": said(stand_in="TEDotProductAttention"),
+        "mamba": said(stand_in="MambaMixer"),
         "thd": said("thd"),
     }
 
@@ -292,6 +293,7 @@ def test_attention_under_which_packed_trajectories_see_each_other_is_refused() -
         assert "the mask between packed trajectories would not be looked at" in said[name]
         assert reason in said[name]
     assert "which takes no packed rows (THD)" in said["thd"]
+    assert "the model has Mamba layers" in said["mamba"]
 
 
 def test_arguments_of_another_kind_are_named() -> None:
