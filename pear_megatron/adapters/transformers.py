@@ -16,15 +16,13 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from pear_megatron.adapters.batch_loss import BatchLoss, tensors_of
 from pear_megatron.adapters.offline_data import open_trajectories
-from pear_megatron.alignment_watch import AlignmentWatch
 from pear_megatron.config import PearConfig
-from pear_megatron.data import DataConfig, PackedBatch, Trajectory, TrajectoryDataset, collate
+from pear_megatron.data import DataConfig, Trajectory, TrajectoryDataset, collate
 from pear_megatron.data.columns import Columns, needs_behavior_logprobs
 from pear_megatron.data.packing import plan_epoch
 from pear_megatron.errors import CheckpointError, RecipeError
-from pear_megatron.loss import loss_of_logprobs, report_keys, topk_of
-from pear_megatron.ops.statistics import vocab_parallel_statistics
 from pear_megatron.report import ReportWatch
 
 _BATCH = "trajectories"  # the input that is not the model's
@@ -107,23 +105,8 @@ class PearCollator:
             ),
             "labels": batch.labels,
             "shift_labels": batch.labels,  # the Trainer counts decisions in these as they are
-            _BATCH: _tensors(batch),
+            _BATCH: tensors_of(batch),
         }
-
-
-def _tensors(batch: PackedBatch) -> dict[str, Tensor]:
-    """What the loss takes of a batch, as tensors that a data loader may pin and move."""
-    found = {
-        "behavior_logprobs": batch.behavior_logprobs,
-        "mask": batch.loss_mask,
-        "cu_seqlens": batch.cu_seqlens,
-        "reward": batch.reward,
-        "token_weights": batch.token_weights,
-        "reference_logprobs": batch.reference_logprobs,
-    }
-    if batch.behavior_topk is not None:
-        found["topk_ids"], found["topk_logprobs"] = batch.behavior_topk
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 class PearTrainer(Trainer):
@@ -157,9 +140,7 @@ class PearTrainer(Trainer):
         )
         self.pear = pear
         self.add_callback(LossOfTheRun(**pear.model_dump(mode="json")))
-        self._keys = report_keys(pear)
-        self._sums: dict[bool, Tensor] = {}  # in training, in evaluation: [keys, 2] float64
-        self._check_alignment = AlignmentWatch(pear)
+        self._batch_loss = BatchLoss(pear)
         self._model_config: Any = getattr(self.model, "config", None)
         self._rows_stay_apart = False  # until it was seen
         self._watch = ReportWatch(pear) if self.is_world_process_zero() else None
@@ -179,9 +160,11 @@ class PearTrainer(Trainer):
             self._rows_stay_apart = True
         outputs = model(**self._as_attention_takes(inputs), use_cache=False)
         logits = outputs.logits.view(*labels.shape, -1)
-        with torch.autocast(logits.device.type, enabled=False):
-            loss_sum, decisions, report = self._loss(logits, labels, given, keep_logits=return_outputs)
-        self._add(report)
+        loss_sum, decisions, report = self._batch_loss(
+            logits, labels, given, inplace_backward=not return_outputs
+        )
+        if self._watch is not None:
+            self._watch(report)
         if num_items_in_batch is None:
             if torch.is_grad_enabled():
                 raise RecipeError(
@@ -208,51 +191,12 @@ class PearTrainer(Trainer):
             return {name: value.view(1, -1) for name, value in inputs.items()}
         return inputs
 
-    def _loss(
-        self, logits: Tensor, labels: Tensor, given: dict[str, Tensor], *, keep_logits: bool
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        mask = given["mask"]
-        topk = (given["topk_ids"], given["topk_logprobs"]) if "topk_ids" in given else None
-        found = vocab_parallel_statistics(
-            logits,
-            labels,
-            topk=topk_of(self.pear, topk, mask=mask),
-            tail=self.pear.kl_tail,
-            entropy=self.pear.needs_entropy,
-            mask=mask,
-            inplace_backward=not keep_logits,
-        )
-        compared = (found.logprob, given["behavior_logprobs"], mask, given["cu_seqlens"])
-        reference = given.get("reference_logprobs")
-        self._check_alignment(*compared, reference_logprobs=reference)
-        return loss_of_logprobs(
-            *compared,
-            self.pear,
-            kl=found.kl,
-            entropy=found.entropy,
-            reward=given["reward"],
-            token_weights=given.get("token_weights"),
-            reference_logprobs=reference,
-        )
-
-    def _add(self, report: dict[str, Tensor]) -> None:
-        training = torch.is_grad_enabled()
-        sums = torch.stack([report[key].detach() for key in self._keys]).double()
-        self._sums[training] = self._sums[training] + sums if training in self._sums else sums
-        if self._watch is not None:
-            self._watch(report)
-
     def _means(self, *, training: bool) -> dict[str, float]:
         """Of all processes, since they were last asked for; every process asks."""
-        if (sums := self._sums.pop(training, None)) is None:
-            return {}
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(sums)
-        return {
-            key: total / count if count else 0.0
-            for key, (total, count) in zip(self._keys, sums.tolist(), strict=True)
-            if key != "loss"  # the Trainer's own
-        }
+        group = torch.distributed.group.WORLD if self.args.world_size > 1 else None
+        means = self._batch_loss.means(training=training, group=group)
+        means.pop("decisions", None)
+        return means
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with the report's means since the last training log."""
@@ -269,7 +213,7 @@ class PearTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """The Trainer's, with the report's means over the whole evaluation among its metrics."""
-        self._sums.pop(False, None)
+        self._batch_loss.forget(training=False)
         given = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         output: Any = super().evaluation_loop(*given)
         means = self._means(training=False)

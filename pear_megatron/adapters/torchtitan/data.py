@@ -11,14 +11,13 @@ import tyro
 from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
 
+from pear_megatron.adapters.batch_loss import tensors_of
 from pear_megatron.adapters.offline_data import OfflineBatches, open_trajectories
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig, PackedBatch
 from pear_megatron.data.columns import Columns, needs_behavior_logprobs
 
-# What the loss takes of a batch, beside its logits and labels.
-OF_THE_LOSS = ("behavior_logprobs", "mask", "cu_seqlens", "reward", "token_weights", "reference_logprobs",
-               "topk_ids", "topk_logprobs")  # fmt: skip
+PREFIX = "pear_"  # of the tensors that are the loss's
 
 
 class PearBatches(BaseDataLoader):
@@ -96,17 +95,5 @@ class PearBatches(BaseDataLoader):
 
 
 def _as_torchtitan_takes(batch: PackedBatch) -> tuple[dict[str, Tensor], Tensor]:
-    ids, logprobs = batch.behavior_topk or (None, None)
-    given = {
-        "input": batch.tokens,
-        "positions": batch.position_ids,
-        "behavior_logprobs": batch.behavior_logprobs,
-        "mask": batch.loss_mask,
-        "cu_seqlens": batch.cu_seqlens,
-        "reward": batch.reward,
-        "token_weights": batch.token_weights,
-        "reference_logprobs": batch.reference_logprobs,
-        "topk_ids": ids,
-        "topk_logprobs": logprobs,
-    }
-    return {name: value for name, value in given.items() if value is not None}, batch.labels
+    own = {"input": batch.tokens, "positions": batch.position_ids}
+    return own | {PREFIX + name: tensor for name, tensor in tensors_of(batch).items()}, batch.labels

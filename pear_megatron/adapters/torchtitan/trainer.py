@@ -14,7 +14,7 @@ from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from pear_megatron.adapters.torchtitan.data import OF_THE_LOSS, PearBatches
+from pear_megatron.adapters.torchtitan.data import PREFIX, PearBatches
 from pear_megatron.adapters.torchtitan.loss import PearLoss
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig
@@ -108,7 +108,7 @@ class PearTrainer(Trainer):
         speaks = all(mesh is None or mesh.get_local_rank() == 0 for mesh in (loss_mesh, tp_mesh))
 
         def log_with_report(*args: Any, extra_metrics: dict[str, Any] | None = None, **kwargs: Any) -> None:
-            means = self.loss_fn.means(training=training, group=group)
+            means = self.loss_fn.batch_loss.means(training=training, group=group)
             named = {place + name: value for name, value in means.items()}
             log(*args, extra_metrics={**(extra_metrics or {}), **named}, **kwargs)
             if means and speaks:
@@ -135,12 +135,12 @@ class PearTrainer(Trainer):
 
     def state_dict(self) -> dict[str, Any]:
         """torchtitan's, and the loss."""
-        return {**super().state_dict(), "pear": self.loss_fn.pear.model_dump_json()}
+        return {**super().state_dict(), "pear": self.loss_fn.batch_loss.pear.model_dump_json()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torchtitan's; another loss is refused."""
         super().load_state_dict(state_dict)
-        before, now = json.loads(state_dict["pear"]), self.loss_fn.pear.model_dump(mode="json")
+        before, now = json.loads(state_dict["pear"]), self.loss_fn.batch_loss.pear.model_dump(mode="json")
         if changed := [key for key in now if key in before and before[key] != now[key]]:
             was, given = ({key: values[key] for key in changed} for values in (before, now))
             raise CheckpointError(
@@ -175,8 +175,10 @@ class PearValidator(Validator):
 
 
 def _apart(input_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    batch = {name: value for name, value in input_dict.items() if name in OF_THE_LOSS}
-    return batch, {name: value for name, value in input_dict.items() if name not in batch}
+    """The loss's tensors, and the others."""
+    ours = [name for name in input_dict if name.startswith(PREFIX)]
+    batch = {name.removeprefix(PREFIX): input_dict[name] for name in ours}
+    return batch, {name: value for name, value in input_dict.items() if name not in ours}
 
 
 def check(config: Any) -> None:
