@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,6 +23,7 @@ from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.storage import sync
 
 FORMAT_VERSION = 4
+_FORGOTTEN = 24 * 3600  # seconds
 _META = "meta.json"
 # Per token, per trajectory, and per byte of an id; offsets have one more entry than there are trajectories.
 _DTYPES: dict[str, Any] = {
@@ -185,15 +186,9 @@ class TrajectoryWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.parent.mkdir(parents=True, exist_ok=True)
-        name = uuid.uuid4().hex
-        new = folder.with_name(f".{folder.name}.new-{name}")
-        new.mkdir()
-        self._held = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
-        with suppress(OSError):  # no locks here
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._temporary = folder.with_name(f".{folder.name}.partial-{name}")
-        new.rename(self._temporary)  # held before others see it
-        _remove_orphans(folder.parent, self._temporary)
+        _remove_orphans(folder.parent)
+        self._temporary = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex}")
+        self._temporary.mkdir()
         self._streams = {
             name: _NpyStream(self._temporary / f"{name}.npy", dtype) for name, dtype in _DTYPES.items()
         }
@@ -211,7 +206,6 @@ class TrajectoryWriter:
         for stream in self._streams.values():
             with suppress(OSError):  # a full disk takes no last bytes either
                 stream.file.close()
-        os.close(self._held)
 
     def append(self, trajectory: Trajectory) -> None:
         """Add one trajectory; all have reference_logprobs or none has, and so with behavior_topk."""
@@ -286,18 +280,16 @@ class TrajectoryWriter:
         sync(self._folder.parent)
 
 
-def _remove_orphans(root: Path, own: Path) -> None:
-    """Removes what writers that were killed have left: folders that nobody holds."""
+def _remove_orphans(root: Path) -> None:
+    """Removes what writers that were killed have left: folders into which nothing was written for a day.
+
+    No lock says so more quickly: those of some network file systems hold on one node alone.
+    """
     for path in root.glob(".*.partial-*"):
-        if path == own or path.is_symlink() or not path.is_dir():
-            continue
-        with suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(OSError):  # somebody else removes it
+            written = max(part.stat().st_mtime for part in (path, *path.iterdir()))
+            if not path.is_symlink() and time.time() - written > _FORGOTTEN:
                 shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(descriptor)
 
 
 class _NpyStream:

@@ -199,7 +199,11 @@ def test_a_saved_data_set_is_told_how_to_be_written(tmp_path: Path, config: Conf
         ("a.json", b'[{"id": 1}]', r"write one object a line: jq -c"),
         ("a.json", b'\n{"id": 1}\n', r"if it has one object a line, name it \.jsonl"),
         ("a.ndjson", b'{"id": 1}\n', r"if it has one object a line, name it \.jsonl"),
-        ("a.json.gz", gzip.compress(b'{"id": 1}\n', mtime=0), r"if it has one object a line, name it \.jsonl"),
+        (
+            "a.json.gz",
+            gzip.compress(b'{"id": 1}\n', mtime=0),
+            r"if it has one object a line, name it \.jsonl",
+        ),
     ],
 )
 def test_json_by_another_name_is_told_what_to_do(

@@ -59,6 +59,7 @@ def test_a_full_disk_leaves_nothing_and_what_killed_runs_left_goes(tmp_path: Pat
     folder = cache_path(config(file), require_behavior_logprobs=True, vocab_size=None, tokenizer_hash=None)
     killed = folder.with_name(f".{folder.name}.partial-0123")
     killed.mkdir(parents=True)
+    os.utime(killed, times=(0, 0))
     with files_up_to(9000), pytest.raises(OSError, match="File too large"):
         prepare(config(file))
     assert not list(folder.parent.iterdir())
