@@ -138,6 +138,8 @@ def _check_source(source: Tensor, cu: Tensor, num_sources: int) -> None:
         raise ValueError(
             f"source has shape {tuple(source.shape)}; give one per trajectory ({cu.numel() - 1})"
         )
+    if source.is_floating_point():  # whose numbers would be compared with none
+        raise ValueError(f"source is {source.dtype}; give the number of each trajectory's source (.long())")
     inside = (source >= 0) & (source < num_sources)
     require_everywhere(inside, "source", f"no number from 0 to num_sources - 1 = {num_sources - 1}")
 

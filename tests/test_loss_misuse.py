@@ -164,6 +164,7 @@ def test_rewards_that_are_none_are_refused(reward: Tensor, said: str) -> None:
     [
         ([0, 1], TypeError, "source must be a tensor"),
         (torch.tensor([0]), ValueError, r"source has shape \(1,\); give one per trajectory \(2\)"),
+        (torch.tensor([0.0, 1.0]), ValueError, "source is torch.float32; give the number of each"),
         (torch.tensor([1, 2]), ValueError, "source: no number from 0 to num_sources - 1 = 1"),
     ],
 )

@@ -40,6 +40,17 @@ def require_tensors(device: torch.device | None = None, /, **values: Any) -> Non
             )
 
 
+def require_target(target: Any, device: torch.device) -> None:
+    """``target`` must be an int64 tensor on ``device``.
+
+    Raises:
+        TypeError, ValueError: as require_tensors; another dtype.
+    """
+    require_tensors(device, target=target)
+    if target.dtype != torch.int64:
+        raise ValueError(f"target must be int64, got {target.dtype}; give target.long()")
+
+
 def require_mask(mask: Any, device: torch.device) -> None:
     """``mask`` must be a bool tensor on ``device``.
 

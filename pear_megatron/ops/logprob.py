@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pear_megatron.ops.arguments import require_mask, require_tensors
+from pear_megatron.ops.arguments import require_mask, require_target, require_tensors
 from pear_megatron.ops.context_parallel import all_gather
 from pear_megatron.ops.library import ops
 
@@ -120,7 +120,7 @@ def checked_logits(
         TypeError, ValueError: see vocab_parallel_logprob.
     """
     require_tensors(logits=logits)
-    require_tensors(logits.device, target=target)
+    require_target(target, logits.device)
     if mask is not None:
         require_mask(mask, logits.device)
     if logits.dim() < 1 or logits.shape[-1] == 0:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pear_megatron.ops.arguments import require_mask, require_tensors
+from pear_megatron.ops.arguments import require_mask, require_target, require_tensors
 from pear_megatron.ops.logprob import gather_ranks, vocab_shard
 from pear_megatron.ops.statistics import (
     Tail,
@@ -104,7 +104,8 @@ def linear_statistics(
         TypeError, ValueError, IndexError: see linear_logprob and vocab_parallel_topk_kl.
     """
     require_tensors(hidden=hidden)
-    require_tensors(hidden.device, weight=weight, target=target)
+    require_tensors(hidden.device, weight=weight)
+    require_target(target, hidden.device)
     if mask is not None:
         require_mask(mask, hidden.device)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:

@@ -261,7 +261,10 @@ def test_a_target_outside_the_vocabulary_names_token_and_value(bad, vocab_size):
         ({"logits": torch.randn(4, 50).double()}, "logits must be float32, bfloat16 or float16, got Double"),
         ({"logits": torch.randn(4, 0)}, r"V > 0, got shape \(4, 0\)"),
         ({"logits": torch.tensor(1.0)}, r"logits must be \[..., V\]"),
-        ({"target": torch.zeros(4, dtype=torch.int32)}, "target must be Long, got Int"),
+        (
+            {"target": torch.zeros(4, dtype=torch.int32)},
+            r"target must be int64, got torch.int32; give target.long\(\)",
+        ),
         ({"target": torch.zeros(5, dtype=torch.int64)}, r"target has shape \(5,\), but logits \(4, 50\)"),
         ({"mask": torch.ones(4)}, "mask must be bool .True on decisions., got torch.float32"),
         ({"mask": torch.ones(2, 2, dtype=torch.bool)}, r"mask has shape \(2, 2\)"),
