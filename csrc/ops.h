@@ -61,7 +61,7 @@ enum WeightStatistic {
   Tensor logprob_forward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,   \
                          int64_t vocab_start, int64_t vocab_size);                                 \
   /* stats [n, 3, T], of all ranks -> logprob [T] and normalizer [T, 2] (the row's max, and the    \
-     log of its sum of exp(x - max)), f32; 0 off the mask. */                                              \
+     log of its sum of exp(x - max)), f32; 0 off the mask. */                                      \
   std::tuple<Tensor, Tensor> logprob_combine(const Tensor& stats, const OptionalTensor& mask);     \
   /* grad_logits = grad[t] * (onehot - softmax), written over the logits. Rows off the mask and    \
      padded columns become 0, whatever they held. grad [T] f32. */                                 \
@@ -79,10 +79,10 @@ enum WeightStatistic {
                             const OptionalTensor& mask, const OptionalTensor& topk_ids,            \
                             int64_t vocab_start, int64_t vocab_size, bool entropy);                \
   /* stats [n, T, W], of all ranks -> logprob [T], normalizer [T, 2], entropy, KL [T], all f32 and \
-     0 off the mask, the top-k's log-probs [T, k] and kl_terms [T, kKlTerms]; what is not wanted                 \
-     has no elements. topk_logprobs [T, k] f32 are the behaviour policy's; an id of -1 is no                  \
-     entry. On the mask an id outside [0, vocab_size) raises IndexError; an id twice, no entry                   \
-     with any mass, and a log-prob that is NaN or above 1e-5 raise ValueError. */                               \
+     0 off the mask, the top-k's log-probs [T, k] and kl_terms [T, kKlTerms]; what is not wanted   \
+     has no elements. topk_logprobs [T, k] f32 are the behaviour policy's; an id of -1 is no       \
+     entry. On the mask an id outside [0, vocab_size) raises IndexError; an id twice, no entry     \
+     with any mass, and a log-prob that is NaN or above 1e-5 raise ValueError. */                  \
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics_combine(                   \
       const Tensor& stats, const OptionalTensor& mask, const OptionalTensor& topk_ids,             \
       const OptionalTensor& topk_logprobs, int64_t vocab_size, bool entropy, bool bucket);         \
