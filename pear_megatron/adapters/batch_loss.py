@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.distributed import ProcessGroup
 from pear_megatron.alignment_watch import AlignmentWatch
 from pear_megatron.config import PearConfig
 from pear_megatron.data import PackedBatch
+from pear_megatron.errors import CheckpointError
 from pear_megatron.loss import loss_of_logprobs, report_keys, topk_of
 from pear_megatron.ops.statistics import vocab_parallel_statistics
 
@@ -29,6 +31,20 @@ def tensors_of(batch: PackedBatch) -> dict[str, Tensor]:
         "topk_logprobs": logprobs,
     }
     return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def require_same_loss(before: Mapping[str, Any], now: Mapping[str, Any], *, otherwise: str) -> None:
+    """The settings of a checkpoint's loss must be this run's; what one of them does not know may differ.
+
+    Raises:
+        CheckpointError: names those that are not, with the way out.
+    """
+    if changed := [key for key in now if key in before and before[key] != now[key]]:
+        was, given = ({key: values[key] for key in changed} for values in (before, now))
+        raise CheckpointError(
+            f"the checkpoint was trained with pear {was}, this run has {given}; give those again, or begin "
+            f"another run from its weights{otherwise}"
+        )
 
 
 class BatchLoss:

@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from pear_megatron.adapters.batch_loss import BatchLoss, tensors_of
+from pear_megatron.adapters.batch_loss import BatchLoss, require_same_loss, tensors_of
 from pear_megatron.adapters.offline_data import open_trajectories
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig, Trajectory, TrajectoryDataset, collate
 from pear_megatron.data.columns import Columns, needs_behavior_logprobs
 from pear_megatron.data.packing import plan_epoch
-from pear_megatron.errors import CheckpointError, RecipeError
+from pear_megatron.errors import RecipeError
 from pear_megatron.report import ReportWatch
 
 _BATCH = "trajectories"  # the input that is not the model's
@@ -238,12 +238,7 @@ class LossOfTheRun(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Compares: the state is the checkpoint's by now, under DDP, FSDP and DeepSpeed alike."""
         before = state.stateful_callbacks.get(type(self).__name__, self.state())["args"]
-        if changed := [key for key in self._pear if key in before and before[key] != self._pear[key]]:
-            was, given = ({key: values[key] for key in changed} for values in (before, self._pear))
-            raise CheckpointError(
-                f"the checkpoint was trained with pear {was}, this run has {given}; give those again, or begin "
-                "another run from its weights"
-            )
+        require_same_loss(before, self._pear, otherwise="")
 
 
 def _check_rows_stay_apart(model: Any, *, vocab_size: int) -> None:

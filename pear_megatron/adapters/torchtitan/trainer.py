@@ -14,11 +14,12 @@ from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
+from pear_megatron.adapters.batch_loss import require_same_loss
 from pear_megatron.adapters.torchtitan.data import PREFIX, PearBatches
 from pear_megatron.adapters.torchtitan.loss import PearLoss
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig
-from pear_megatron.errors import CheckpointError, RecipeError
+from pear_megatron.errors import RecipeError
 from pear_megatron.report import WeightWatch
 
 
@@ -140,13 +141,8 @@ class PearTrainer(Trainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """torchtitan's; another loss is refused."""
         super().load_state_dict(state_dict)
-        before, now = json.loads(state_dict["pear"]), self.loss_fn.batch_loss.pear.model_dump(mode="json")
-        if changed := [key for key in now if key in before and before[key] != now[key]]:
-            was, given = ({key: values[key] for key in changed} for values in (before, now))
-            raise CheckpointError(
-                f"the checkpoint was trained with pear {was}, this run has {given}; give those again, or begin "
-                "another run from its weights (checkpoint.initial_load_path)"
-            )
+        now = self.loss_fn.batch_loss.pear.model_dump(mode="json")
+        require_same_loss(json.loads(state_dict["pear"]), now, otherwise=" (checkpoint.initial_load_path)")
 
 
 class PearValidator(Validator):
