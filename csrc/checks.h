@@ -99,29 +99,29 @@ inline int64_t check_statistics(const Tensor& stats, const OptionalTensor& topk_
                     "topk_ids and topk_logprobs are wanted together");
   const int64_t k = check_topk_ids(topk_ids, stats.size(1), stats);
   if (k) check_topk(*topk_logprobs, "topk_logprobs", stats.size(1), k, at::kFloat, stats);
-  TORCH_CHECK_VALUE(stats.size(2) == kLogprobStatistics + entropy + k, "stats have ", stats.size(2),
-                    " numbers a token, expected ", kLogprobStatistics + entropy + k);
+  TORCH_CHECK_VALUE(stats.size(2) == kTokenStatistics + entropy + k, "stats have ", stats.size(2),
+                    " numbers a token, expected ", kTokenStatistics + entropy + k);
   return k;
 }
 
-// Of topk_kl_backward -> k.
-inline int64_t check_topk_gradient(const Tensor& logits, const Tensor& ids, const Tensor& logprobs,
-                                   const Tensor& log_pi, const Tensor& kl_terms,
-                                   const Tensor& kl_grad) {
-  const int64_t T = logits.size(0), k = check_topk_ids(ids, T, logits);
-  check_topk(logprobs, "topk_logprobs", T, k, at::kFloat, logits);
-  check_topk(log_pi, "topk_log_pi", T, k, at::kFloat, logits);
-  check_topk(kl_terms, "kl_terms", T, kKlTerms, at::kFloat, logits);
-  check_vector(kl_grad, "kl_grad", T, at::kFloat);
-  check_same_device(kl_grad, "kl_grad", logits);
-  return k;
-}
-
-inline void check_stats(const Tensor& stats) {
-  TORCH_CHECK_VALUE(stats.dim() == 3 && stats.size(1) == kLogprobStatistics,
-                    "stats must be [ranks, 3, T], got ", stats.sizes());
-  TORCH_CHECK_VALUE(stats.scalar_type() == at::kFloat && stats.is_contiguous(),
-                    "stats must be contiguous float32");
+// Of statistics_backward.
+inline void check_backward(const Tensor& logits, PEAR_BACKWARD_PARAMETERS) {
+  check_logits(logits, target, mask);
+  const int64_t T = logits.size(0), k = check_topk_ids(topk_ids, T, logits);
+  check_normalizer(normalizer, T);
+  check_same_device(normalizer, "normalizer", logits);
+  check_vector(grad, "grad", T, at::kFloat);
+  check_same_device(grad, "grad", logits);
+  for (const auto* given : {&topk_logprobs, &topk_log_pi, &kl_terms, &kl_grad}) {
+    TORCH_CHECK_VALUE(given->has_value() == topk_ids.has_value(),
+                      "a top-k's gradient wants all of its tensors, or none");
+  }
+  if (k == 0) return;
+  check_topk(*topk_logprobs, "topk_logprobs", T, k, at::kFloat, logits);
+  check_topk(*topk_log_pi, "topk_log_pi", T, k, at::kFloat, logits);
+  check_topk(*kl_terms, "kl_terms", T, kKlTerms, at::kFloat, logits);
+  check_vector(*kl_grad, "kl_grad", T, at::kFloat);
+  check_same_device(*kl_grad, "kl_grad", logits);
 }
 
 inline void check_cu_seqlens(const Tensor& cu_seqlens, const Tensor& as) {

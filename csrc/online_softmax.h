@@ -55,14 +55,13 @@ PEAR_HOST_DEVICE EntropyPart merge(EntropyPart a, EntropyPart b) {
               (b.weighted + finite_exponent(b_less) * b.sum) * b_scale};
 }
 
-// Where the statistics of one token stand: those of rank r from first + r * rank on, each
-// `statistic` after the one before.
+// Where the statistics of one token stand: those of rank r from first + r * rank on.
 struct TokenStatistics {
   const float* first;
-  int64_t statistic, rank, ranks;
+  int64_t rank, ranks;
 
   PEAR_HOST_DEVICE float operator()(int64_t r, int64_t which) const {
-    return first[r * rank + which * statistic];
+    return first[r * rank + which];
   }
 };
 
@@ -76,6 +75,22 @@ PEAR_HOST_DEVICE float logit_of_ranks(const TokenStatistics& stats, int64_t whic
   return logit;
 }
 
+// In rank order, so every rank computes the same bits. weighted is 0 where no entropy is wanted.
+PEAR_HOST_DEVICE EntropyPart part_of_ranks(const TokenStatistics& stats, bool entropy) {
+  EntropyPart row = {kNegativeInfinity, 0.0f, 0.0f};
+  for (int64_t r = 0; r < stats.ranks; ++r) row.max = fmaxf(row.max, stats(r, kRowMax));
+  for (int64_t r = 0; r < stats.ranks; ++r) {
+    const float max = stats(r, kRowMax), sum = stats(r, kRowSumExp), less = max - row.max;
+    if (max == kNegativeInfinity) {
+      row.sum += sum;  // 0 or NaN
+      continue;
+    }
+    row.sum += sum * expf(less);
+    if (entropy) row.weighted += (stats(r, kRowEntropySum) + less * sum) * expf(less);
+  }
+  return row;
+}
+
 // What makes log-probs of a row's logits. In two parts: their sum would round as coarsely as max.
 struct Normalizer {
   float max, log_sum;
@@ -83,46 +98,10 @@ struct Normalizer {
   PEAR_HOST_DEVICE float logprob(float logit) const { return (logit - max) - log_sum; }
 };
 
-// A row's softmax over all ranks: max, log of the sum of exp(x - max), and that sum.
-struct RankSoftmax : Normalizer {
-  float sum;
-};
+PEAR_HOST_DEVICE Normalizer normalizer_of(EntropyPart row) { return {row.max, logf(row.sum)}; }
 
-// In rank order, so every rank computes the same bits.
-PEAR_HOST_DEVICE RankSoftmax softmax_of_ranks(const TokenStatistics& stats) {
-  float max = kNegativeInfinity;
-  for (int64_t r = 0; r < stats.ranks; ++r) {
-    const float row_max = stats(r, kRowMax);
-    max = row_max > max ? row_max : max;
-  }
-  float sum = 0.0f;
-  for (int64_t r = 0; r < stats.ranks; ++r) {
-    const float part = stats(r, kRowSumExp), row_max = stats(r, kRowMax);
-    sum += row_max == kNegativeInfinity ? part : part * expf(row_max - max);
-  }
-  return {{max, logf(sum)}, sum};
-}
-
-PEAR_HOST_DEVICE float entropy_of_ranks(const TokenStatistics& stats, const RankSoftmax& row) {
-  float weighted = 0.0f;
-  for (int64_t r = 0; r < stats.ranks; ++r) {
-    const float less = stats(r, kRowMax) - row.max;
-    if (stats(r, kRowMax) == kNegativeInfinity) continue;
-    weighted += (stats(r, kRowEntropySum) + less * stats(r, kRowSumExp)) * expf(less);
-  }
-  return row.log_sum - weighted / row.sum;
-}
-
-struct Logprob {
-  float logprob;
-  Normalizer normalizer;
-};
-
-// Of token t, from stats [ranks, 3, T].
-PEAR_HOST_DEVICE Logprob combine_ranks(const float* stats, int64_t ranks, int64_t T, int64_t t) {
-  const TokenStatistics token = {stats + t, T, kLogprobStatistics * T, ranks};
-  const RankSoftmax row = softmax_of_ranks(token);
-  return {row.logprob(logit_of_ranks(token, kTargetLogit)), row};
+PEAR_HOST_DEVICE float entropy_of(EntropyPart row) {
+  return logf(row.sum) - row.weighted / row.sum;
 }
 
 }  // namespace pear

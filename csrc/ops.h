@@ -19,18 +19,19 @@ namespace pear {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The statistics of a token that logprob_forward gives and logprob_combine takes.
-// statistics_forward adds, where they are wanted, sum (x - max) exp(x - max), and then the logits
-// of the token's top-k.
-enum LogprobStatistic {
+// What statistics_forward finds of a token and statistics_combine takes: these, then, where they
+// are wanted, sum (x - max) exp(x - max) and the logits of the token's top-k. Maximum and sums are
+// over the columns outside the top-k: what is left of a confident model's softmax could not be told
+// from a sum over all of them.
+enum TokenStatistic {
   kRowMax = 0,
   kRowSumExp = 1,
   kTargetLogit = 2,
-  kLogprobStatistics = 3,
+  kTokenStatistics = 3,
   kRowEntropySum = 3,
 };
 
-// Columns of kl_terms, which statistics_combine gives and topk_kl_backward takes.
+// Columns of kl_terms, which statistics_combine gives and statistics_backward takes.
 enum KlTerm {
   kOutsideFactor = 0,  // d KL / d logit is this times the softmax outside the top-k
   kLogMass = 1,        // log of what the behaviour policy's probabilities are divided by
@@ -52,54 +53,43 @@ enum WeightStatistic {
   kWeightStatistics,  // how many there are
 };
 
+#define PEAR_BACKWARD_PARAMETERS                                                                  \
+  const Tensor &target, const OptionalTensor &mask, const Tensor &normalizer, const Tensor &grad, \
+      int64_t vocab_start, int64_t vocab_size, const OptionalTensor &topk_ids,                    \
+      const OptionalTensor &topk_logprobs, const OptionalTensor &topk_log_pi,                     \
+      const OptionalTensor &kl_terms, const OptionalTensor &kl_grad
+#define PEAR_BACKWARD_ARGUMENTS                                                                  \
+  target, mask, normalizer, grad, vocab_start, vocab_size, topk_ids, topk_logprobs, topk_log_pi, \
+      kl_terms, kl_grad
+
 #define PEAR_DECLARE_OPS                                                                           \
   /* One pass over this rank's columns. logits [T, V] f32/bf16/f16; target [T] int64, global ids;  \
      mask [T] bool or none; the rank holds ids [vocab_start, vocab_start + V), of which those      \
-     below vocab_size are tokens. -> [3, T] f32: row max, sum exp(x - max), target logit (-inf     \
-     where another rank holds the target). Rows off the mask are not read and give (-inf, 0, 0).   \
-     Raises IndexError on a target outside [0, vocab_size) where the mask is true. */              \
-  Tensor logprob_forward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,   \
-                         int64_t vocab_start, int64_t vocab_size);                                 \
-  /* stats [n, 3, T], of all ranks -> logprob [T] and normalizer [T, 2] (the row's max, and the    \
-     log of its sum of exp(x - max)), f32; 0 off the mask. */                                      \
-  std::tuple<Tensor, Tensor> logprob_combine(const Tensor& stats, const OptionalTensor& mask);     \
-  /* grad_logits = grad[t] * (onehot - softmax), written over the logits. Rows off the mask and    \
-     padded columns become 0, whatever they held. grad [T] f32. */                                 \
-  void logprob_backward_(Tensor& logits, const Tensor& target, const OptionalTensor& mask,         \
-                         const Tensor& normalizer, const Tensor& grad, int64_t vocab_start,        \
-                         int64_t vocab_size);                                                      \
-  /* The same into a new contiguous tensor of the logits' shape and dtype. */                      \
-  Tensor logprob_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,  \
-                          const Tensor& normalizer, const Tensor& grad, int64_t vocab_start,       \
-                          int64_t vocab_size);                                                     \
-  /* logprob_forward and more of each row in the same pass, token by token: [T, W] f32, W = 3, + 1 \
-     if entropy is wanted, + k if topk_ids [T, k] int32 are given (-inf where another rank, or     \
-     none, holds an id; 0 off the mask). */                                                        \
+     below vocab_size are tokens; topk_ids [T, k] int32 or none, global ids, each once, -1 = no    \
+     entry. -> [T, W] f32, W = 3 (row max, sum exp(x - max), target logit), + 1 if entropy is      \
+     wanted, + k: a token's TokenStatistics. A logit that another rank, or none, holds is -inf.    \
+     Rows off the mask are not read and give -inf, then 0. Raises IndexError on a target outside   \
+     [0, vocab_size) where the mask is true. */                                                    \
   Tensor statistics_forward(const Tensor& logits, const Tensor& target,                            \
-                            const OptionalTensor& mask, const OptionalTensor& topk_ids,            \
-                            int64_t vocab_start, int64_t vocab_size, bool entropy);                \
-  /* stats [n, T, W], of all ranks -> logprob [T], normalizer [T, 2], entropy, KL [T], all f32 and \
-     0 off the mask, the top-k's log-probs [T, k] and kl_terms [T, kKlTerms]; what is not wanted   \
-     has no elements. topk_logprobs [T, k] f32 are the behaviour policy's; an id of -1 is no       \
-     entry. On the mask an id outside [0, vocab_size) raises IndexError; an id twice, no entry     \
-     with any mass, and a log-prob that is NaN or above 1e-5 raise ValueError. */                  \
+                            const OptionalTensor& mask, int64_t vocab_start, int64_t vocab_size,   \
+                            const OptionalTensor& topk_ids, bool entropy);                         \
+  /* stats [n, T, W], of all ranks -> logprob [T], normalizer [T, 2] (the row's max, and the log   \
+     of its sum of exp(x - max)), entropy, KL [T], all f32 and 0 off the mask, the top-k's         \
+     log-probs [T, k] and kl_terms [T, kKlTerms]; what is not wanted has no elements.              \
+     topk_logprobs [T, k] f32 are the behaviour policy's. On the mask an id outside [0,            \
+     vocab_size) raises IndexError; an id twice, no entry with any mass, and a log-prob that is    \
+     NaN or above 1e-5 raise ValueError. */                                                        \
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics_combine(                   \
-      const Tensor& stats, const OptionalTensor& mask, const OptionalTensor& topk_ids,             \
-      const OptionalTensor& topk_logprobs, int64_t vocab_size, bool entropy, bool bucket);         \
-  /* logprob_backward_ plus kl_grad[t] * d KL_t / d logits (docs/method.md, Base loss), in one     \
-     pass; the top-k's columns come from topk_log_pi, as statistics_combine gave it. kl_grad [T]   \
-     f32. */                                                                                       \
-  void topk_kl_backward_(Tensor& logits, const Tensor& target, const OptionalTensor& mask,         \
-                         const Tensor& normalizer, const Tensor& grad, const Tensor& topk_ids,     \
-                         const Tensor& topk_logprobs, const Tensor& topk_log_pi,                   \
-                         const Tensor& kl_terms, const Tensor& kl_grad, int64_t vocab_start,       \
-                         int64_t vocab_size);                                                      \
-  /* The same into a new contiguous tensor of the logits' shape and dtype. */                      \
-  Tensor topk_kl_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,  \
-                          const Tensor& normalizer, const Tensor& grad, const Tensor& topk_ids,    \
-                          const Tensor& topk_logprobs, const Tensor& topk_log_pi,                  \
-                          const Tensor& kl_terms, const Tensor& kl_grad, int64_t vocab_start,      \
-                          int64_t vocab_size);                                                     \
+      const Tensor& stats, const OptionalTensor& mask, int64_t vocab_size,                         \
+      const OptionalTensor& topk_ids, const OptionalTensor& topk_logprobs, bool entropy,           \
+      bool bucket);                                                                                \
+  /* The gradient of the logits, grad[t] * (onehot - softmax), plus kl_grad[t] * d KL_t / d logits \
+     (docs/method.md, Base loss) where there is a top-k: then all of its five tensors are wanted,  \
+     topk_log_pi and kl_terms as statistics_combine gave them. grad, kl_grad [T] f32. Rows off the \
+     mask and padded columns become 0, whatever they held. A new contiguous tensor of the logits'  \
+     shape and dtype; with the underscore, over the logits. */                                     \
+  Tensor statistics_backward(const Tensor& logits, PEAR_BACKWARD_PARAMETERS);                      \
+  void statistics_backward_(Tensor& logits, PEAR_BACKWARD_PARAMETERS);                             \
   /* x [T] f32, cu_seqlens [S + 1] int32 -> [T]: per segment, the sum of x after t (from t on if   \
      not exclusive), plus carry [S] f32 where given. */                                            \
   Tensor segmented_suffix_sum(const Tensor& x, const Tensor& cu_seqlens,                           \

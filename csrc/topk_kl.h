@@ -8,20 +8,21 @@
 
 namespace pear {
 
-// What the target policy has left outside the top-k is taken as at least so much: log-probs of
-// float32 do not tell less from nothing.
-constexpr float kSmallestRest = 1.0f / (1 << 23);
+// The mass outside the top-k is taken as at least e^-80: in float32 its tokens' softmax is nothing
+// below, and the factor that they are multiplied by is finite.
+constexpr float kSmallestLogRest = -80.0f;
 
 struct TopkTail {
   float kl, outside_factor;  // of the rest as one more token; no rest, no term
 };
 
-// in_q, in_pi: the mass of the top-k under the behaviour and the target policy.
-PEAR_HOST_DEVICE TopkTail bucket_tail(double in_q, double in_pi) {
+// in_q: the mass of the top-k under the behaviour policy; log_rest: the log of what is outside
+// under the target policy.
+PEAR_HOST_DEVICE TopkTail bucket_tail(double in_q, float log_rest) {
   const float q = static_cast<float>(1.0 - in_q);
   if (!(q > 0.0f)) return {0.0f, 1.0f};
-  const float pi = fmaxf(static_cast<float>(1.0 - in_pi), kSmallestRest);
-  return {q * (logf(q) - logf(pi)), 1.0f - q / pi};
+  log_rest = fmaxf(log_rest, kSmallestLogRest);
+  return {q * (logf(q) - log_rest), 1.0f - q * expf(-log_rest)};
 }
 
 // d (grad * logprob + kl_grad * KL) / d logit of an entry.

@@ -100,7 +100,7 @@ def test_exported_for_any_number_of_tokens_it_holds_the_ops(config):
     )
     called = {str(node.target) for node in exported.graph.nodes}
     assert {
-        f"pear_megatron.{op}.default" for op in ("logprob_forward", "logprob_combine", "pear_weights")
+        f"pear_megatron.{op}.default" for op in ("statistics_forward", "statistics_combine", "pear_weights")
     } <= called
     inputs = torch.randn(13, H), *of_tokens(13)
     for ours, expected in zip(exported.module()(*inputs), head(*inputs), strict=True):

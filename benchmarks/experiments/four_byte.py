@@ -29,7 +29,7 @@ from pear_megatron.ops.library import ops
 def exp_forward_(
     logits: Tensor, target: Tensor, mask: Tensor | None, vocab_start: int, vocab_size: int
 ) -> Tensor:
-    """torch.ops.pear_megatron.logprob_forward's statistics [3, T], and e written over the logits.
+    """torch.ops.pear_megatron.statistics_forward's statistics [T, 3], and e written over the logits.
 
     e is 0 in rows off the mask, in padded columns and at the target. This is the definition, in plain torch;
     on a GPU the kernel of four_byte_kernel.py does the same.
@@ -38,8 +38,8 @@ def exp_forward_(
         from experiments.four_byte_kernel import exp_forward_kernel_
 
         return exp_forward_kernel_(logits, target, mask, vocab_start, vocab_size)
-    stats = ops.logprob_forward(logits, target, mask, vocab_start, vocab_size)
-    local_max = stats[0]
+    stats = ops.statistics_forward(logits, target, mask, vocab_start, vocab_size)
+    local_max = stats[:, 0]
     finite = local_max.where(local_max > -torch.inf, 0.0)  # rows off the mask, shards of padding alone
     e = torch.exp(logits.float() - finite[:, None])
     columns = torch.arange(vocab_start, vocab_start + logits.shape[1], device=logits.device)
@@ -68,12 +68,12 @@ class _FourByteLogprob(torch.autograd.Function):
         e = hidden @ weight.t()  # logits, for a moment
         stats = exp_forward_(e, target, mask, start, vocab_size)
         of_ranks = stats[None] if tp_group is None else all_gather(stats, tp_group)
-        logprob, normalizer = ops.logprob_combine(of_ranks, mask)
+        logprob, normalizer, *_ = ops.statistics_combine(of_ranks, mask, vocab_size)
         here = (target >= start) & (target < start + columns)
         if mask is not None:
             here &= mask
         ctx.save_for_backward(hidden, weight, (target - start).where(here, 0), here, e)
-        ctx.rows = ((stats[0] - normalizer[:, 0]) - normalizer[:, 1], logprob)
+        ctx.rows = ((stats[:, 0] - normalizer[:, 0]) - normalizer[:, 1], logprob)
         ctx.tp_group, ctx.mask = tp_group, mask
         return logprob
 

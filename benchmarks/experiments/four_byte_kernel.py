@@ -23,14 +23,13 @@ def exp_rows(
     mask,
     stats,
     row_stride,
-    tokens,
     real_columns: tl.constexpr,
     columns: tl.constexpr,
     vocab_start,
     HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a row; stats [3, tokens] f32: max, sum of exp(x - max), target logit (-inf if elsewhere)."""
+    """One program a row; stats [tokens, 3] f32: max, sum of exp(x - max), target logit (-inf if elsewhere)."""
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * row_stride
     wanted = True
@@ -53,9 +52,9 @@ def exp_rows(
         at = tl.load(target + row) - vocab_start
         here = (at >= 0) & (at < real_columns)
         x_target = tl.load(start + at, mask=here, other=float("-inf")).to(tl.float32)
-        tl.store(stats + row, row_max)
-        tl.store(stats + tokens + row, row_sum)
-        tl.store(stats + 2 * tokens + row, x_target)
+        tl.store(stats + 3 * row, row_max)
+        tl.store(stats + 3 * row + 1, row_sum)
+        tl.store(stats + 3 * row + 2, x_target)
         for offset in range(0, columns, BLOCK):
             column = offset + lane
             real = column < real_columns
@@ -63,9 +62,9 @@ def exp_rows(
             e = tl.where(column == at, 0.0, tl.exp(x - base))
             tl.store(start + column, e.to(logits.dtype.element_ty), mask=column < columns)
     else:
-        tl.store(stats + row, float("-inf"))
-        tl.store(stats + tokens + row, 0.0)
-        tl.store(stats + 2 * tokens + row, 0.0)
+        tl.store(stats + 3 * row, float("-inf"))
+        tl.store(stats + 3 * row + 1, 0.0)
+        tl.store(stats + 3 * row + 2, 0.0)
         for offset in range(0, columns, BLOCK):
             column = offset + lane
             zero = tl.zeros((BLOCK,), logits.dtype.element_ty)
@@ -75,9 +74,9 @@ def exp_rows(
 def exp_forward_kernel_(
     logits: Tensor, target: Tensor, mask: Tensor | None, vocab_start: int, vocab_size: int
 ) -> Tensor:
-    """four_byte.exp_forward_ by the kernel; logits [T, V] with contiguous rows. Returns stats [3, T] f32."""
+    """four_byte.exp_forward_ by the kernel; logits [T, V] with contiguous rows. Returns stats [T, 3] f32."""
     tokens, columns = logits.shape
-    stats = torch.empty(3, tokens, dtype=torch.float32, device=logits.device)
+    stats = torch.empty(tokens, 3, dtype=torch.float32, device=logits.device)
     if tokens:
         exp_rows[(tokens,)](
             logits,
@@ -85,7 +84,6 @@ def exp_forward_kernel_(
             target if mask is None else mask.view(torch.uint8),
             stats,
             logits.stride(0),
-            tokens,
             max(0, min(columns, vocab_size - vocab_start)),
             columns,
             vocab_start,

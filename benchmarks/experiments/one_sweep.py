@@ -45,8 +45,8 @@ class _OneSweep(torch.autograd.Function):
             rows = slice(start, end)
             logits = torch.mm(hidden[rows], weight.t(), out=buffer[: end - start])
             args = (target[rows], mask[rows])
-            stats = ops.logprob_forward(logits, *args, 0, columns)
-            logprob, normalizer = ops.logprob_combine(stats[None], mask[rows])
+            stats = ops.statistics_forward(logits, *args, 0, columns)
+            logprob, normalizer, *_ = ops.statistics_combine(stats[None], mask[rows], columns)
 
             inside = [b for b in bounds if start < b < end]
             cu = torch.tensor([0, *(b - start for b in inside), end - start], dtype=torch.int32)
@@ -61,7 +61,7 @@ class _OneSweep(torch.autograd.Function):
             coefficient = log_weight.clamp(*config.log_weight_clip).exp().where(mask[rows], 0.0)
 
             loss -= torch.dot(coefficient, logprob)
-            ops.logprob_backward_(logits, *args, normalizer, -coefficient, 0, columns)
+            ops.statistics_backward_(logits, *args, normalizer, -coefficient, 0, columns)
             torch.mm(logits, weight, out=grad_hidden[rows])
             total.add_product(logits.t(), hidden[rows])
         ctx.save_for_backward(grad_hidden, total.total)

@@ -61,8 +61,8 @@ class _TwoSweeps(torch.autograd.Function):
         ctx.chunk_tokens = chunk_tokens
         out = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         for rows, logits in chunks_of_logits(hidden, weight, chunk_tokens):
-            stats = ops.logprob_forward(logits, target[rows], mask[rows], 0, weight.shape[0])
-            out[rows] = ops.logprob_combine(stats[None], mask[rows])[0]
+            stats = ops.statistics_forward(logits, target[rows], mask[rows], 0, weight.shape[0])
+            out[rows] = ops.statistics_combine(stats[None], mask[rows], weight.shape[0])[0]
         return out
 
     @staticmethod
@@ -72,9 +72,9 @@ class _TwoSweeps(torch.autograd.Function):
         grad_hidden, total = torch.empty_like(hidden), WeightGradient(weight)
         for rows, logits in chunks_of_logits(hidden, weight, ctx.chunk_tokens):
             args = (target[rows], mask[rows])
-            stats = ops.logprob_forward(logits, *args, 0, weight.shape[0])
-            normalizer = ops.logprob_combine(stats[None], mask[rows])[1]
-            ops.logprob_backward_(logits, *args, normalizer, grad[rows].contiguous(), 0, weight.shape[0])
+            stats = ops.statistics_forward(logits, *args, 0, weight.shape[0])
+            normalizer = ops.statistics_combine(stats[None], mask[rows], weight.shape[0])[1]
+            ops.statistics_backward_(logits, *args, normalizer, grad[rows].contiguous(), 0, weight.shape[0])
             torch.mm(logits, weight, out=grad_hidden[rows])
             total.add_product(logits.t(), hidden[rows])
         return grad_hidden, total.gradient(), None, None, None

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "checks.h"
 #include "cpu/simd.h"
@@ -130,61 +131,43 @@ void backward_rows(const Tensor& logits, Tensor& out, const Tensor& target,
   });
 }
 
-void check_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                    const Tensor& normalizer, const Tensor& grad) {
-  check_logits(logits, target, mask);
-  check_normalizer(normalizer, logits.size(0));
-  check_vector(grad, "grad", logits.size(0), at::kFloat);
-}
-
-void run_backward(const Tensor& logits, Tensor& out, const Tensor& target,
-                  const OptionalTensor& mask, const Tensor& normalizer, const Tensor& grad,
-                  VocabShard shard, const TopkGradient& topk = {}) {
+void run_backward(const Tensor& logits, Tensor& out, PEAR_BACKWARD_PARAMETERS) {
+  TopkGradient topk;
+  if (topk_ids) {
+    topk = {topk_ids->size(1),
+            topk_ids->const_data_ptr<int32_t>(),
+            topk_logprobs->const_data_ptr<float>(),
+            topk_log_pi->const_data_ptr<float>(),
+            kl_terms->const_data_ptr<float>(),
+            kl_grad->const_data_ptr<float>()};
+  }
+  const auto shard = vocab_shard(logits.size(1), vocab_start, vocab_size);
   for_logits_dtype(logits, [&](auto zero) {
     backward_rows<decltype(zero)>(logits, out, target, mask, normalizer, grad, shard, topk);
   });
 }
 
-TopkGradient topk_gradient(const Tensor& logits, const Tensor& ids, const Tensor& logprobs,
-                           const Tensor& log_pi, const Tensor& terms, const Tensor& grad) {
-  const int64_t k = check_topk_gradient(logits, ids, logprobs, log_pi, terms, grad);
-  return {k,
-          ids.const_data_ptr<int32_t>(),
-          logprobs.const_data_ptr<float>(),
-          log_pi.const_data_ptr<float>(),
-          terms.const_data_ptr<float>(),
-          grad.const_data_ptr<float>()};
-}
-
-// Where the statistics go: which one of which token.
-struct StatisticsOut {
-  float* first;
-  int64_t token, statistic;
-
-  float* operator()(int64_t t, int64_t which) const {
-    return first + t * token + which * statistic;
-  }
-};
-
 template <typename T>
 void forward_rows(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
                   const OptionalTensor& topk_ids, VocabShard shard, int64_t vocab_size,
-                  bool entropy, StatisticsOut out) {
+                  bool entropy, Tensor& stats) {
   const auto kernels = row_kernels<T>();
+  const auto sums = entropy ? kernels.sums_and_entropy : kernels.sums;
   const T* x = logits.const_data_ptr<T>();
-  const int64_t rows = logits.size(0), stride = logits.stride(0);
+  const int64_t rows = logits.size(0), stride = logits.stride(0), width = stats.size(1);
   const int64_t* targets = target.const_data_ptr<int64_t>();
   const bool* wanted = mask_data(mask);
-  const int64_t k = topk_ids ? topk_ids->size(1) : 0, first_entry = kLogprobStatistics + entropy;
+  const int64_t k = topk_ids ? topk_ids->size(1) : 0;
   const int32_t* ids = topk_ids ? topk_ids->const_data_ptr<int32_t>() : nullptr;
-  const auto sums = entropy ? kernels.sums_and_entropy : kernels.sums;
-  constexpr float inf = std::numeric_limits<float>::infinity();
+  float* first = stats.mutable_data_ptr<float>();
   std::atomic<int64_t> bad_row{rows};
   at::parallel_for(0, rows, row_grain(logits.size(1)), [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> entries;  // the top-k's columns that are here
     for (int64_t t = begin; t < end; ++t) {
+      float* out = first + t * width;
       if (wanted && !wanted[t]) {
-        for (int64_t which = 0; which < first_entry + k; ++which) *out(t, which) = 0.0f;
-        *out(t, kRowMax) = -inf;
+        std::fill_n(out, width, 0.0f);
+        out[kRowMax] = kNegativeInfinity;
         continue;
       }
       if (targets[t] < 0 || targets[t] >= vocab_size) {
@@ -196,11 +179,30 @@ void forward_rows(const Tensor& logits, const Tensor& target, const OptionalTens
       const auto logit = [&](int64_t id) {
         const int64_t column = id - shard.start;
         const bool here = id >= 0 && 0 <= column && column < shard.columns;
-        return here ? static_cast<float>(row[column]) : -inf;
+        return here ? static_cast<float>(row[column]) : kNegativeInfinity;
       };
-      sums(row, shard.columns, out(t, kRowMax), out(t, kRowSumExp), out(t, kRowEntropySum));
-      *out(t, kTargetLogit) = logit(targets[t]);
-      for (int64_t j = 0; j < k; ++j) *out(t, first_entry + j) = logit(ids[t * k + j]);
+      out[kTargetLogit] = logit(targets[t]);
+      entries.clear();
+      for (int64_t j = 0; j < k; ++j) {
+        const int64_t id = ids[t * k + j], column = id - shard.start;
+        out[width - k + j] = logit(id);
+        if (id >= 0 && 0 <= column && column < shard.columns) entries.push_back(column);
+      }
+      std::sort(entries.begin(), entries.end());
+      entries.push_back(shard.columns);
+      EntropyPart part = with_entropy(no_columns());
+      int64_t from = 0;
+      for (const int64_t entry : entries) {
+        EntropyPart between = {};
+        if (from < entry) {
+          sums(row + from, entry - from, &between.max, &between.sum, &between.weighted);
+          part = merge(part, between);
+        }
+        from = std::max(from, entry + 1);
+      }
+      out[kRowMax] = part.max;
+      out[kRowSumExp] = part.sum;
+      if (entropy) out[kRowEntropySum] = part.weighted;
     }
   });
   TORCH_CHECK_INDEX(bad_row == rows, "target ", targets[bad_row], " at token ", bad_row.load(),
@@ -211,95 +213,30 @@ void forward_rows(const Tensor& logits, const Tensor& target, const OptionalTens
 
 }  // namespace
 
-Tensor logprob_forward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                       int64_t vocab_start, int64_t vocab_size) {
-  check_logits(logits, target, mask);
-  const auto shard = vocab_shard(logits.size(1), vocab_start, vocab_size);
-  Tensor stats =
-      at::empty({kLogprobStatistics, logits.size(0)}, logits.options().dtype(at::kFloat));
-  for_logits_dtype(logits, [&](auto zero) {
-    forward_rows<decltype(zero)>(logits, target, mask, std::nullopt, shard, vocab_size, false,
-                                 {stats.mutable_data_ptr<float>(), 1, logits.size(0)});
-  });
-  return stats;
-}
-
 Tensor statistics_forward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                          const OptionalTensor& topk_ids, int64_t vocab_start, int64_t vocab_size,
+                          int64_t vocab_start, int64_t vocab_size, const OptionalTensor& topk_ids,
                           bool entropy) {
   check_logits(logits, target, mask);
   const int64_t width =
-      kLogprobStatistics + entropy + check_topk_ids(topk_ids, logits.size(0), logits);
+      kTokenStatistics + entropy + check_topk_ids(topk_ids, logits.size(0), logits);
   const auto shard = vocab_shard(logits.size(1), vocab_start, vocab_size);
   Tensor stats = at::empty({logits.size(0), width}, logits.options().dtype(at::kFloat));
   for_logits_dtype(logits, [&](auto zero) {
-    forward_rows<decltype(zero)>(logits, target, mask, topk_ids, shard, vocab_size, entropy,
-                                 {stats.mutable_data_ptr<float>(), width, 1});
+    forward_rows<decltype(zero)>(logits, target, mask, topk_ids, shard, vocab_size, entropy, stats);
   });
   return stats;
 }
 
-std::tuple<Tensor, Tensor> logprob_combine(const Tensor& stats, const OptionalTensor& mask) {
-  check_stats(stats);
-  const int64_t ranks = stats.size(0), T = stats.size(2);
-  check_mask(mask, T, stats);
-  Tensor logprob = at::empty({T}, stats.options());
-  Tensor normalizer = at::empty({T, 2}, stats.options());
-  const float* in = stats.const_data_ptr<float>();
-  const bool* wanted = mask_data(mask);
-  float* lp = logprob.mutable_data_ptr<float>();
-  Normalizer* normalizers = mutable_normalizers(normalizer);
-  at::parallel_for(0, T, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      Logprob token = {};
-      if (!wanted || wanted[t]) token = combine_ranks(in, ranks, T, t);
-      lp[t] = token.logprob;
-      normalizers[t] = token.normalizer;
-    }
-  });
-  return {logprob, normalizer};
-}
-
-Tensor logprob_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                        const Tensor& normalizer, const Tensor& grad, int64_t vocab_start,
-                        int64_t vocab_size) {
-  check_backward(logits, target, mask, normalizer, grad);
+Tensor statistics_backward(const Tensor& logits, PEAR_BACKWARD_PARAMETERS) {
+  check_backward(logits, PEAR_BACKWARD_ARGUMENTS);
   Tensor out = at::empty(logits.sizes(), logits.options());
-  run_backward(logits, out, target, mask, normalizer, grad,
-               vocab_shard(logits.size(1), vocab_start, vocab_size));
+  run_backward(logits, out, PEAR_BACKWARD_ARGUMENTS);
   return out;
 }
 
-void logprob_backward_(Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                       const Tensor& normalizer, const Tensor& grad, int64_t vocab_start,
-                       int64_t vocab_size) {
-  check_backward(logits, target, mask, normalizer, grad);
-  run_backward(logits, logits, target, mask, normalizer, grad,
-               vocab_shard(logits.size(1), vocab_start, vocab_size));
-}
-
-Tensor topk_kl_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                        const Tensor& normalizer, const Tensor& grad, const Tensor& topk_ids,
-                        const Tensor& topk_logprobs, const Tensor& topk_log_pi,
-                        const Tensor& kl_terms, const Tensor& kl_grad, int64_t vocab_start,
-                        int64_t vocab_size) {
-  check_backward(logits, target, mask, normalizer, grad);
-  const auto topk = topk_gradient(logits, topk_ids, topk_logprobs, topk_log_pi, kl_terms, kl_grad);
-  Tensor out = at::empty(logits.sizes(), logits.options());
-  run_backward(logits, out, target, mask, normalizer, grad,
-               vocab_shard(logits.size(1), vocab_start, vocab_size), topk);
-  return out;
-}
-
-void topk_kl_backward_(Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                       const Tensor& normalizer, const Tensor& grad, const Tensor& topk_ids,
-                       const Tensor& topk_logprobs, const Tensor& topk_log_pi,
-                       const Tensor& kl_terms, const Tensor& kl_grad, int64_t vocab_start,
-                       int64_t vocab_size) {
-  check_backward(logits, target, mask, normalizer, grad);
-  run_backward(logits, logits, target, mask, normalizer, grad,
-               vocab_shard(logits.size(1), vocab_start, vocab_size),
-               topk_gradient(logits, topk_ids, topk_logprobs, topk_log_pi, kl_terms, kl_grad));
+void statistics_backward_(Tensor& logits, PEAR_BACKWARD_PARAMETERS) {
+  check_backward(logits, PEAR_BACKWARD_ARGUMENTS);
+  run_backward(logits, logits, PEAR_BACKWARD_ARGUMENTS);
 }
 
 }  // namespace pear::cpu

@@ -57,16 +57,15 @@ struct TokenKl {
   float kl, outside_factor, log_mass;
 };
 
-TokenKl kl_of_entries(const Entries& entries, const float* log_pi, bool bucket) {
+// log_rest: the log of what is outside the entries under the target policy.
+TokenKl kl_of_entries(const Entries& entries, const float* log_pi, float log_rest, bool bucket) {
   float largest = kNegativeInfinity;
-  double in_q = 0.0, in_pi = 0.0, kl = 0.0;
+  double in_q = 0.0, kl = 0.0;
   for (int64_t j = 0; j < entries.k; ++j) {
     if (entries.has(j)) largest = std::max(largest, entries.logprobs[j]);
   }
   for (int64_t j = 0; j < entries.k; ++j) {
-    if (!entries.has(j)) continue;
-    in_q += std::exp(static_cast<double>(entries.logprobs[j]) - largest);
-    in_pi += std::exp(static_cast<double>(log_pi[j]));
+    if (entries.has(j)) in_q += std::exp(static_cast<double>(entries.logprobs[j]) - largest);
   }
   const double log_sum = largest + std::log(in_q), log_mass = bucket ? 0.0 : log_sum;
   for (int64_t j = 0; j < entries.k; ++j) {
@@ -74,19 +73,20 @@ TokenKl kl_of_entries(const Entries& entries, const float* log_pi, bool bucket) 
     const double log_q = entries.logprobs[j] - log_mass;
     kl += std::exp(log_q) * (log_q - log_pi[j]);
   }
-  const TopkTail tail = bucket ? bucket_tail(std::exp(log_sum), in_pi) : TopkTail{0.0f, 1.0f};
+  const TopkTail tail = bucket ? bucket_tail(std::exp(log_sum), log_rest) : TopkTail{0.0f, 1.0f};
   return {static_cast<float>(kl + tail.kl), tail.outside_factor, static_cast<float>(log_mass)};
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics_combine(
-    const Tensor& stats, const OptionalTensor& mask, const OptionalTensor& topk_ids,
-    const OptionalTensor& topk_logprobs, int64_t vocab_size, bool entropy, bool bucket) {
+    const Tensor& stats, const OptionalTensor& mask, int64_t vocab_size,
+    const OptionalTensor& topk_ids, const OptionalTensor& topk_logprobs, bool entropy,
+    bool bucket) {
   const int64_t k = check_statistics(stats, topk_ids, topk_logprobs, entropy);
   const int64_t ranks = stats.size(0), T = stats.size(1), width = stats.size(2);
   check_mask(mask, T, stats);
-  const int64_t with_kl = k ? T : 0, first_entry = kLogprobStatistics + entropy;
+  const int64_t with_kl = k ? T : 0, first_entry = kTokenStatistics + entropy;
   const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, stats.options()); };
   Tensor logprob = empty({T}), normalizer = empty({T, 2}), entropies = empty({entropy ? T : 0});
   Tensor kl = empty({with_kl}), log_pi = empty({with_kl, k}), terms = empty({with_kl, kKlTerms});
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics_combine(
   std::atomic<int64_t> bad_token{T};
   at::parallel_for(0, T, std::max<int64_t>(1, 4096 / (k + 1)), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const TokenStatistics token = {in + t * width, 1, T * width, ranks};
+      const TokenStatistics token = {in + t * width, T * width, ranks};
       const Entries entries = {ids + t * k, logprobs + t * k, k};
       if (wanted && !wanted[t]) {
         out_lp[t] = 0.0f;
@@ -114,19 +114,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics_combine(
         }
         continue;
       }
-      const RankSoftmax row = softmax_of_ranks(token);
-      out_lp[t] = row.logprob(logit_of_ranks(token, kTargetLogit));
-      normalizers[t] = row;
-      if (entropy) out_h[t] = entropy_of_ranks(token, row);
+      const EntropyPart rest = part_of_ranks(token, entropy);
+      EntropyPart row = rest;
+      float* pi = out_pi + t * k;
+      for (int64_t j = 0; j < k; ++j) {
+        pi[j] = logit_of_ranks(token, first_entry + j);
+        row = merge(row, with_entropy(one_column(pi[j])));
+      }
+      const Normalizer normalizer = normalizer_of(row);
+      normalizers[t] = normalizer;
+      out_lp[t] = normalizer.logprob(logit_of_ranks(token, kTargetLogit));
+      if (entropy) out_h[t] = entropy_of(row);
       if (k == 0) continue;
       if (!entries.valid(vocab_size)) {
         for (int64_t seen = bad_token; t < seen && !bad_token.compare_exchange_weak(seen, t);) {
         }
         continue;
       }
-      float* pi = out_pi + t * k;
-      for (int64_t j = 0; j < k; ++j) pi[j] = row.logprob(logit_of_ranks(token, first_entry + j));
-      const TokenKl found = kl_of_entries(entries, pi, bucket);
+      for (int64_t j = 0; j < k; ++j) pi[j] = normalizer.logprob(pi[j]);
+      const float log_rest = normalizer.logprob(rest.max) + std::log(rest.sum);
+      const TokenKl found = kl_of_entries(entries, pi, log_rest, bucket);
       out_kl[t] = found.kl;
       out_terms[t * kKlTerms + kOutsideFactor] = found.outside_factor;
       out_terms[t * kKlTerms + kLogMass] = found.log_mass;

@@ -8,6 +8,7 @@
 #include "checks.h"
 #include "cuda/device.h"
 #include "cuda/exp2.h"
+#include "cuda/merge_warp.h"
 #include "cuda/vector.h"
 #include "online_softmax.h"
 #include "ops.h"
@@ -42,14 +43,6 @@ __device__ __forceinline__ float exp_difference(float x, float base) {
   return exp2_approx((x - base) * kLog2e);
 }
 
-__device__ __forceinline__ SoftmaxPart of_lane(SoftmaxPart p, int bits) {
-  return {__shfl_xor_sync(kFullWarp, p.max, bits), __shfl_xor_sync(kFullWarp, p.sum, bits)};
-}
-__device__ __forceinline__ EntropyPart of_lane(EntropyPart p, int bits) {
-  return {__shfl_xor_sync(kFullWarp, p.max, bits), __shfl_xor_sync(kFullWarp, p.sum, bits),
-          __shfl_xor_sync(kFullWarp, p.weighted, bits)};
-}
-
 template <bool kEntropy>
 using RowPart = std::conditional_t<kEntropy, EntropyPart, SoftmaxPart>;
 
@@ -61,11 +54,6 @@ __device__ __forceinline__ RowPart<kEntropy> row_part(SoftmaxPart part) {
 
 template <int kThreads, typename Part>
 __device__ __forceinline__ Part merge_row(Part part) {
-  const auto merge_warp = [](Part p) {
-#pragma unroll
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) p = merge(p, of_lane(p, lanes));
-    return p;
-  };
   part = merge_warp(part);
   if constexpr (kThreads == kWarp) return part;
   constexpr int kWarps = kThreads / kWarp;
@@ -77,44 +65,62 @@ __device__ __forceinline__ Part merge_row(Part part) {
   return merge_warp(threadIdx.x < kWarps ? by_warp[threadIdx.x] : row_part<kEntropy>(no_columns()));
 }
 
-// -inf in every place: adds nothing to a maximum.
-__device__ __forceinline__ uint4 nothing(float) {
-  return {0xff800000u, 0xff800000u, 0xff800000u, 0xff800000u};
-}
-__device__ __forceinline__ uint4 nothing(c10::BFloat16) {
-  return {0xff80ff80u, 0xff80ff80u, 0xff80ff80u, 0xff80ff80u};
-}
-__device__ __forceinline__ uint4 nothing(c10::Half) {
-  return {0xfc00fc00u, 0xfc00fc00u, 0xfc00fc00u, 0xfc00fc00u};
-}
-
-// Where the statistics go, and the top-k whose logits are among them (k = 0: none).
-struct StatisticsOut {
-  float* first;
-  int64_t token, statistic;
-  const int32_t* topk_ids;
+// The top-k of a row, as columns of this rank.
+struct TopkColumns {
+  const int32_t* ids;
   int k;
+  VocabShard shard;
+
+  // -1 where another rank, or none, holds the j-th.
+  __device__ __forceinline__ int operator()(int j) const {
+    const int64_t id = ids[j], column = id - shard.start;
+    return id >= 0 && column >= 0 && column < shard.columns ? static_cast<int>(column) : -1;
+  }
 };
 
-template <typename T, int kThreads, bool kEntropy>
+// Vectors of a row go to threads in turns: vector v is the (v / kThreads)-th of thread
+// v % kThreads. Which of its own hold a column of the top-k, the n-th as bit n % 32.
+template <typename T, int kThreads>
+__device__ __forceinline__ uint32_t vectors_with_topk(const TopkColumns& topk,
+                                                      const RowSplit& split, int i) {
+  uint32_t found = 0;
+  for (int j = 0; j < topk.k; ++j) {
+    const int in_body = topk(j) - split.head, vector = in_body / kPerVector<T>;
+    const bool mine = in_body >= 0 && vector < split.vectors && vector % kThreads == i;
+    if (mine) found |= 1u << vector / kThreads % 32;
+  }
+  return found;
+}
+
+// Takes the top-k's columns out of a thread's kUnroll vectors, of which v is the first.
+template <typename T, int kThreads>
+__device__ __forceinline__ void without_topk(uint4 (&raw)[kUnroll], int v, const TopkColumns& topk,
+                                             const RowSplit& split) {
+  for (int j = 0; j < topk.k; ++j) {
+    const int in_body = topk(j) - split.head, vector = in_body / kPerVector<T>;
+    if (in_body < 0) continue;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (vector == v + u * kThreads) raw[u] = without(raw[u], in_body % kPerVector<T>, T(0.0f));
+    }
+  }
+}
+
+template <typename T, int kThreads, bool kEntropy, bool kTopk>
 PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, VocabShard shard,
                              int64_t vocab_size, const int64_t* targets, const bool* mask,
-                             StatisticsOut stats) {
+                             const int32_t* topk_ids, int k, float* stats) {
   constexpr int kColumns = kPerVector<T>;
   const int i = threadIdx.x % kThreads;
   const int64_t t = row_index<kThreads>();
   if (t >= rows) return;
-  float* out = stats.first + t * stats.token;
-  float *row_max = out + kRowMax * stats.statistic, *row_sum = out + kRowSumExp * stats.statistic;
-  float* target_logit = out + kTargetLogit * stats.statistic;
-  float* entries = out + (kLogprobStatistics + kEntropy) * stats.statistic;
+  constexpr int kFirstEntry = kTokenStatistics + kEntropy;
+  const int width = kTopk ? kFirstEntry + k : kFirstEntry;
+  float* out = stats + t * width;
   if (mask && !mask[t]) {
-    if (i == 0) {
-      *row_max = kNegativeInfinity;
-      *row_sum = *target_logit = 0.0f;
-      if constexpr (kEntropy) out[kRowEntropySum * stats.statistic] = 0.0f;
+    for (int which = i; which < width; which += kThreads) {
+      out[which] = which == kRowMax ? kNegativeInfinity : 0.0f;
     }
-    for (int j = i; j < stats.k; j += kThreads) entries[j * stats.statistic] = 0.0f;
     return;
   }
 
@@ -124,18 +130,26 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
     const int64_t target = targets[t], column = target - shard.start;
     CUDA_KERNEL_ASSERT(0 <= target && target < vocab_size && "a target is outside the vocabulary");
     const bool here = 0 <= column && column < columns;
-    *target_logit = here ? static_cast<float>(row[column]) : kNegativeInfinity;
-  }
-  for (int j = i; j < stats.k; j += kThreads) {
-    const int64_t id = stats.topk_ids[t * stats.k + j], column = id - shard.start;
-    const bool here = id >= 0 && 0 <= column && column < columns;
-    entries[j * stats.statistic] = here ? static_cast<float>(row[column]) : kNegativeInfinity;
+    out[kTargetLogit] = here ? static_cast<float>(row[column]) : kNegativeInfinity;
   }
 
   const RowSplit split = split_row(row, columns);
   const uint4* body = reinterpret_cast<const uint4*>(row + split.head);
   float single = kNegativeInfinity;  // head and tail are fewer than the threads
-  if (i < split.head + split.tail) single = row[single_column(split, columns, i)];
+  const int single_at = i < split.head + split.tail ? single_column(split, columns, i) : -1;
+  if (single_at >= 0) single = row[single_at];
+
+  const TopkColumns topk = {topk_ids + t * k, k, shard};
+  uint32_t with_topk = 0;
+  if constexpr (kTopk) {
+    for (int j = i; j < k; j += kThreads) {
+      out[kFirstEntry + j] = topk(j) < 0 ? kNegativeInfinity : static_cast<float>(row[topk(j)]);
+    }
+    for (int j = 0; j < k; ++j) {
+      if (single_at >= 0 && topk(j) == single_at) single = kNegativeInfinity;
+    }
+    with_topk = vectors_with_topk<T, kThreads>(topk, split, i);
+  }
 
   RowPart<kEntropy> part = row_part<kEntropy>(no_columns());
   for (int v = i; v < split.vectors; v += kUnroll * kThreads) {
@@ -144,6 +158,12 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
     for (int u = 0; u < kUnroll; ++u) {
       const int at = v + u * kThreads;
       raw[u] = at < split.vectors ? load_streaming(body + at) : nothing(T(0.0f));
+    }
+    if constexpr (kTopk) {
+      static_assert(32 % kUnroll == 0);
+      if (with_topk >> v / kThreads % 32 & ((1u << kUnroll) - 1)) {
+        without_topk<T, kThreads>(raw, v, topk, split);
+      }
     }
     float max = part.max;
     float x[kColumns];
@@ -182,21 +202,10 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
   }
   part = merge_row<kThreads>(merge(part, row_part<kEntropy>(one_column(single))));
   if (i == 0) {
-    *row_max = part.max;
-    *row_sum = part.sum;
-    if constexpr (kEntropy) out[kRowEntropySum * stats.statistic] = part.weighted;
+    out[kRowMax] = part.max;
+    out[kRowSumExp] = part.sum;
+    if constexpr (kEntropy) out[kRowEntropySum] = part.weighted;
   }
-}
-
-__global__ void __launch_bounds__(256)
-    combine_tokens(const float* stats, int64_t ranks, int64_t T, const bool* mask, float* logprob,
-                   Normalizer* normalizers) {
-  const int64_t t = int64_t(blockIdx.x) * 256 + threadIdx.x;
-  if (t >= T) return;
-  Logprob out = {};
-  if (!mask || mask[t]) out = combine_ranks(stats, ranks, T, t);
-  logprob[t] = out.logprob;
-  normalizers[t] = out.normalizer;
 }
 
 // What the KL adds to a backward pass.
@@ -311,30 +320,23 @@ const bool* mask_data(const OptionalTensor& mask) {
   return mask ? mask->const_data_ptr<bool>() : nullptr;
 }
 
-void run_forward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                 int64_t vocab_start, int64_t vocab_size, bool entropy, StatisticsOut out) {
-  const auto shard = vocab_shard(logits.size(1), vocab_start, vocab_size);
-  const int64_t rows = logits.size(0);
-  if (rows == 0) return;
-  for_logits_dtype(logits, [&](auto zero) {
-    using T = decltype(zero);
-    for_row_threads<T>(shard.columns, [&](auto threads) {
-      constexpr int kThreads = threads();
-      constexpr int kRows = kRowsPerBlock<kThreads>;
-      const auto kernel =
-          entropy ? forward_rows<T, kThreads, true> : forward_rows<T, kThreads, false>;
-      launch(kernel, (rows + kRows - 1) / kRows, kBlock<kThreads>, logits.const_data_ptr<T>(),
-             logits.stride(0), rows, shard, vocab_size, target.const_data_ptr<int64_t>(),
-             mask_data(mask), out);
-    });
-  });
+// Calls f with whether, as a compile-time constant.
+template <typename F>
+void for_bool(bool whether, F&& f) {
+  if (whether) return f(std::true_type());
+  return f(std::false_type());
 }
 
-void run_backward(const Tensor& logits, Tensor& out, const Tensor& target,
-                  const OptionalTensor& mask, const Tensor& normalizer, const Tensor& grad,
-                  VocabShard shard, const TopkGradient& topk = {}) {
+void run_backward(const Tensor& logits, Tensor& out, PEAR_BACKWARD_PARAMETERS) {
   const int64_t rows = logits.size(0), V = logits.size(1);
+  const auto shard = vocab_shard(V, vocab_start, vocab_size);
   if (rows == 0) return;
+  TopkGradient topk = {};
+  if (topk_ids) {
+    topk = {static_cast<int>(topk_ids->size(1)),    topk_ids->const_data_ptr<int32_t>(),
+            topk_logprobs->const_data_ptr<float>(), topk_log_pi->const_data_ptr<float>(),
+            kl_terms->const_data_ptr<float>(),      kl_grad->const_data_ptr<float>()};
+  }
   for_logits_dtype(logits, [&](auto zero) {
     using T = decltype(zero);
     for_row_threads<T>(V, [&](auto threads) {
@@ -350,116 +352,52 @@ void run_backward(const Tensor& logits, Tensor& out, const Tensor& target,
   });
 }
 
-TopkGradient topk_gradient(const Tensor& logits, const Tensor& ids, const Tensor& logprobs,
-                           const Tensor& log_pi, const Tensor& terms, const Tensor& grad) {
-  const int64_t k = check_topk_gradient(logits, ids, logprobs, log_pi, terms, grad);
-  return {static_cast<int>(k),
-          ids.const_data_ptr<int32_t>(),
-          logprobs.const_data_ptr<float>(),
-          log_pi.const_data_ptr<float>(),
-          terms.const_data_ptr<float>(),
-          grad.const_data_ptr<float>()};
-}
-
-VocabShard check_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                          const Tensor& normalizer, const Tensor& grad, int64_t vocab_start,
-                          int64_t vocab_size) {
-  check_logits(logits, target, mask);
-  check_columns(logits);
-  check_normalizer(normalizer, logits.size(0));
-  check_same_device(normalizer, "normalizer", logits);
-  check_vector(grad, "grad", logits.size(0), at::kFloat);
-  check_same_device(grad, "grad", logits);
-  return vocab_shard(logits.size(1), vocab_start, vocab_size);
-}
-
 }  // namespace
 
-Tensor logprob_forward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                       int64_t vocab_start, int64_t vocab_size) {
-  check_logits(logits, target, mask);
-  check_columns(logits);
-  const DeviceGuard guard(logits.device());
-  const int64_t rows = logits.size(0);
-  Tensor stats = at::empty({kLogprobStatistics, rows}, logits.options().dtype(at::kFloat));
-  run_forward(logits, target, mask, vocab_start, vocab_size, false,
-              {stats.mutable_data_ptr<float>(), 1, rows, nullptr, 0});
-  return stats;
-}
-
 Tensor statistics_forward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                          const OptionalTensor& topk_ids, int64_t vocab_start, int64_t vocab_size,
+                          int64_t vocab_start, int64_t vocab_size, const OptionalTensor& topk_ids,
                           bool entropy) {
   check_logits(logits, target, mask);
   check_columns(logits);
   const DeviceGuard guard(logits.device());
   const int64_t rows = logits.size(0), k = check_topk_ids(topk_ids, rows, logits);
-  const int64_t width = kLogprobStatistics + entropy + k;
-  Tensor stats = at::empty({rows, width}, logits.options().dtype(at::kFloat));
-  run_forward(logits, target, mask, vocab_start, vocab_size, entropy,
-              {stats.mutable_data_ptr<float>(), width, 1,
-               k ? topk_ids->const_data_ptr<int32_t>() : nullptr, static_cast<int>(k)});
+  const auto shard = vocab_shard(logits.size(1), vocab_start, vocab_size);
+  Tensor stats =
+      at::empty({rows, kTokenStatistics + entropy + k}, logits.options().dtype(at::kFloat));
+  if (rows == 0) return stats;
+  for_logits_dtype(logits, [&](auto zero) {
+    using T = decltype(zero);
+    for_row_threads<T>(shard.columns, [&](auto threads) {
+      for_bool(entropy, [&](auto entropies) {
+        for_bool(k > 0, [&](auto topk) {
+          constexpr int kThreads = threads();
+          constexpr int kRows = kRowsPerBlock<kThreads>;
+          launch(forward_rows<T, kThreads, entropies(), topk()>, (rows + kRows - 1) / kRows,
+                 kBlock<kThreads>, logits.const_data_ptr<T>(), logits.stride(0), rows, shard,
+                 vocab_size, target.const_data_ptr<int64_t>(), mask_data(mask),
+                 k ? topk_ids->const_data_ptr<int32_t>() : nullptr, static_cast<int>(k),
+                 stats.mutable_data_ptr<float>());
+        });
+      });
+    });
+  });
   return stats;
 }
 
-std::tuple<Tensor, Tensor> logprob_combine(const Tensor& stats, const OptionalTensor& mask) {
-  check_stats(stats);
-  const int64_t ranks = stats.size(0), T = stats.size(2);
-  check_mask(mask, T, stats);
-  const DeviceGuard guard(stats.device());
-  Tensor logprob = at::empty({T}, stats.options());
-  Tensor normalizer = at::empty({T, 2}, stats.options());
-  if (T > 0) {
-    launch(combine_tokens, (T + 255) / 256, 256, stats.const_data_ptr<float>(), ranks, T,
-           mask_data(mask), logprob.mutable_data_ptr<float>(), mutable_normalizers(normalizer));
-  }
-  return {logprob, normalizer};
-}
-
-Tensor logprob_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                        const Tensor& normalizer, const Tensor& grad, int64_t vocab_start,
-                        int64_t vocab_size) {
-  const auto shard =
-      check_backward(logits, target, mask, normalizer, grad, vocab_start, vocab_size);
+Tensor statistics_backward(const Tensor& logits, PEAR_BACKWARD_PARAMETERS) {
+  check_backward(logits, PEAR_BACKWARD_ARGUMENTS);
+  check_columns(logits);
   const DeviceGuard guard(logits.device());
   Tensor out = at::empty(logits.sizes(), logits.options());
-  run_backward(logits, out, target, mask, normalizer, grad, shard);
+  run_backward(logits, out, PEAR_BACKWARD_ARGUMENTS);
   return out;
 }
 
-void logprob_backward_(Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                       const Tensor& normalizer, const Tensor& grad, int64_t vocab_start,
-                       int64_t vocab_size) {
-  const auto shard =
-      check_backward(logits, target, mask, normalizer, grad, vocab_start, vocab_size);
+void statistics_backward_(Tensor& logits, PEAR_BACKWARD_PARAMETERS) {
+  check_backward(logits, PEAR_BACKWARD_ARGUMENTS);
+  check_columns(logits);
   const DeviceGuard guard(logits.device());
-  run_backward(logits, logits, target, mask, normalizer, grad, shard);
-}
-
-Tensor topk_kl_backward(const Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                        const Tensor& normalizer, const Tensor& grad, const Tensor& topk_ids,
-                        const Tensor& topk_logprobs, const Tensor& topk_log_pi,
-                        const Tensor& kl_terms, const Tensor& kl_grad, int64_t vocab_start,
-                        int64_t vocab_size) {
-  const auto shard =
-      check_backward(logits, target, mask, normalizer, grad, vocab_start, vocab_size);
-  const auto topk = topk_gradient(logits, topk_ids, topk_logprobs, topk_log_pi, kl_terms, kl_grad);
-  const DeviceGuard guard(logits.device());
-  Tensor out = at::empty(logits.sizes(), logits.options());
-  run_backward(logits, out, target, mask, normalizer, grad, shard, topk);
-  return out;
-}
-
-void topk_kl_backward_(Tensor& logits, const Tensor& target, const OptionalTensor& mask,
-                       const Tensor& normalizer, const Tensor& grad, const Tensor& topk_ids,
-                       const Tensor& topk_logprobs, const Tensor& topk_log_pi,
-                       const Tensor& kl_terms, const Tensor& kl_grad, int64_t vocab_start,
-                       int64_t vocab_size) {
-  const auto shard =
-      check_backward(logits, target, mask, normalizer, grad, vocab_start, vocab_size);
-  const auto topk = topk_gradient(logits, topk_ids, topk_logprobs, topk_log_pi, kl_terms, kl_grad);
-  const DeviceGuard guard(logits.device());
-  run_backward(logits, logits, target, mask, normalizer, grad, shard, topk);
+  run_backward(logits, logits, PEAR_BACKWARD_ARGUMENTS);
 }
 
 }  // namespace pear::cuda

@@ -1,10 +1,12 @@
-// What the statistics of a token's logits say: log-prob, entropy and the KL of its top-k. A warp
-// per token, lanes over the entries; it reads 4 (n W + 2 k) bytes a token and writes 4 k.
+// What the statistics of a token's logits say: log-prob, entropy and the KL of its top-k. A thread
+// per token, with a top-k a warp, lanes over the entries; it reads 4 (n W + 2 k) bytes a token and
+// writes 4 k.
 #include <ATen/ops/empty.h>
 
 #include "checks.h"
 #include "cuda/chunk_warps.h"
 #include "cuda/device.h"
+#include "cuda/merge_warp.h"
 #include "online_softmax.h"
 #include "ops.h"
 #include "topk_kl.h"
@@ -13,7 +15,7 @@
 namespace pear::cuda {
 namespace {
 
-constexpr int kTokensPerBlock = 8;
+constexpr int kCombineThreads = 256;
 
 struct CombineOut {
   float* logprob;
@@ -52,13 +54,15 @@ struct Entries {
   }
 };
 
-__global__ void __launch_bounds__(kTokensPerBlock* kWarp)
+// kLanes threads per token.
+template <int kLanes>
+__global__ void __launch_bounds__(kCombineThreads)
     combine_statistics(const float* stats, int64_t ranks, int64_t T, int64_t width,
                        const bool* mask, const int32_t* ids, const float* logprobs, int k,
                        int64_t vocab_size, bool bucket, CombineOut out) {
-  const int64_t t = int64_t(blockIdx.x) * kTokensPerBlock + threadIdx.x / kWarp;
+  const int64_t t = (int64_t(blockIdx.x) * kCombineThreads + threadIdx.x) / kLanes;
   if (t >= T) return;
-  const int lane = lane_id();
+  const int lane = threadIdx.x % kLanes;
   float* log_pi = out.log_pi + t * k;
   if (mask && !mask[t]) {
     for (int j = lane; j < k; j += kWarp) log_pi[j] = 0.0f;
@@ -72,17 +76,27 @@ __global__ void __launch_bounds__(kTokensPerBlock* kWarp)
     return;
   }
 
-  const TokenStatistics token = {stats + t * width, 1, T * width, ranks};
-  const RankSoftmax row = softmax_of_ranks(token);
-  if (lane == 0) {
-    out.logprob[t] = row.logprob(logit_of_ranks(token, kTargetLogit));
-    out.normalizer[t] = row;
-    if (out.entropy) out.entropy[t] = entropy_of_ranks(token, row);
+  const TokenStatistics token = {stats + t * width, T * width, ranks};
+  const bool entropy = out.entropy != nullptr;
+  const EntropyPart rest = part_of_ranks(token, entropy);
+  EntropyPart row = rest;
+  if constexpr (kLanes == kWarp) {
+    EntropyPart topk = with_entropy(no_columns());
+    for (int j = lane; j < k; j += kWarp) {
+      log_pi[j] = logit_of_ranks(token, kTokenStatistics + entropy + j);
+      topk = merge(topk, with_entropy(one_column(log_pi[j])));
+    }
+    row = merge(rest, merge_warp(topk));
   }
-  if (k == 0) return;
+  const Normalizer normalizer = normalizer_of(row);
+  if (lane == 0) {
+    out.logprob[t] = normalizer.logprob(logit_of_ranks(token, kTargetLogit));
+    out.normalizer[t] = normalizer;
+    if (entropy) out.entropy[t] = entropy_of(row);
+  }
+  if constexpr (kLanes < kWarp) return;
 
   const Entries entries = {ids + t * k, logprobs + t * k, k};
-  const int64_t first_entry = kLogprobStatistics + (out.entropy != nullptr);
   float largest = kNegativeInfinity;
   for (int j = lane; j < k; j += kWarp) {
     entries.check(j, vocab_size);
@@ -91,16 +105,12 @@ __global__ void __launch_bounds__(kTokensPerBlock* kWarp)
   largest = warp_max(largest);
   CUDA_KERNEL_ASSERT(largest > kNegativeInfinity &&
                      "a decision has no entry of any mass in its top-k");
-  double in_q = 0.0, in_pi = 0.0;
+  double in_q = 0.0;
   for (int j = lane; j < k; j += kWarp) {
-    const float own = row.logprob(logit_of_ranks(token, first_entry + j));
-    log_pi[j] = own;
-    if (!entries.has(j)) continue;
+    log_pi[j] = normalizer.logprob(log_pi[j]);
     in_q += expf(entries.log_q(j) - largest);
-    in_pi += expf(own);
   }
   in_q = warp_sum(in_q);
-  in_pi = warp_sum(in_pi);
   const float log_mass = bucket ? 0.0f : largest + logf(static_cast<float>(in_q));
   double kl = 0.0;
   for (int j = lane; j < k; j += kWarp) {
@@ -109,7 +119,8 @@ __global__ void __launch_bounds__(kTokensPerBlock* kWarp)
   }
   kl = warp_sum(kl);
   if (lane != 0) return;
-  const TopkTail tail = bucket ? bucket_tail(in_q * expf(largest), in_pi) : TopkTail{0.0f, 1.0f};
+  const float log_rest = normalizer.logprob(rest.max) + logf(rest.sum);
+  const TopkTail tail = bucket ? bucket_tail(in_q * expf(largest), log_rest) : TopkTail{0.0f, 1.0f};
   out.kl[t] = static_cast<float>(kl) + tail.kl;
   out.terms[t * kKlTerms + kOutsideFactor] = tail.outside_factor;
   out.terms[t * kKlTerms + kLogMass] = log_mass;
@@ -118,8 +129,9 @@ __global__ void __launch_bounds__(kTokensPerBlock* kWarp)
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics_combine(
-    const Tensor& stats, const OptionalTensor& mask, const OptionalTensor& topk_ids,
-    const OptionalTensor& topk_logprobs, int64_t vocab_size, bool entropy, bool bucket) {
+    const Tensor& stats, const OptionalTensor& mask, int64_t vocab_size,
+    const OptionalTensor& topk_ids, const OptionalTensor& topk_logprobs, bool entropy,
+    bool bucket) {
   const int64_t k = check_statistics(stats, topk_ids, topk_logprobs, entropy);
   const int64_t ranks = stats.size(0), T = stats.size(1);
   check_mask(mask, T, stats);
@@ -135,7 +147,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> statistics_combine(
                             kl.mutable_data_ptr<float>(),
                             log_pi.mutable_data_ptr<float>(),
                             terms.mutable_data_ptr<float>()};
-    launch(combine_statistics, (T + kTokensPerBlock - 1) / kTokensPerBlock, kTokensPerBlock * kWarp,
+    const auto kernel = k ? combine_statistics<kWarp> : combine_statistics<1>;
+    const int64_t threads = T * (k ? kWarp : 1);
+    launch(kernel, (threads + kCombineThreads - 1) / kCombineThreads, kCombineThreads,
            stats.const_data_ptr<float>(), ranks, T, stats.size(2),
            mask ? mask->const_data_ptr<bool>() : nullptr,
            k ? topk_ids->const_data_ptr<int32_t>() : nullptr,

@@ -37,6 +37,37 @@ __device__ __forceinline__ uint4 pack(const float (&x)[8], T type) {
           pack_pair({x[4], x[5]}, type), pack_pair({x[6], x[7]}, type)};
 }
 
+// -inf in every place: adds nothing to a maximum.
+__device__ __forceinline__ uint4 nothing(float) {
+  return {0xff800000u, 0xff800000u, 0xff800000u, 0xff800000u};
+}
+__device__ __forceinline__ uint4 nothing(c10::BFloat16) {
+  return {0xff80ff80u, 0xff80ff80u, 0xff80ff80u, 0xff80ff80u};
+}
+__device__ __forceinline__ uint4 nothing(c10::Half) {
+  return {0xfc00fc00u, 0xfc00fc00u, 0xfc00fc00u, 0xfc00fc00u};
+}
+
+// The vector with -inf in one place.
+__device__ __forceinline__ uint4 without(uint4 raw, int place, float) {
+  uint32_t words[] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) words[w] = w == place ? 0xff800000u : words[w];
+  return {words[0], words[1], words[2], words[3]};
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 without(uint4 raw, int place, T type) {
+  uint32_t words[] = {raw.x, raw.y, raw.z, raw.w};
+  const uint32_t other = place % 2 ? 0x0000ffffu : 0xffff0000u;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    const uint32_t one_less = (words[w] & other) | (nothing(type).x & ~other);
+    words[w] = w == place / 2 ? one_less : words[w];
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
 // Columns [0, head) and [columns - tail, columns) one by one, between them whole aligned vectors.
 struct RowSplit {
   int head, vectors, tail;

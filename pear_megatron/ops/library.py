@@ -61,7 +61,7 @@ if not with_cuda:
         if _name.startswith("pear_megatron::"):
             _cuda.impl(_name.removeprefix("pear_megatron::"), _refuse_cuda)
 
-LOGPROB_STATISTICS = 3
+TOKEN_STATISTICS = 3  # without an entropy and a top-k
 # Rows of the statistics of weights, in the order of WeightStatistic in csrc/ops.h.
 WEIGHT_STATISTICS = (
     "log_ratio",
@@ -74,66 +74,29 @@ WEIGHT_STATISTICS = (
 )
 
 
-@torch.library.register_fake("pear_megatron::logprob_forward")
-def _(logits: Tensor, target: Tensor, mask: Tensor | None, vocab_start: int, vocab_size: int) -> Tensor:
-    return logits.new_empty((LOGPROB_STATISTICS, logits.shape[0]), dtype=torch.float32)
-
-
-@torch.library.register_fake("pear_megatron::logprob_combine")
-def _(stats: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    tokens = stats.shape[2]
-    return stats.new_empty(tokens), stats.new_empty(tokens, 2)
-
-
-@torch.library.register_fake("pear_megatron::logprob_backward")
-def _(
-    logits: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    normalizer: Tensor,
-    grad: Tensor,
-    vocab_start: int,
-    vocab_size: int,
-) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-@torch.library.register_fake("pear_megatron::logprob_backward_")
-def _(
-    logits: Tensor,
-    target: Tensor,
-    mask: Tensor | None,
-    normalizer: Tensor,
-    grad: Tensor,
-    vocab_start: int,
-    vocab_size: int,
-) -> None:
-    return None
-
-
 @torch.library.register_fake("pear_megatron::statistics_forward")
 def _(
     logits: Tensor,
     target: Tensor,
     mask: Tensor | None,
-    topk_ids: Tensor | None,
     vocab_start: int,
     vocab_size: int,
-    entropy: bool,
+    topk_ids: Tensor | None = None,
+    entropy: bool = False,
 ) -> Tensor:
     k = 0 if topk_ids is None else topk_ids.shape[1]
-    return logits.new_empty((logits.shape[0], LOGPROB_STATISTICS + entropy + k), dtype=torch.float32)
+    return logits.new_empty((logits.shape[0], TOKEN_STATISTICS + entropy + k), dtype=torch.float32)
 
 
 @torch.library.register_fake("pear_megatron::statistics_combine")
 def _(
     stats: Tensor,
     mask: Tensor | None,
-    topk_ids: Tensor | None,
-    topk_logprobs: Tensor | None,
     vocab_size: int,
-    entropy: bool,
-    bucket: bool,
+    topk_ids: Tensor | None = None,
+    topk_logprobs: Tensor | None = None,
+    entropy: bool = False,
+    bucket: bool = False,
 ) -> tuple[Tensor, ...]:
     tokens = stats.shape[1]
     with_kl, k = (0, 0) if topk_ids is None else (tokens, topk_ids.shape[1])
@@ -141,12 +104,12 @@ def _(
     return tuple(stats.new_empty(shape) for shape in shapes)
 
 
-@torch.library.register_fake("pear_megatron::topk_kl_backward")
+@torch.library.register_fake("pear_megatron::statistics_backward")
 def _(logits: Tensor, *of_tokens_and_vocabulary: Tensor | int | None) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake("pear_megatron::topk_kl_backward_")
+@torch.library.register_fake("pear_megatron::statistics_backward_")
 def _(logits: Tensor, *of_tokens_and_vocabulary: Tensor | int | None) -> None:
     return None
 

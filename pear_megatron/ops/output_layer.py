@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pear_megatron.ops.arguments import require_mask, require_target, require_tensors
-from pear_megatron.ops.logprob import gather_ranks, vocab_shard
+from pear_megatron.ops.rows import gather_ranks, vocab_shard
 from pear_megatron.ops.statistics import (
     Tail,
     TokenPass,

@@ -53,7 +53,8 @@ def topk_kl(
             log_q = log_q - log_q.logsumexp(0)
         kl = (log_q.exp() * (log_q - log_pi)).sum()
         if tail == "bucket" and (rest := 1.0 - log_q.exp().sum()) > 0:
-            kl = kl + rest * (rest.log() - (1.0 - log_pi.exp().sum()).clamp_min(2.0**-23).log())
+            outside = lp[t].index_fill(0, topk_ids[t, entry].long(), float("-inf"))
+            kl = kl + rest * (rest.log() - outside.logsumexp(0).clamp_min(-80.0))
         out.append(kl)
     return torch.stack(out)
 

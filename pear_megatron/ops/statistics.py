@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from pear_megatron.ops.arguments import require_tensors
 from pear_megatron.ops.library import ops
-from pear_megatron.ops.logprob import checked_logits, gather_ranks, vocab_parallel_logprob
+from pear_megatron.ops.rows import checked_logits, gather_ranks
 
 Tail = Literal["none", "bucket"]
 # The behaviour policy's likeliest tokens: ids [T, k] int32 (-1 = no entry) and their log-probs [T, k] float32.
@@ -59,17 +59,17 @@ class TokenPass(NamedTuple):
         """To be saved for backward, so that a change in between is an error."""
         return [self.target, self.mask, *(self.topk or ())]
 
-    def forward(self, logits: Tensor, rows: slice = slice(None)) -> Tensor:
+    def forward(self, logits: Tensor, rows: slice | None = None) -> Tensor:
         """Logits of these rows -> their statistics [rows, width], of this rank."""
-        mask = None if self.mask is None else self.mask[rows]
-        ids = None if self.topk is None else self.topk[0][rows]
-        return ops.statistics_forward(logits, self.target[rows], mask, ids, *self.vocab, self.entropy)
+        ids = None if self.topk is None else self.topk[0]
+        target, mask, ids = (_rows(x, rows) for x in (self.target, self.mask, ids))
+        return ops.statistics_forward(logits, target, mask, *self.vocab, ids, self.entropy)
 
     def combine(self, stats: Tensor) -> tuple[TokenStatistics, list[Tensor]]:
         """[ranks, T, width] -> what they say, and what ``backward`` wants to have kept."""
         ids, logprobs = (None, None) if self.topk is None else self.topk
         logprob, normalizer, entropy, kl, log_pi, terms = ops.statistics_combine(
-            stats, self.mask, ids, logprobs, self.vocab[1], self.entropy, self.bucket
+            stats, self.mask, self.vocab[1], ids, logprobs, self.entropy, self.bucket
         )
         if self.topk is None:
             return TokenStatistics(logprob, None, entropy if self.entropy else None), [normalizer]
@@ -81,22 +81,23 @@ class TokenPass(NamedTuple):
         kept: list[Tensor],
         grad: Tensor,
         kl_grad: Tensor | None,
-        rows: slice = slice(None),
+        rows: slice | None = None,
         *,
         inplace: bool,
     ) -> Tensor:
         """The gradient of these rows' logits, written over them if ``inplace``; grad, kl_grad [T] float32."""
-        args: list[Any] = [self.target[rows], None if self.mask is None else self.mask[rows]]
-        args += [kept[0][rows], grad[rows]]
-        name = "logprob_backward"
-        if self.topk is not None:
-            assert kl_grad is not None
-            args += [x[rows] for x in (*self.topk, *kept[1:], kl_grad)]
-            name = "topk_kl_backward"
+        of_rows = [self.target, self.mask, kept[0], grad]
+        of_topk = [] if self.topk is None else [*self.topk, *kept[1:], kl_grad]
+        of_rows, of_topk = ([_rows(x, rows) for x in of] for of in (of_rows, of_topk))
+        args = (logits, *of_rows, *self.vocab, *of_topk)
         if not inplace:
-            return getattr(ops, name)(logits, *args, *self.vocab)
-        getattr(ops, name + "_")(logits, *args, *self.vocab)
+            return ops.statistics_backward(*args)
+        ops.statistics_backward_(*args)
         return logits
+
+
+def _rows(x: Tensor | None, rows: slice | None) -> Tensor | None:
+    return x if x is None or rows is None else x[rows]
 
 
 def differentiable(ctx: Any, found: TokenStatistics) -> tuple[Tensor | None, ...]:
@@ -183,7 +184,7 @@ def vocab_parallel_statistics(
     """vocab_parallel_logprob, and in the same pass the KL and the entropy where they are asked for.
 
     Still one read of the logits, one collective (12 bytes a token, 4 more with the entropy and 4 k with a top-k)
-    and in backward one read and one write. With neither asked for, it is vocab_parallel_logprob.
+    and in backward one read and one write.
 
     Args:
         logits, target, mask, tp_group, vocab_size, inplace_backward: as in vocab_parallel_logprob.
@@ -198,17 +199,6 @@ def vocab_parallel_statistics(
     Raises:
         TypeError, ValueError, IndexError: see vocab_parallel_logprob and vocab_parallel_topk_kl.
     """
-    if topk is None and not entropy:
-        return TokenStatistics(
-            vocab_parallel_logprob(
-                logits,
-                target,
-                mask=mask,
-                tp_group=tp_group,
-                vocab_size=vocab_size,
-                inplace_backward=inplace_backward,
-            )
-        )
     layout, start, vocab_size = checked_logits(logits, target, mask, tp_group, vocab_size)
     if topk is not None:
         ids, logprobs = (
@@ -232,6 +222,50 @@ def checked_tail(tail: Any) -> Tail:
     if tail not in ("none", "bucket"):
         raise ValueError(f"tail must be 'none' or 'bucket', got {tail!r}")
     return tail
+
+
+def vocab_parallel_logprob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    mask: Tensor | None = None,
+    tp_group: torch.distributed.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """log softmax(logits)[target], with the vocabulary split over a tensor-parallel group.
+
+    One pass over the logits, one all-gather of three float32 numbers a token, no copy of the logits in
+    forward. Differentiable once, with respect to ``logits`` (docs/method.md, Words: ``lp_t``).
+
+    Args:
+        logits: [..., V_local] float32, bfloat16 or float16; rank r of n holds the columns
+            [r * V_local, (r + 1) * V_local) of the vocabulary.
+        target: [...] int64, global token ids; ids off the mask may be anything (-100).
+        mask: [...] bool, True = wanted. Other rows are not read, give 0 and get gradient 0.
+        tp_group: the ranks that share the vocabulary; None = the vocabulary is whole.
+        vocab_size: number of real tokens; columns from there on are padding and stay out of the
+            softmax. None = every column is a token.
+        inplace_backward: let backward write the gradient over the logits (no second tensor of their
+            size). For callers to whom the logits are of no use after the loss.
+
+    Returns:
+        [...] float32 log-probabilities.
+
+    Raises:
+        TypeError: what should be a tensor is something else.
+        ValueError: shapes, dtypes or devices that do not fit.
+        IndexError: a target outside the vocabulary where the mask is True (CPU; on CUDA a device-side
+            assertion, since reading it back would stall the stream).
+    """
+    return vocab_parallel_statistics(
+        logits,
+        target,
+        mask=mask,
+        tp_group=tp_group,
+        vocab_size=vocab_size,
+        inplace_backward=inplace_backward,
+    ).logprob
 
 
 def vocab_parallel_topk_kl(

@@ -14,7 +14,7 @@ from torch import Tensor
 from pear_megatron.data.batches import PackedBatch
 from pear_megatron.data.topk import TopK
 from pear_megatron.data.trajectory import Trajectory
-from pear_megatron.ops.logprob import vocab_parallel_logprob
+from pear_megatron.ops.statistics import vocab_parallel_logprob
 from pear_megatron.score.batches import in_place, length_batches, right_padded, topk_in_place
 from pear_megatron.score.top_tokens import top_tokens
 

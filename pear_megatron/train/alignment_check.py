@@ -22,8 +22,7 @@ from pear_megatron.data import AnyDataset, DataError, PackedBatch
 from pear_megatron.megatron.forward_step import LossOutput, PearForwardStep
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.schedule import run_schedule
-from pear_megatron.ops.logprob import vocab_parallel_logprob
-from pear_megatron.ops.statistics import TokenStatistics
+from pear_megatron.ops.statistics import TokenStatistics, vocab_parallel_logprob
 from pear_megatron.recipe import Recipe
 
 log = logging.getLogger("pear_megatron")

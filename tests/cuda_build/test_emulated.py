@@ -39,8 +39,9 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 def forward(ops, logits, target, mask=None, start=0, size=None) -> tuple[Tensor, Tensor]:
-    stats = ops.logprob_forward(logits, target, mask, start, size or logits.shape[1])
-    return ops.logprob_combine(stats[None], mask)
+    size = size or logits.shape[1]
+    stats = ops.statistics_forward(logits, target, mask, start, size)
+    return ops.statistics_combine(stats[None], mask, size)[:2]
 
 
 def check_logprob(ops, logits: Tensor, target: Tensor, mask=None, words=None) -> None:
@@ -52,9 +53,9 @@ def check_logprob(ops, logits: Tensor, target: Tensor, mask=None, words=None) ->
     logprob, normalizer = forward(ops, logits, target, mask, 0, words)
     torch.testing.assert_close(logprob.double(), expected, rtol=1e-5, atol=1e-5)
     args = (target, mask, normalizer, grad, 0, words)
-    out = ops.logprob_backward(logits, *args)
+    out = ops.statistics_backward(logits, *args)
     assert_rounds_to(out, exact)
-    ops.logprob_backward_inplace(logits, *args)
+    ops.statistics_backward_(logits, *args)
     assert torch.equal(logits, out)
 
 
@@ -88,7 +89,7 @@ def test_padded_columns_and_rows_off_the_mask_are_not_looked_at(ops, dtype, colu
     expected, exact = float64_answer(logits[mask][:, :words], target[mask], torch.ones(4))
     logprob, normalizer = forward(ops, logits, target, mask, 0, words)
     torch.testing.assert_close(logprob[mask].double(), expected, rtol=1e-5, atol=1e-5)
-    out = ops.logprob_backward(logits, target, mask, normalizer, torch.ones(7), 0, words)
+    out = ops.statistics_backward(logits, target, mask, normalizer, torch.ones(7), 0, words)
     assert_rounds_to(out[mask][:, :words], exact)
     assert (logprob[~mask] == 0).all()
     assert (out[~mask] == 0).all()
@@ -99,12 +100,12 @@ def test_shards_of_the_vocabulary_one_of_them_only_padding(ops):
     logits, target = torch.randn(4, 90), torch.tensor([0, 29, 30, 59])
     expected, exact = float64_answer(logits[:, :60], target, torch.ones(4))
     shards = [shard.contiguous() for shard in logits.chunk(3, dim=1)]
-    stats = torch.stack([ops.logprob_forward(x, target, None, 30 * r, 60) for r, x in enumerate(shards)])
-    assert stats[2].tolist() == [[-INF] * 4, [0.0] * 4, [-INF] * 4]
-    logprob, normalizer = ops.logprob_combine(stats, None)
+    stats = torch.stack([ops.statistics_forward(x, target, None, 30 * r, 60) for r, x in enumerate(shards)])
+    assert stats[2].tolist() == [[-INF, 0.0, -INF]] * 4
+    logprob, normalizer, *_ = ops.statistics_combine(stats, None, 60)
     torch.testing.assert_close(logprob.double(), expected, rtol=1e-5, atol=1e-5)
     for r, x in enumerate(shards):
-        grad = ops.logprob_backward(x, target, None, normalizer, torch.ones(4), 30 * r, 60)
+        grad = ops.statistics_backward(x, target, None, normalizer, torch.ones(4), 30 * r, 60)
         wanted = exact[:, 30 * r : 30 * r + 30] if r < 2 else torch.zeros(4, 30, dtype=torch.float64)
         assert_rounds_to(grad, wanted)
 
@@ -126,7 +127,7 @@ def test_nan_and_inf_stay_visible(ops, columns):
 
 def test_a_target_outside_the_vocabulary_is_a_device_side_assertion(ops):
     with pytest.raises(RuntimeError, match=r"device-side assertion.*outside the vocabulary"):
-        ops.logprob_forward(torch.randn(2, 9), torch.tensor([0, 9]), None, 0, 9)
+        ops.statistics_forward(torch.randn(2, 9), torch.tensor([0, 9]), None, 0, 9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,20 +144,20 @@ def test_kl_and_entropy_at_every_width_and_alignment(ops, dtype, columns, k, off
     of_token = (problem.target, problem.mask)
     for tail in TAILS:
         lp, expected, entropy, exact = problem.exact(tail)
-        stats = ops.statistics_forward(logits, *of_token, problem.ids, *vocab, True)
+        stats = ops.statistics_forward(logits, *of_token, *vocab, problem.ids, True)
         found = ops.statistics_combine(
-            stats[None], problem.mask, problem.ids, problem.logprobs, columns, True, tail == "bucket"
+            stats[None], problem.mask, columns, problem.ids, problem.logprobs, True, tail == "bucket"
         )
         logprob, normalizer, ours, kl, log_pi, terms = found
         for got, wanted in ((logprob, lp), (ours, entropy), (kl, expected)):
             torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
         topk = (problem.ids, problem.logprobs, log_pi, terms, problem.kl_grad)
-        args = (*of_token, normalizer, problem.grad, *topk, *vocab)
-        out = ops.topk_kl_backward(logits, *args)
+        args = (*of_token, normalizer, problem.grad, *vocab, *topk)
+        out = ops.statistics_backward(logits, *args)
         assert_close(out[:, :columns], exact, dtype)
         assert not out[:, columns:].any()
         copy = wide.clone()
-        ops.topk_kl_backward_inplace(copy[:, offset:], *args)
+        ops.statistics_backward_(copy[:, offset:], *args)
         assert torch.equal(copy[:, offset:], out)
         assert copy[:, :offset].isnan().all()  # nothing beside the rows was touched
         assert wide[:, :offset].isnan().all()
@@ -169,16 +170,16 @@ def test_kl_and_entropy_of_shards_of_the_vocabulary_one_of_them_only_padding(ops
     shards = [shard.contiguous() for shard in shards]
     of_token = (problem.target, problem.mask)
     stats = [
-        ops.statistics_forward(x, *of_token, problem.ids, 30 * r, 60, True) for r, x in enumerate(shards)
+        ops.statistics_forward(x, *of_token, 30 * r, 60, problem.ids, True) for r, x in enumerate(shards)
     ]
     logprob, normalizer, ours, kl, log_pi, terms = ops.statistics_combine(
-        torch.stack(stats), problem.mask, problem.ids, problem.logprobs, 60, True, True
+        torch.stack(stats), problem.mask, 60, problem.ids, problem.logprobs, True, True
     )
     for got, wanted in ((logprob, lp), (ours, entropy), (kl, expected)):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
     topk = (problem.ids, problem.logprobs, log_pi, terms, problem.kl_grad)
     gradients = [
-        ops.topk_kl_backward(x, *of_token, normalizer, problem.grad, *topk, 30 * r, 60)
+        ops.statistics_backward(x, *of_token, normalizer, problem.grad, 30 * r, 60, *topk)
         for r, x in enumerate(shards)
     ]
     assert_close(torch.cat(gradients[:2], 1), exact)
@@ -200,12 +201,12 @@ def test_kl_and_entropy_of_shards_of_the_vocabulary_one_of_them_only_padding(ops
 def test_a_top_k_that_is_none_is_a_device_side_assertion(ops, ids, logprobs, message):
     topk = torch.tensor([[3, 4], ids], dtype=torch.int32), torch.tensor([[-1.0, -2.0], logprobs])
     for mask in (torch.tensor([True, False]), torch.tensor([True, True])):
-        stats = ops.statistics_forward(torch.randn(2, 50), torch.zeros(2).long(), mask, topk[0], 0, 50, False)
+        stats = ops.statistics_forward(torch.randn(2, 50), torch.zeros(2).long(), mask, 0, 50, topk[0])
         if mask[1]:
             with pytest.raises(RuntimeError, match=f"device-side assertion.*{message}"):
-                ops.statistics_combine(stats[None], mask, *topk, 50, False, False)
+                ops.statistics_combine(stats[None], mask, 50, *topk)
         else:
-            ops.statistics_combine(stats[None], mask, *topk, 50, False, False)
+            ops.statistics_combine(stats[None], mask, 50, *topk)
 
 
 # Chunks are 256 tokens at least: segments inside one, over two, over many, empty ones, one for all.

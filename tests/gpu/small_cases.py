@@ -47,17 +47,18 @@ def main() -> None:
             target, mask, grad = torch.randint(columns, (6,)), torch.rand(6) < 0.7, torch.randn(6)
             for logits in (wide[:, :columns].contiguous(), wide[:, 3:]):
                 args = (target, mask, 0, columns)
-                logprob, normalizer = ops.logprob_combine(ops.logprob_forward(logits, *args)[None], mask)
+                stats = ops.statistics_forward(logits, *args)
+                logprob, normalizer, *_ = ops.statistics_combine(stats[None], mask, columns)
                 rest = (target, mask, normalizer, grad, 0, columns - columns // 8)
-                out = ops.logprob_backward(logits, *rest)
-                ops.logprob_backward_(logits, *rest)
+                out = ops.statistics_backward(logits, *rest)
+                ops.statistics_backward_(logits, *rest)
                 assert torch.equal(out, logits)
                 assert logprob.isfinite().all()
                 run_topk_kl(wide[:, :columns].contiguous(), mask)
                 # A chunk of rows in the middle, its vectors at any alignment.
                 rows = slice(1, 4)
-                ops.logprob_forward(logits[rows], target[rows], mask[rows], 0, columns)
-                ops.logprob_backward_(logits[rows], *(x[rows] for x in rest[:4]), 0, columns)
+                ops.statistics_forward(logits[rows], target[rows], mask[rows], 0, columns)
+                ops.statistics_backward_(logits[rows], *(x[rows] for x in rest[:4]), 0, columns)
     for lengths in ([3, 0, 700, 1500, 1], [1] * 300):
         pack = make_pack(lengths)
         for config in (*CONFIGS, SEQUENCE_MEAN):

@@ -33,14 +33,14 @@ def test_a_hundred_random_shapes_equal_float64_on_the_host():
         target[~mask] = -100
         host = [x.cpu() for x in (logits[:, :words], target, grad, mask)]
         expected, exact = float64_answer(*host)
-        stats = ops.logprob_forward(logits, target, mask, 0, words)
-        logprob, normalizer = ops.logprob_combine(stats[None], mask)
+        stats = ops.statistics_forward(logits, target, mask, 0, words)
+        logprob, normalizer, *_ = ops.statistics_combine(stats[None], mask, words)
         torch.testing.assert_close(logprob.cpu().double(), expected, rtol=1e-5, atol=1e-5)
         args = (target, mask, normalizer, grad, 0, words)
-        out = ops.logprob_backward(logits, *args)
+        out = ops.statistics_backward(logits, *args)
         assert_rounds_to(out[:, :words].cpu(), exact)
         assert not out[:, words:].any()
-        ops.logprob_backward_(logits, *args)
+        ops.statistics_backward_(logits, *args)
         assert torch.equal(logits, out)
 
 
@@ -110,10 +110,10 @@ def test_a_row_past_2_to_the_31_elements_is_found():
     mask[wanted] = True
     host = [x[wanted].cpu() for x in (logits, target, grad)]
     expected, exact = float64_answer(*host)
-    stats = ops.logprob_forward(logits, target, mask, 0, columns)
-    logprob, normalizer = ops.logprob_combine(stats[None], mask)
+    stats = ops.statistics_forward(logits, target, mask, 0, columns)
+    logprob, normalizer, *_ = ops.statistics_combine(stats[None], mask, columns)
     torch.testing.assert_close(logprob[wanted].cpu().double(), expected, rtol=1e-5, atol=1e-5)
-    ops.logprob_backward_(logits, target, mask, normalizer, grad, 0, columns)
+    ops.statistics_backward_(logits, target, mask, normalizer, grad, 0, columns)
     assert_rounds_to(logits[wanted].cpu(), exact)
     assert not logits[~mask].any()
 

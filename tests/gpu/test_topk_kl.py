@@ -82,14 +82,14 @@ def test_a_row_past_2_to_the_31_elements_is_found():
     rest = {f.name: spread(getattr(small, f.name)) for f in fields(small) if f.name != "logits"}
     problem = replace(small, logits=logits, **rest)
     of_token = (problem.target, problem.mask)
-    stats = ops.statistics_forward(logits, *of_token, problem.ids, 0, columns, True)
+    stats = ops.statistics_forward(logits, *of_token, 0, columns, problem.ids, True)
     found = ops.statistics_combine(
-        stats[None], problem.mask, problem.ids, problem.logprobs, columns, True, True
+        stats[None], problem.mask, columns, problem.ids, problem.logprobs, True, True
     )
     for got, expected in ((found[0], lp), (found[2], entropy), (found[3], kl)):
         torch.testing.assert_close(got[wanted].cpu().double(), expected, rtol=1e-5, atol=1e-5)
     topk = (problem.ids, problem.logprobs, found[4], found[5], problem.kl_grad)
-    ops.topk_kl_backward_(logits, *of_token, found[1], problem.grad, *topk, 0, columns)
+    ops.statistics_backward_(logits, *of_token, found[1], problem.grad, 0, columns, *topk)
     assert_close(logits[wanted].cpu(), exact, torch.bfloat16)
     assert not logits[~problem.mask].any()
 

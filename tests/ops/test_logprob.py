@@ -79,7 +79,7 @@ def test_a_nan_of_any_bits_stays_one(dtype):
     logits, target, fine = torch.randn(2, 40).to(dtype), torch.tensor([3, 4]), torch.ones(2)
     for max, log_sum, grad in ((ones, fine, fine), (fine, ones, fine), (fine, fine, ones)):
         normalizer = torch.stack([max, log_sum], dim=1)
-        out = ops.logprob_backward(logits, target, None, normalizer, grad, 0, 40)
+        out = ops.statistics_backward(logits, target, None, normalizer, grad, 0, 40)
         assert out.isnan().all()
 
 

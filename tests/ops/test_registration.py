@@ -18,40 +18,22 @@ def op_arguments() -> dict[str, list[tuple]]:
     """Two calls of every op: with its optional arguments and without."""
     logits, target, mask = torch.randn(T, V), torch.randint(64, (T,)), torch.rand(T) < 0.7
     normalizer, grad, x = torch.randn(T, 2), torch.randn(T), torch.randn(T)
-    stats = ops.logprob_forward(logits, target, None, 0, 64)[None].repeat(2, 1, 1)
-    plain = ops.statistics_forward(logits, target, None, None, 0, 64, False)
+    plain = ops.statistics_forward(logits, target, None, 0, 64)
     ids = torch.tensor([[3, 9, -1]] * T, dtype=torch.int32)
-    whole, logq = ops.statistics_forward(logits, target, None, ids, 0, 64, True), -1 - torch.rand(T, 3)
-    *_, log_pi, terms = ops.statistics_combine(whole[None], None, ids, logq, 64, True, True)
+    whole, logq = ops.statistics_forward(logits, target, None, 0, 64, ids, True), -1 - torch.rand(T, 3)
+    *_, log_pi, terms = ops.statistics_combine(whole[None], None, 64, ids, logq, True, True)
     bf16, cu = logits.bfloat16(), torch.tensor(BOUNDS, dtype=torch.int32)
     weights = (x, -torch.rand(T), mask, cu, 2, 0.99, 3, -0.08, 0.3, -10.0, 5.0)
+    backward = (target, None, normalizer, grad, 0, 64)
+    with_topk = (target, mask, normalizer, grad, 0, 64, ids, logq, log_pi, terms, x)
     return {
-        "logprob_forward": [(logits, target, None, 0, 64), (bf16, target, mask, 0, 64)],
-        "logprob_combine": [(stats, None), (stats, mask)],
-        "logprob_backward": [
-            (logits, target, None, normalizer, grad, 0, 64),
-            (bf16, target, mask, normalizer, grad, 0, 64),
-        ],
-        "logprob_backward_": [
-            (logits.clone(), target, None, normalizer, grad, 0, 64),
-            (bf16.clone(), target, mask, normalizer, grad, 0, 64),
-        ],
-        "statistics_forward": [
-            (logits, target, None, None, 0, 64, True),
-            (bf16, target, mask, ids, 0, 64, True),
-        ],
+        "statistics_forward": [(logits, target, None, 0, 64), (bf16, target, mask, 0, 64, ids, True)],
         "statistics_combine": [
-            (plain[None].repeat(2, 1, 1), None, None, None, 64, False, False),
-            (whole[None].repeat(2, 1, 1), mask, ids, logq, 64, True, True),
+            (plain[None].repeat(2, 1, 1), None, 64),
+            (whole[None].repeat(2, 1, 1), mask, 64, ids, logq, True, True),
         ],
-        "topk_kl_backward": [
-            (logits, target, None, normalizer, grad, ids, logq, log_pi, terms, x, 0, 64),
-            (bf16, target, mask, normalizer, grad, ids, logq, log_pi, terms, x, 0, 64),
-        ],
-        "topk_kl_backward_": [
-            (logits.clone(), target, None, normalizer, grad, ids, logq, log_pi, terms, x, 0, 64),
-            (bf16.clone(), target, mask, normalizer, grad, ids, logq, log_pi, terms, x, 0, 64),
-        ],
+        "statistics_backward": [(logits, *backward), (bf16, *with_topk)],
+        "statistics_backward_": [(logits.clone(), *backward), (bf16.clone(), *with_topk)],
         "segmented_suffix_sum": [(x, cu, None, True), (x, cu, torch.randn(3), False)],
         "segment_sum": [(x, cu), (x[:0], cu[:1])],
         "pear_weights": [(*weights, False, False), (*weights, True, True, 2.0, torch.rand(T))],
@@ -101,11 +83,11 @@ def test_the_number_of_threads_changes_no_bit():
     logq, kl_grad = -2 - torch.rand(300, 7), torch.randn(300)
 
     def everything() -> list[torch.Tensor]:
-        stats = ops.logprob_forward(logits, target, None, 0, 5000)
-        logprob, normalizer = ops.logprob_combine(stats[None], None)
-        more = ops.statistics_forward(logits, target, None, ids, 0, 5000, True)
-        found = ops.statistics_combine(more[None], None, ids, logq, 5000, True, True)
-        topk = (ids, logq, *found[4:], kl_grad)
+        stats = ops.statistics_forward(logits, target, None, 0, 5000)
+        logprob, normalizer, *_ = ops.statistics_combine(stats[None], None, 5000)
+        more = ops.statistics_forward(logits, target, None, 0, 5000, ids, True)
+        found = ops.statistics_combine(more[None], None, 5000, ids, logq, True, True)
+        backward = (logits, target, None, normalizer, grad, 0, 5000)
         weights = [
             ops.pear_weights(
                 lp, lb, mask, cu, variant, 0.99, 3, -0.5, 0.3, -10.0, 5.0, True, variant != 3, 2.0, factor
@@ -115,9 +97,9 @@ def test_the_number_of_threads_changes_no_bit():
         ]
         return [
             logprob,
-            ops.logprob_backward(logits, target, None, normalizer, grad, 0, 5000),
+            ops.statistics_backward(*backward),
             *found,
-            ops.topk_kl_backward(logits, target, None, normalizer, grad, *topk, 0, 5000),
+            ops.statistics_backward(*backward, ids, logq, *found[4:], kl_grad),
             ops.segmented_suffix_sum(lp, cu, carry, True),
             ops.segment_sum(lp, cu),
             *(tensor for pair in weights for tensor in pair),

@@ -15,7 +15,7 @@ from pear_megatron.adapters.slime.settings import SlimeSettings, check_loss_argu
 from pear_megatron.alignment_watch import AlignmentWatch
 from pear_megatron.errors import RecipeError
 from pear_megatron.loss import loss_of_logprobs, report_keys
-from pear_megatron.ops.logprob import vocab_parallel_logprob
+from pear_megatron.ops.statistics import vocab_parallel_logprob
 from pear_megatron.report import WeightWatch
 
 # slime hands the loss a fixed set of fields. This one is free, since its own advantages are switched off.

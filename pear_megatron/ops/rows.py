@@ -1,55 +1,16 @@
-"""Log-probability of each target token from vocabulary-sharded logits, and its gradient."""
+"""How logits lie: their rows in memory, and their columns over a tensor-parallel group."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pear_megatron.ops.arguments import require_mask, require_target, require_tensors
 from pear_megatron.ops.context_parallel import all_gather
-from pear_megatron.ops.library import ops
-
-
-class _VocabParallelLogprob(torch.autograd.Function):
-    """logits [T, V_local] -> logprob [T]; the only saved tensors are the logits and [T] vectors."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        mask: Tensor | None,
-        tp_group: torch.distributed.ProcessGroup | None,
-        vocab_start: int,
-        vocab_size: int,
-        inplace_backward: bool,
-    ) -> Tensor:
-        stats = ops.logprob_forward(logits, target, mask, vocab_start, vocab_size)  # [3, T]
-        logprob, normalizer = ops.logprob_combine(gather_ranks(stats, tp_group), mask)
-        ctx.save_for_backward(logits, target, mask, normalizer)
-        ctx.vocab_start, ctx.vocab_size, ctx.inplace = vocab_start, vocab_size, inplace_backward
-        return logprob
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, mask, normalizer = ctx.saved_tensors
-        args = (target, mask, normalizer, grad.float().contiguous(), ctx.vocab_start, ctx.vocab_size)
-        if ctx.inplace:
-            ops.logprob_backward_(logits, *args)
-            # Whoever still wants these logits, a second backward included, gets an error, not gradients.
-            torch.autograd.graph.increment_version(logits)
-            grad_logits = logits
-        else:
-            grad_logits = ops.logprob_backward(logits, *args)
-        return grad_logits, None, None, None, None, None, None
 
 
 def gather_ranks(stats: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
-    """This rank's statistics, [3, T] or [T, W] -> [ranks, ...]: the one collective, 12 bytes a token (4 W)."""
+    """This rank's statistics [T, W] -> [ranks, T, W]: the one collective, 4 W bytes a token."""
     if group is None or group.size() == 1:
         return stats.unsqueeze(0)
     return all_gather(stats, group)
@@ -132,50 +93,3 @@ def checked_logits(
                 f"{name} has shape {tuple(x.shape)}, but logits {tuple(logits.shape)} want {tuple(shape)}"
             )
     return RowLayout(logits), *vocab_shard(logits.shape[-1], vocab_size, tp_group, "columns")
-
-
-def vocab_parallel_logprob(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    mask: Tensor | None = None,
-    tp_group: torch.distributed.ProcessGroup | None = None,
-    vocab_size: int | None = None,
-    inplace_backward: bool = False,
-) -> Tensor:
-    """log softmax(logits)[target], with the vocabulary split over a tensor-parallel group.
-
-    One pass over the logits, one all-gather of three float32 numbers a token, no copy of the logits in
-    forward. Differentiable once, with respect to ``logits`` (docs/method.md, Words: ``lp_t``).
-
-    Args:
-        logits: [..., V_local] float32, bfloat16 or float16; rank r of n holds the columns
-            [r * V_local, (r + 1) * V_local) of the vocabulary.
-        target: [...] int64, global token ids; ids off the mask may be anything (-100).
-        mask: [...] bool, True = wanted. Other rows are not read, give 0 and get gradient 0.
-        tp_group: the ranks that share the vocabulary; None = the vocabulary is whole.
-        vocab_size: number of real tokens; columns from there on are padding and stay out of the
-            softmax. None = every column is a token.
-        inplace_backward: let backward write the gradient over the logits (no second tensor of their
-            size). For callers to whom the logits are of no use after the loss.
-
-    Returns:
-        [...] float32 log-probabilities.
-
-    Raises:
-        TypeError: what should be a tensor is something else.
-        ValueError: shapes, dtypes or devices that do not fit.
-        IndexError: a target outside the vocabulary where the mask is True (CPU; on CUDA a device-side
-            assertion, since reading it back would stall the stream).
-    """
-    layout, start, vocab_size = checked_logits(logits, target, mask, tp_group, vocab_size)
-    logprob = _VocabParallelLogprob.apply(
-        layout.rows(logits),
-        layout.flat(target),
-        None if mask is None else layout.flat(mask),
-        tp_group,
-        start,
-        vocab_size,
-        inplace_backward,
-    )
-    return layout.unflat(logprob)
