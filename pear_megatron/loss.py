@@ -16,6 +16,7 @@ from pear_megatron.ops.arguments import (
     require_alike,
     require_behavior,
     require_config,
+    require_constants,
     require_everywhere,
     require_fine,
     require_mask,
@@ -49,6 +50,7 @@ def _check_arguments(
     behavior_logprobs: Tensor | None,
     reference_logprobs: Tensor | None,
     reward: Tensor | None,
+    token_weights: Tensor | None,
     mask: Tensor,
     normalization: Normalization,
     **tensors: Tensor,
@@ -67,6 +69,7 @@ def _check_arguments(
         has_reward=reward is not None,
     )
     require_alike(mask, behavior_logprobs=behavior_logprobs, reference_logprobs=reference_logprobs)
+    require_constants(reward=reward, token_weights=token_weights)
     if isinstance(reward, Tensor):
         require_alike(mask, reward=reward)
     if normalization not in get_args(Normalization):
@@ -173,7 +176,7 @@ def _checked_token_weights(token_weights: Tensor, mask: Tensor) -> Tensor:
         )
     if not token_weights.is_floating_point():
         raise ValueError(f"token_weights are {token_weights.dtype}; give floating-point numbers (.float())")
-    factor = token_weights.detach().float().reshape(-1)
+    factor = token_weights.float().reshape(-1)
     factor = factor.where(mask.reshape(-1), 0.0)
     finite = factor.isfinite()
     if factor.is_cuda:
@@ -258,6 +261,7 @@ def pear_loss(
         behavior_logprobs,
         reference_logprobs,
         reward,
+        token_weights,
         mask,
         normalization,
         logits=logits,
@@ -335,6 +339,7 @@ def pear_linear_loss(
         behavior_logprobs,
         reference_logprobs,
         reward,
+        token_weights,
         mask,
         normalization,
         hidden=hidden,
@@ -406,7 +411,14 @@ def loss_of_logprobs(
             entropy that the config does not ask for, or none where it does.
     """
     _check_arguments(
-        config, behavior_logprobs, reference_logprobs, reward, mask, normalization, logprob=logprob
+        config,
+        behavior_logprobs,
+        reference_logprobs,
+        reward,
+        token_weights,
+        mask,
+        normalization,
+        logprob=logprob,
     )
     _check_statistics(config, mask, logprob, kl, entropy)
     if (source is None) != (not num_sources):

@@ -291,15 +291,21 @@ def test_token_weights_change_the_gradient_and_neither_the_count_nor_the_weights
     config = PearConfig(negative_scale=0.0)
     plain = loss_and_gradient(batch, config)
     for factor in (1.0, -2.0):  # negative_scale looks at rewards alone
-        batch.token_weights.fill_(factor).requires_grad_()
+        batch.token_weights.fill_(factor)
         loss, grad, num_tokens, report = loss_and_gradient(batch, config, token_weights=batch.token_weights)
         assert torch.equal(loss, factor * plain[0])
         assert torch.equal(grad, factor * plain[1])
         assert torch.equal(num_tokens, plain[2])
-        assert batch.token_weights.grad is None
-        batch.token_weights.requires_grad_(False)
         assert torch.equal(report["loss"], torch.tensor([loss, float(num_tokens)]))
         assert all(torch.equal(report[name], plain[3][name]) for name in report if name != "loss")
+
+
+@pytest.mark.parametrize("name", ["token_weights", "reward"])
+def test_factors_that_want_a_gradient_are_refused(name):
+    batch = make_batch([12, 9])
+    factor = getattr(batch, name).nan_to_num(1.0).requires_grad_()
+    with pytest.raises(ValueError, match=f"{name} must not require a gradient.*give {name}.detach"):
+        loss_and_gradient(batch, PearConfig(), **{name: factor})
 
 
 def test_a_token_weight_of_zero_takes_a_decision_out_of_the_gradient_alone():

@@ -141,6 +141,19 @@ def require_fine(name: str, logprobs: Tensor) -> None:
         )
 
 
+def require_constants(**tensors: Any) -> None:
+    """What the loss is multiplied by is no part of the model.
+
+    Raises:
+        ValueError: a tensor that requires a gradient.
+    """
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"{name} must not require a gradient: the loss has none for it; give {name}.detach()"
+            )
+
+
 def _require_logprobs(name: str, logprobs: Any, device: torch.device, whose: str) -> None:
     require_tensors(device, **{name: logprobs})
     require_fine(name, logprobs)

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.skipif(not with_cuda, reason="built without CUDA (PEAR_
 INTENDED_THREADS = {
     "forward_rows": 1024,  # 64 KB of loads in flight
     "backward_rows": 1024,
-    "combine_tokens": 2048,
     "combine_statistics": 768,  # bound to it, it would spill on sm_120
     "sum_segments": 512,  # cooperative: four blocks of 128 must be resident at once
     "scan_segments": 512,

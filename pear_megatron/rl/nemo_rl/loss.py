@@ -11,9 +11,9 @@ from torch import Tensor
 from pear_megatron.alignment_watch import AlignmentWatch
 from pear_megatron.config import PearConfig
 from pear_megatron.data.columns import REFERENCE, require_supported
-from pear_megatron.weights import importance_weights, statistic_names
+from pear_megatron.loss import loss_of_logprobs, report_keys
 
-_PER_SEQUENCE = "effective_sample_size"
+_PER_SEQUENCE = "pear/effective_sample_size"
 
 
 class PearLoss:
@@ -41,11 +41,9 @@ class PearLoss:
         self.use_fused_linear_logprobs = use_fused_linear_logprobs
         self.loss_type = LossType.TOKEN_LEVEL
         self.input_type = LossInputType.LOGPROB
-        per_sequence = {f"pear/{_PER_SEQUENCE}": MetricNormalizer.SEQUENCES}
+        per_sequence = {_PER_SEQUENCE: MetricNormalizer.SEQUENCES}
         counts = dict.fromkeys(("num_unmasked_tokens", "num_valid_samples"), MetricNormalizer.NONE)
-        per_token = dict.fromkeys(
-            ("loss", "nll", *(f"pear/{n}" for n in statistic_names(config))), MetricNormalizer.TOKENS
-        )
+        per_token = dict.fromkeys(report_keys(config), MetricNormalizer.TOKENS)
         self.metric_normalizations = per_token | per_sequence | counts
 
     def __call__(
@@ -72,40 +70,26 @@ class PearLoss:
             ValueError: no ``behavior_logprobs``, or shapes or dtypes that do not fit.
             DataError: log-probs that belong to other tokens (see AlignmentWatch).
         """
-        from nemo_rl.algorithms.utils import masked_mean
-
         token_mask, sample_mask = data["token_mask"][:, 1:], data["sample_mask"]
         mask = (token_mask * sample_mask[:, None]).bool()  # [B, S - 1]
         rows, length = mask.shape
-        # masked_fill: padding may hold -inf, and 0 * -inf is no number
-        logprobs = next_token_logprobs.masked_fill(~mask, 0.0)
         boundaries = torch.arange(rows + 1, dtype=torch.int32, device=mask.device) * length
-        given = (logprobs.flatten(), self._behavior(data), mask.flatten(), boundaries)
+        given = (next_token_logprobs.flatten(), self._behavior(data), mask.flatten(), boundaries)
         reference = self._shifted(data, "reference_logprobs")
         self._check_alignment(*given, reference_logprobs=reference)
-        weights, stats = importance_weights(
-            *given,
-            self.config,
-            reference_logprobs=reference,
-            reward=data.get("reward"),
+        loss_sum, num_tokens, report = loss_of_logprobs(
+            *given, self.config, reference_logprobs=reference, reward=data.get("reward")
         )
-        coefficient = weights.view(rows, length)
-        if data.get("reward") is not None:
-            reward = data["reward"].to(coefficient)
-            reward = torch.where(reward < 0, reward * self.config.negative_scale, reward)
-            coefficient = coefficient * reward[:, None]
-        loss = -masked_mean(coefficient * logprobs, mask, global_normalization_factor=global_valid_toks)
-        nll = -masked_mean(logprobs.detach(), mask, global_normalization_factor=global_valid_toks)
-        metrics = {"loss": loss.detach(), "nll": nll}
-        for name, (total, _) in stats.items():
-            metrics[f"pear/{name}"] = total / (
-                global_valid_seqs if name == _PER_SEQUENCE else global_valid_toks
-            )
-        values = torch.stack(
-            [value.float().reshape(()) for value in metrics.values()]
+        values = [
+            total / (global_valid_seqs if name == _PER_SEQUENCE else global_valid_toks)
+            for name, (total, _) in report.items()
+        ]
+        *values, tokens, samples = torch.stack(
+            [*values, num_tokens, sample_mask.sum()]
         ).tolist()  # one transfer
-        counts = {"num_unmasked_tokens": mask.sum().item(), "num_valid_samples": sample_mask.sum().item()}
-        return loss, dict(zip(metrics, values, strict=True)) | counts
+        metrics = dict(zip(report, values, strict=True))
+        counts = {"num_unmasked_tokens": int(tokens), "num_valid_samples": samples}
+        return loss_sum / global_valid_toks, metrics | counts
 
     def _behavior(self, data: Mapping[str, Any]) -> Tensor | None:
         """[B * (S - 1)] behaviour log-probs, entry by entry those of ``next_token_logprobs``."""
