@@ -176,17 +176,22 @@ def registers(library: Path, arch: str) -> dict[str, int]:
 
 
 def hot_loop(code: list[Instruction]) -> list[Instruction]:
-    """The innermost loop with the most bytes of loads; empty where no loop loads 16 bytes at a time."""
-    best: list[Instruction] = []
+    """The shortest loop that loads 16 bytes at a time, without the loops inside it; empty where there is none.
+
+    Inside it is the search for the top-k's columns, which few turns make.
+    """
+    loops = []
     for last in code:
         target = _TARGET.search(last.operands) if last.opcode == "BRA" else None
-        if target is None or int(target[1], 16) >= last.address:
-            continue
-        body = [one for one in code if int(target[1], 16) <= one.address <= last.address]
-        wide = sum(one.loads() for one in body if one.loads() == 16)
-        if wide and (not best or len(body) < len(best)):
-            best = body
-    return best
+        if target and int(target[1], 16) < last.address:
+            loops.append(range(int(target[1], 16), last.address + 1))
+    bodies = [(loop, [one for one in code if one.address in loop]) for loop in loops]
+    wide = [(loop, body) for loop, body in bodies if any(one.loads() == 16 for one in body)]
+    if not wide:
+        return []
+    hot, body = min(wide, key=lambda found: len(found[1]))
+    inside = [loop for loop in loops if loop != hot and loop.start >= hot.start and loop.stop <= hot.stop]
+    return [one for one in body if not any(one.address in loop for loop in inside)]
 
 
 def look(library: Path, arch: str) -> list[Loop]:
