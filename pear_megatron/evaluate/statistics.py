@@ -117,7 +117,7 @@ def p_value(values: np.ndarray) -> float:
         values: [R], one a run, or [R, P], a row a run and a column a problem; R >= 2.
 
     Returns:
-        Where all runs agree, so that their scatter is not known, the sign test's: 2^(1 - R), or 1 where they agree on 0.
+        Where all runs agree, so that their scatter is unknown, the sign test's: 2^(1 - R), or 1 where they agree on 0.
 
     Raises:
         EvalError: scipy is missing.
