@@ -7,17 +7,23 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pear_megatron.errors import CheckpointError, PearError, one_sentence
+from pear_megatron.errors import CheckpointError, PearError, RecipeError, one_sentence
+from pear_megatron.storage import describe_changes
 from pear_megatron.watch import leave_to_others
 
 _SECONDS_FOR_RANK_0 = 3.0
+_SECONDS_OF_A_SLOW_FOLDER = 30.0  # until a network file system shows a node what another one wrote
+_PATIENCE = timedelta(days=7)
 _PARENT = "PEAR_MEGATRON_PARENT"
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _T = TypeVar("_T")
@@ -78,7 +84,7 @@ def run_ranks(processes: int, module: str, arguments: list[str]) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         told = error.failures.get(0)
-        if told is None or told.exitcode < 0:
+        if told is None or told.exitcode < 0 or failure.exitcode < 0:  # a rank that was killed says nothing
             print(f"error: rank {rank}: {failure.message}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     return 0
@@ -121,18 +127,36 @@ def is_main() -> bool:
 
 
 def report_error(error: BaseException) -> None:
-    """Prints a command's error, by rank 0 alone, and puts it into torchrun's own report.
+    """Prints a command's error, by one rank of each node, and puts it into torchrun's own report.
 
-    The other ranks give it time: torchrun ends all of them as soon as one has left.
+    All but rank 0 give it time: torchrun ends every rank as soon as one has left.
     """
-    if is_main():
+    if is_main() or os.environ.get("LOCAL_RANK") == "0":
         print(f"error: {one_sentence(error)}", file=sys.stderr, flush=True)
-    else:
+    if not is_main():
         time.sleep(_SECONDS_FOR_RANK_0)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         Path(report).write_text(
             json.dumps({"message": str(error), "timestamp": int(time.time())}), encoding="utf-8"
         )
+
+
+# What gloo and NCCL say of a rank that has ended.
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
+def of_another_rank(error: BaseException) -> PearError | None:
+    """What to say of an error that another rank's end brought about; None = it was something else.
+
+    Gives the other rank, and who started both, time to speak first.
+    """
+    if not isinstance(error, RuntimeError) or not any(words in str(error) for words in _GONE):
+        return None
+    time.sleep(_SECONDS_FOR_RANK_0)
+    return PearError(
+        f"{_this_rank()} has lost another rank, or its node: what that rank or its node's log says last is the cause; "
+        "the same command goes on from the last checkpoint"
+    )
 
 
 def from_main(work: Callable[[], _T], *, group: Any = None) -> _T:
@@ -158,15 +182,15 @@ def from_main(work: Callable[[], _T], *, group: Any = None) -> _T:
     return result
 
 
-def together(work: Callable[[], Any]) -> None:
-    """Runs this rank's part of the work, then waits for the others.
+def together(work: Callable[[], _T]) -> _T:
+    """What this rank's part of the work returns, once the others have done theirs.
 
     Raises:
         PearError: on every rank, what the first rank that failed raised; an OSError becomes a CheckpointError.
     """
     import torch
 
-    _, failure = _attempt(work)
+    result, failure = _attempt(work)
     failures = [failure]
     if torch.distributed.is_initialized():
         failures = [None] * torch.distributed.get_world_size()
@@ -174,6 +198,72 @@ def together(work: Callable[[], Any]) -> None:
     for found in failures:
         if found is not None:
             raise found
+    return result
+
+
+def patient_group() -> Any:
+    """A group of all ranks to wait for long work in, where NCCL and gloo give up after half an hour."""
+    import torch
+
+    if not torch.distributed.is_initialized():
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def check_same_on_every_rank(settings: Mapping[str, Any], *, may_differ: tuple[str, ...] = ()) -> None:
+    """Refuses ranks that would train something else than rank 0: together they would train neither.
+
+    Args:
+        settings: of this rank.
+        may_differ: dotted keys, or beginnings of keys.
+
+    Raises:
+        RecipeError: on every rank; names a rank, its node and the keys.
+    """
+    first = from_main(lambda: dict(settings))
+
+    def compare() -> None:
+        if changes := describe_changes(first, settings, but=may_differ):
+            raise RecipeError(
+                f"{_this_rank()} differs from rank 0: {changes}; give every node the same command, recipe, versions "
+                "and weights"
+            )
+
+    together(compare)
+
+
+def check_shared(folder: Path, key: str) -> None:
+    """Refuses a folder that rank 0 made and another node does not have: what its ranks write would be lost.
+
+    Args:
+        key: what the user chooses it by.
+
+    Raises:
+        RecipeError: on every rank; names a rank and its node.
+        CheckpointError: nothing can be written there.
+    """
+    mark = from_main(lambda: folder / f".shared-{uuid.uuid4().hex[:8]}")
+    from_main(mark.touch)
+    deadline = time.monotonic() + _SECONDS_OF_A_SLOW_FOLDER
+
+    def look() -> None:
+        while not mark.exists():
+            if time.monotonic() > deadline:
+                raise RecipeError(
+                    f"{_this_rank()} does not see what rank 0 writes to {key} {folder}; choose a folder on a file "
+                    "system that every node has"
+                )
+            time.sleep(0.5)
+
+    try:
+        together(look)
+    finally:
+        if is_main():
+            mark.unlink(missing_ok=True)
+
+
+def _this_rank() -> str:
+    return f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
 
 
 def _attempt(work: Callable[[], Any]) -> tuple[Any, PearError | None]:

@@ -309,10 +309,14 @@ def check_same_settings(
     Raises:
         RecipeError: names the keys that differ.
     """
-    changed = [key for key in differing_keys(old, new) if not key.startswith(may_change)]
-    if changed:
-        shown = (f"{key} {_value(old, key)} -> {_value(new, key)}" for key in changed)
-        raise RecipeError(f"{folder} holds a run with other settings: {', '.join(shown)}; {way_out}")
+    if changes := describe_changes(old, new, but=may_change):
+        raise RecipeError(f"{folder} holds a run with other settings: {changes}; {way_out}")
+
+
+def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any], *, but: tuple[str, ...] = ()) -> str:
+    """Dotted keys whose values differ, with both values; without keys that begin with one of ``but``."""
+    changed = (key for key in differing_keys(old, new) if not key.startswith(but))
+    return ", ".join(f"{key} {_value(old, key)} -> {_value(new, key)}" for key in changed)
 
 
 def _value(settings: Mapping[str, Any], key: str) -> str:

@@ -4,6 +4,8 @@
 PEAR_SLURM=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$PEAR_SLURM/cluster.env"
 
+export SLURM_EXPORT_ENV=ALL  # where jobs get no environment (--export=NONE), their steps would not get this one either
+
 logs=$PWD/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID
 mkdir -p "$logs"
 
@@ -37,6 +39,13 @@ count_processes() {
 # A command on so many nodes, once each, in the environment of the training. A step takes all CPUs that the job has
 # on a node; Slurm would bind its one task to one core.
 on_nodes() { srun --nodes="$1" --ntasks="$1" --ntasks-per-node=1 --cpu-bind=none --overlap "${container[@]}" "${@:2}"; }
+
+# Whether the training of an output_dir was asked to stop and waits for going on. Its first process may be on another
+# node: reading the folder has a network file system look for files that are new.
+waits_for_going_on() {
+  ls "$1" >/dev/null 2>&1
+  [[ -e $1/requeue ]]
+}
 
 # Puts the job back into the queue and ends it; one that a person cancelled stays cancelled.
 requeue() {

@@ -70,7 +70,11 @@ def make_table(results: dict[str, Any]) -> Table:
         differences = entries(against, signed=True) if against is not None else None
         if differences is not None and arm in compared:
             differences = [
-                replace(entry, corrected=entry.clear and adjusted[key][arm] < 0.05)
+                replace(
+                    entry,
+                    clear=entry.clear and compared[arm][key] < 0.05,  # not where all seeds agree: no width
+                    corrected=entry.clear and adjusted[key][arm] < 0.05,
+                )
                 for key, entry in zip(titles, differences, strict=True)
             ]
         rows.append(Row(arm, entries(content["measures"], signed=False), differences))

@@ -13,7 +13,7 @@ from pear_megatron.data.packing import BatchPlan
 from pear_megatron.data.prepare import prepare
 from pear_megatron.data.store import TrajectoryDataset
 from pear_megatron.errors import RecipeError
-from pear_megatron.ranks import from_main
+from pear_megatron.ranks import check_shared, from_main, patient_group, together
 
 
 def prepare_sources(
@@ -85,7 +85,9 @@ def prepare_everywhere(
                 ]
             ) from error
 
-    return open_sources(from_main(work), sources)
+    folders = from_main(work, group=patient_group())
+    check_shared(folders[0].parent, "data.cache_dir")
+    return together(lambda: open_sources(folders, sources))
 
 
 def require_files(config: DataConfig) -> None:

@@ -117,7 +117,7 @@ def p_value(values: np.ndarray) -> float:
         values: [R], one a run, or [R, P], a row a run and a column a problem; R >= 2.
 
     Returns:
-        1 where every value is 0.
+        Where all runs agree, so that their scatter is unknown, the sign test's: 2^(1 - R), or 1 where they agree on 0.
 
     Raises:
         EvalError: scipy is missing.
@@ -125,7 +125,7 @@ def p_value(values: np.ndarray) -> float:
     values = np.asarray(values, dtype=np.float64)
     error, degrees = _standard_error(values if values.ndim == 2 else values[:, None])
     if error == 0.0:
-        return float(values.mean() == 0.0)
+        return 2.0 ** (1 - len(values)) if values.mean() else 1.0
     return float(2.0 * _scipy_stats().t.sf(abs(values.mean()) / error, degrees))
 
 

@@ -66,6 +66,25 @@ class Layout:
         return self.is_last_stage and self.tp_group.rank() == 0
 
 
+def join() -> torch.device:
+    """Starts torch.distributed from torchrun's environment, if it was not -> this rank's device.
+
+    Raises:
+        BuildError: on a GPU, with ops that were built without CUDA.
+    """
+    if "RANK" not in os.environ:  # plain `python -m`: a world of one
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if cpu.enable():
+        device, backend = torch.device("cpu"), "gloo"
+    else:
+        require_cuda_ops()
+        device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), "nccl"
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+    return device
+
+
 def initialize(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> Layout:
     """Starts torch.distributed, if it was not, and Megatron's groups from torchrun's environment.
 
@@ -79,21 +98,11 @@ def initialize(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig)
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's rule for TP overlap
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if "RANK" not in os.environ:  # plain `python -m`: a world of one
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     started = torch.distributed.is_initialized()
-    world_size = torch.distributed.get_world_size() if started else int(os.environ["WORLD_SIZE"])
+    world_size = torch.distributed.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1"))
     dp_size = check_layout(model, parallel, train, world_size)
     check_attention(parallel, train)
-    if on_cpu:
-        device, backend = torch.device("cpu"), "gloo"
-    else:
-        require_cuda_ops()
-        device, backend = torch.device("cuda", local_rank), "nccl"
-        torch.cuda.set_device(device)
-    if not started:
-        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
+    device = join()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -107,7 +116,7 @@ def initialize(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig)
     return Layout(
         rank=torch.distributed.get_rank(),
         world_size=world_size,
-        local_rank=local_rank,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         tp_size=parallel.tensor_model_parallel_size,
         pp_size=parallel.pipeline_model_parallel_size,
         dp_size=dp_size,

@@ -11,7 +11,8 @@ from pear_megatron.data.errors import DataError
 from pear_megatron.data.fields import short
 from pear_megatron.problems.problem import Problem, ProblemsConfig, with_system
 
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<!\d)-)?\d+(?:\.\d+)?")  # 7-3 is no -3
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def make_problems(config: ProblemsConfig) -> list[Problem]:
@@ -69,6 +70,11 @@ def _data_set(name: str, size: int, seed: int, options: dict[str, Any]) -> Any:
         raise DataError([f"reasoning_gym.{name}: it refuses the options {options}: {error}"]) from error
 
 
+def last_number(text: str) -> str | None:
+    """The last number of a text, without signs between its thousands."""
+    return next(reversed(_NUMBER.findall(_THOUSANDS.sub("", text))), None)
+
+
 @dataclass(frozen=True)
 class _Score:
     data: Any
@@ -81,7 +87,7 @@ class _Score:
         if self.extract == "answer_tag":
             answer = extract_answer(response)
         elif self.extract == "last_number":
-            answer = next(reversed(_NUMBER.findall(response)), None)
+            answer = last_number(response)
         else:
             answer = response.strip()
         return self.data.score_answer(answer, self.entry)

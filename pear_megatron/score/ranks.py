@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
 
-from pear_megatron.ranks import from_main
+from pear_megatron.ranks import from_main, patient_group
 
-_PATIENCE = timedelta(days=7)  # of a rank that waits for rank 0's tokenising, or for a slower replica
 _T = TypeVar("_T")
 
 
@@ -44,7 +42,7 @@ class Ranks:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             if not self._guest:
                 torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
-            self._waiting = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+            self._waiting = patient_group()  # for rank 0's tokenising, or for a slower replica
         return self
 
     def __exit__(

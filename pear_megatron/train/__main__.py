@@ -17,7 +17,16 @@ from pathlib import Path
 
 from pear_megatron.errors import PearError, of_the_system
 from pear_megatron.interrupt import EXIT_INTERRUPTED
-from pear_megatron.ranks import end_with_parent, from_main, is_main, report_error, run_ranks
+from pear_megatron.ranks import (
+    check_same_on_every_rank,
+    check_shared,
+    end_with_parent,
+    from_main,
+    is_main,
+    of_another_rank,
+    report_error,
+    run_ranks,
+)
 from pear_megatron.recipe import RecipeError, check_layout, load_recipe
 from pear_megatron.storage import PATIENCE, lock
 from pear_megatron.streams import steady
@@ -36,6 +45,9 @@ with the run's exit code.
 SIGTERM or SIGUSR1 to any of its processes, or Ctrl-C: the run saves, leaves output_dir/requeue and ends with exit
 code 75; the same command goes on (docs/checkpoints.md).
 """
+
+# Folders that a node may have a copy of; the weights in it are compared when they are loaded.
+_MAY_DIFFER = ("model.hf", "data.tokenizer")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -99,10 +111,13 @@ def main(arguments: list[str] | None = None) -> None:
     except (PearError, ImportError) as error:
         report_error(error)
         sys.exit(1)
-    except Exception:
-        if not stop.interrupted:
+    except Exception as error:
+        if stop.interrupted:
+            os._exit(EXIT_INTERRUPTED)  # another rank has ended at once: no news
+        if (told := of_another_rank(error)) is None:
             raise
-        os._exit(EXIT_INTERRUPTED)  # another rank has ended at once: no news
+        report_error(told)
+        sys.exit(1)
     stop.ignore()
     if not finished:
         sys.exit(EXIT_REQUEUE)
@@ -123,14 +138,19 @@ def _run(args: argparse.Namespace, stop: StopRequest) -> bool:
     )
 
     from pear_megatron.megatron import layout as layouts
+    from pear_megatron.megatron.checkpoint.state import versions
     from pear_megatron.train.trainer import Trainer
 
     threading.excepthook = _say_of_thread
     try:
-        layout = layouts.initialize(recipe.model, recipe.parallel, recipe.train)
         try:
+            layouts.join()
+            settings = {**recipe.model_dump(mode="json"), "versions": versions()}
+            check_same_on_every_rank(settings, may_differ=_MAY_DIFFER)
+            layout = layouts.initialize(recipe.model, recipe.parallel, recipe.train)
             with ExitStack() as held:
                 from_main(partial(_hold, held, recipe.output_dir))
+                check_shared(Path(recipe.output_dir), "output_dir")
                 return Trainer(recipe, layout, stop).train()
         finally:
             layouts.shutdown()

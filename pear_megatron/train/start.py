@@ -24,7 +24,7 @@ from pear_megatron.megatron.checkpoint.paths import resolve
 from pear_megatron.megatron.hf_weights import load_weights
 from pear_megatron.megatron.initialize import initialize_weights
 from pear_megatron.megatron.layout import Layout
-from pear_megatron.ranks import from_main, together
+from pear_megatron.ranks import check_same_on_every_rank, from_main, together
 from pear_megatron.recipe import Recipe, RecipeError
 
 log = logging.getLogger("pear_megatron")
@@ -47,6 +47,8 @@ def start_model(recipe: Recipe, layout: Layout, model: Any) -> None:
     source = None
     if recipe.model.hf:
         source = Path(recipe.model.hf)
+        facts = together(partial(read_model_facts, source))
+        check_same_on_every_rank({"weights in model.hf": facts.digest})
         together(partial(_load_from_hf, source, recipe, layout, model))
     elif recipe.checkpoint.pretrained:
         folder = resolve(recipe.checkpoint.pretrained)

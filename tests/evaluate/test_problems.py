@@ -12,6 +12,7 @@ from pear_megatron.errors import RecipeError
 from pear_megatron.problems.graders import GraderError, load_grader
 from pear_megatron.problems.load import load_problems, read_problems_config
 from pear_megatron.problems.problem import ProblemsConfig, ProblemSet
+from pear_megatron.problems.reasoning_gym import last_number
 
 GRADER = "def grade(response, answer, problem):\n    return response == answer\n"
 
@@ -147,6 +148,20 @@ def test_reasoning_gym_sets_of_other_seeds_are_other_problems() -> None:
 
     assert prompts(0) == prompts(0)
     assert len(set(prompts(0)) & set(prompts(1))) <= 2
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("Not 77 but 1,234,567.", "1234567"),
+        ("12-5", "5"),
+        ("5 - 7 = -2", "-2"),
+        ("of 3, 4 and 2.50", "2.50"),
+        ("none", None),
+    ],
+)
+def test_the_last_number_is_read_as_people_write_it(text: str, number: str | None) -> None:
+    assert last_number(text) == number
 
 
 def test_reasoning_gym_grades_what_is_extracted() -> None:

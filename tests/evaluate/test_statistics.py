@@ -148,9 +148,17 @@ def test_the_p_value_of_one_number_a_run_is_students() -> None:
     assert p_value(values) == pytest.approx(scipy.stats.ttest_1samp(values, 0.0).pvalue)
 
 
-def test_p_values_of_runs_that_all_agree() -> None:
+def test_runs_that_all_agree_are_no_certainty() -> None:
+    """Two seeds that take off five steps earlier each: chance does that every second time."""
     assert p_value(np.zeros(4)) == 1.0
-    assert p_value(np.full(4, 0.5)) == 0.0
+    assert p_value(np.full(2, -5.0)) == 0.5
+    assert p_value(np.full((4, 3), 0.5)) == 0.125
+
+
+def test_of_counted_steps_at_most_one_difference_in_twenty_is_clear() -> None:
+    rng = np.random.default_rng(0)
+    differences = rng.poisson(3, (2000, 2)) - rng.poisson(3, (2000, 2))
+    assert np.mean([p_value(pair) < 0.05 for pair in differences.astype(float)]) < 0.05
 
 
 def test_holm_corrects_step_down_and_keeps_the_order() -> None:

@@ -112,14 +112,22 @@ def _read(end: Connection, said: bytearray) -> None:
             said.extend(chunk)
 
 
-def run_entry_point(rank: int, world: int, port: int, output: Connection, arguments: list[str]) -> None:
-    """What a rank of ``Started`` does, unless ``target`` says otherwise."""
+def run_entry_point(
+    rank: int,
+    world: int,
+    port: int,
+    output: Connection,
+    arguments: list[str],
+    *,
+    local_rank: int | None = None,
+) -> None:
+    """What a rank of ``Started`` does, unless ``target`` says otherwise; all are of one node."""
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     output.close()
     os.environ |= {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(rank if local_rank is None else local_rank),
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

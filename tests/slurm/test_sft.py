@@ -19,6 +19,13 @@ def test_two_nodes_train_as_two_processes_do(workspace: Workspace, without_slurm
     assert sorted(path.name for path in logs.iterdir()) == ["node-0.log", "node-1.log"]
 
 
+def test_a_site_that_exports_nothing_to_jobs_trains_too(workspace: Workspace) -> None:
+    """There Slurm's steps do not get what the job's script sets either, unless it says so."""
+    job = workspace.sbatch("--export=NONE --nodes=2 slurm/sft.sbatch recipe.yaml train.max_steps=2")
+    workspace.finish(job, "COMPLETED")
+    assert len(workspace.steps()) == 2
+
+
 def test_a_job_asked_to_stop_saves_is_requeued_and_ends_as_if_nothing_had_happened(
     workspace: Workspace, without_slurm: Steps
 ) -> None:
