@@ -138,7 +138,7 @@ def _chosen(dataset: TrajectoryDataset, show: int | None, identity: str | None) 
     found = [i for i, t in enumerate(dataset) if t.id == identity or t.id.rpartition("#")[0] == identity]
     if not found:
         few = ", ".join(dataset[i].id for i in range(min(3, len(dataset))))
-        raise DataError([f"--id {identity}: no trajectory has this id; the first are {few}"])
+        raise DataError(f"--id {identity}: no trajectory has this id; the first are {few}")
     return found if show is None else found[:show]
 
 

@@ -76,13 +76,13 @@ def prepare(
         writer = TrajectoryWriter(folder)
     except OSError as error:
         raise DataError(
-            [f"{folder.parent}: cannot be written to ({error}); set data.cache_dir to a folder that can, and "
-             "that every node sees"]
-        ) from error  # fmt: skip
+            f"{folder.parent}: cannot be written to ({error}); set data.cache_dir to a folder that can, and "
+            "that every node sees"
+        ) from error
     with writer:
         _fill(writer, validator, files, columns, progress)
         if place() != folder:
-            raise DataError(["data.train: a file changed while it was read; start again when it is written"])
+            raise DataError("data.train: a file changed while it was read; start again when it is written")
         writer.commit(
             {
                 "counts": dict(validator.counts),

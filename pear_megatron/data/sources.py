@@ -76,13 +76,11 @@ def prepare_everywhere(
                 progress=True,
             )
         except ImportError as error:
-            raise DataError([str(error)]) from error
+            raise DataError(str(error)) from error
         except OSError as error:
             where = config.cache_dir or "beside the data"
             raise DataError(
-                [
-                    f"{where}: the prepared data cannot be written ({error}); set data.cache_dir to another disk"
-                ]
+                f"{where}: the prepared data cannot be written ({error}); set data.cache_dir to another disk"
             ) from error
 
     return open_sources(from_main(work), sources)
@@ -120,7 +118,7 @@ def open_sources(folders: Sequence[Path], sources: Sequence[DataSource]) -> AnyD
             first = owner.setdefault(Path(file).resolve(), source.name)
             if first != source.name:
                 raise DataError(
-                    [f"{file}: in source {first} and in source {source.name}; give it to one of them"]
+                    f"{file}: in source {first} and in source {source.name}; give it to one of them"
                 )
     names = [source.name for source in sources]
     for column in (TOPK_IDS, REFERENCE):
@@ -128,10 +126,8 @@ def open_sources(folders: Sequence[Path], sources: Sequence[DataSource]) -> AnyD
         if any(having) and not all(having):
             has, lacks = names[having.index(True)], names[having.index(False)]
             raise DataError(
-                [
-                    f"{column} is in the rows of source {has} and not in those of source {lacks}; write it for both "
-                    "with `pear-megatron score`, or take it out of both"
-                ]
+                f"{column} is in the rows of source {has} and not in those of source {lacks}; write it for both "
+                "with `pear-megatron score`, or take it out of both"
             )
     return TrajectoryBlend(datasets, names)
 

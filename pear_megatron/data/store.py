@@ -88,7 +88,7 @@ class TrajectoryDataset:
             Exception
         ) as error:  # numpy reads a header as Python's literals, and raises what their parser does
             raise DataError(
-                [f"{folder}: not a whole data cache ({error}); delete the folder and prepare it again"]
+                f"{folder}: not a whole data cache ({error}); delete the folder and prepare it again"
             ) from error
         return cls(meta, arrays)
 
@@ -127,7 +127,7 @@ class TrajectoryDataset:
         counts = self._arrays["topk_counts"][slice(*self._decisions[i : i + 2])]
         if counts.sum() != entries.stop - entries.start:
             raise DataError(
-                [f"trajectory {i} of the data cache has other {TOPK_IDS} than it should; delete the cache"]
+                f"trajectory {i} of the data cache has other {TOPK_IDS} than it should; delete the cache"
             )
         return TopK(
             counts,

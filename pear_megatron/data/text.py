@@ -65,9 +65,7 @@ class TextReader:
         for name in ("chat_template", "chat_template_kwargs"):
             if getattr(config, name):
                 raise DataError(
-                    [
-                        f"data.{name} is set and data.tokenizer is not: nothing would read it; name the tokenizer"
-                    ]
+                    f"data.{name} is set and data.tokenizer is not: nothing would read it; name the tokenizer"
                 )
 
     @property

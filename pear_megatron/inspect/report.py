@@ -120,7 +120,7 @@ def make_report(
     """
     pack = make_pack(sample.trajectories, policy_logprobs, config.ratio)
     has_behavior = bool(pack.lb.any())  # without the field they are all 0
-    verdicts = about_data(sample, _ends(sample, special_ids))
+    verdicts = list(about_data(sample, _ends(sample, special_ids)))
     ratios = None
     has_reference = pack.reference_logprobs is not None or not config.needs_reference
     if policy_logprobs is None or not has_behavior or not has_reference:
@@ -128,7 +128,7 @@ def make_report(
     else:
         weights = weigh(pack, config)
         ratios = Ratios(weights, pack.alignment(), alternatives(pack, config), pick(pack, weights))
-        found = about_policies(pack, ratios.alignment, config)
+        found = list(about_policies(pack, ratios.alignment, config))
         if not ratios.alignment.shift:
             on_policy = is_on_policy(pack, config)
             found += about_weights(weights, ratios.alternatives, on_policy=on_policy)

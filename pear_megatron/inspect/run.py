@@ -74,7 +74,7 @@ def run(
     print(f"page: {output}")
     if report.ratios is not None and report.ratios.alignment.shift:
         first = ", ".join(trajectory.id for trajectory in sample.trajectories[:3])
-        raise DataError([f"{sample.files[0]} ({first}, ...): {report.ratios.alignment.refusal()}"])
+        raise DataError(f"{sample.files[0]} ({first}, ...): {report.ratios.alignment.refusal()}")
     return report
 
 
@@ -84,7 +84,7 @@ def _write(report: Report, output: Path) -> None:
         write_atomically(output, page(report))
         write_atomically(output.with_suffix(".json"), json.dumps(report.as_json(), indent=1, default=_plain))
     except OSError as error:
-        raise DataError([f"--output {output} cannot be written: {error}"]) from error
+        raise DataError(f"--output {output} cannot be written: {error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -101,7 +101,7 @@ def read_policy_logprobs(sample: Sample) -> list[np.ndarray]:
     place = {trajectory.id: i for i, trajectory in enumerate(sample.trajectories)}
     if len(place) < len(sample.trajectories):
         raise DataError(
-            [f"two sources have rows of the same id: {_FIELD} cannot be told apart; make ids unique"]
+            f"two sources have rows of the same id: {_FIELD} cannot be told apart; make ids unique"
         )
     found: dict[int, np.ndarray] = {}
     problems = Problems()
@@ -155,6 +155,6 @@ def score(model: str, trajectories: Sequence[Trajectory], *, dtype: str | None) 
         scorer = load_scorer(model, dtype=dtype)
         for start in range(0, len(trajectories), _SCORED_AT_A_TIME):
             part = trajectories[start : start + _SCORED_AT_A_TIME]
-            scored += scorer(part)
+            scored += scorer(part)[0]
             advance(sum(len(t.input_ids) for t in part))
     return scored

@@ -28,7 +28,7 @@ def read_problems(config: ProblemsConfig) -> list[Problem]:
     grade = load_grader(config.grader)
     path = Path(config.jsonl).expanduser()
     if not path.is_file() or not path.stat().st_size:
-        raise DataError([f"{path}: no such file, or it is empty; write one problem a line"])
+        raise DataError(f"{path}: no such file, or it is empty; write one problem a line")
     problems: list[Problem] = []
     wrong = Problems()
     seen: dict[str, str] = {}
@@ -46,7 +46,7 @@ def read_problems(config: ProblemsConfig) -> list[Problem]:
     if config.size is None:
         return problems
     if config.size > len(problems):
-        raise DataError([f"{path}: has {len(problems)} problems, and size asks for {config.size}; lower it"])
+        raise DataError(f"{path}: has {len(problems)} problems, and size asks for {config.size}; lower it")
     chosen = sorted(random.Random(config.seed).sample(range(len(problems)), config.size))
     return [problems[i] for i in chosen]
 

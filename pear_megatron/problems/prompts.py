@@ -23,9 +23,9 @@ def as_tokenizer_takes_it(tokenizer: Any, problem: Problem) -> str | Messages:
     if isinstance(prompt, str):
         return prompt
     raise DataError(
-        [f"{problem.where}: the prompt of {problem.id} is messages, and the model's tokenizer has no chat "
-         'template; give a string (with reasoning_gym: system_prompt: "")']
-    )  # fmt: skip
+        f"{problem.where}: the prompt of {problem.id} is messages, and the model's tokenizer has no chat "
+        'template; give a string (with reasoning_gym: system_prompt: "")'
+    )
 
 
 def encode_prompts(

@@ -66,7 +66,7 @@ def in_place(
 def topk_in_place(
     trajectories: Sequence[Trajectory],
     batches: Sequence[Sequence[int]],
-    entries: Sequence[tuple[np.ndarray, np.ndarray]],
+    entries: Sequence[Sequence[np.ndarray]],
 ) -> list[TopK]:
     """Each batch's ids and log-probs, [decisions, k + 1] as ``top_tokens`` has them -> a TopK per trajectory."""
     found: dict[int, TopK] = {}

@@ -149,9 +149,7 @@ def _scored(
     scorer: Scorer, trajectories: list[Trajectory], top_k: int, advance: Callable[[int], object]
 ) -> tuple[list[np.ndarray], list[TopK]]:
     try:
-        if top_k:
-            return scorer.with_topk(trajectories, top_k, on_tokens=advance)
-        return scorer(trajectories, on_tokens=advance), []
+        return scorer(trajectories, top_k, on_tokens=advance)
     except torch.cuda.OutOfMemoryError as error:
         raise ScoreError(
             "the GPU's memory is too small for a batch: give a lower --max-tokens-per-batch (default 16384) or a "

@@ -62,7 +62,7 @@ def rank_entries(
     found = {}
     for tp, pp in layouts:
         scorer = load_scorer(folder, tensor_parallel=tp, pipeline_parallel=pp, max_tokens_per_batch=90)
-        found[tp, pp] = scorer.with_topk(trajectories, K)
+        found[tp, pp] = scorer(trajectories, K)
         parallel_state.destroy_model_parallel()
     return found
 
@@ -72,7 +72,7 @@ def test_entries_are_torch_topk_of_transformers_on_both_backends_and_every_layou
     plain = plain_entries(tiny_llama, trajectories, K)
     assert {len(entries) for rows in plain for entries in rows} == {K, K + 1}
     scorer = load_scorer(tiny_llama, backend="hf", max_tokens_per_batch=90)
-    assert_entries(scorer.with_topk(trajectories, K)[1], plain)
+    assert_entries(scorer(trajectories, K)[1], plain)
     # 258 tokens are padded to 384 columns at TP 2: the second rank's last columns are no tokens.
     for found in run_ranks(2, rank_entries, tiny_llama, trajectories, [(2, 1), (1, 2), (1, 1)]):
         for logprobs, topk in found.values():

@@ -14,17 +14,8 @@ from pear_megatron.score.recorded.tokens import Tokens
 IDS = ("prompt_token_ids", "generation_token_ids")
 LOGPROBS = "generation_log_probs"
 FIELDS = (
-    *(
-        "responses_create_params",
-        "output",
-        "input",
-        "instructions",
-        "object",
-        "created_at",
-        "status",
-        "usage",
-    ),
-    *("incomplete_details", "parallel_tool_calls", "tool_choice", "agent_ref", "choices"),
+    *("responses_create_params", "output", "input", "instructions", "object", "created_at", "status"),
+    *("usage", "incomplete_details", "parallel_tool_calls", "tool_choice", "agent_ref", "choices"),
 )
 
 

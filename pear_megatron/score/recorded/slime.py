@@ -14,17 +14,15 @@ from pear_megatron.score.recorded.answers import Recorded, number, own_fields
 _CUT = ("truncated", "aborted", "failed")
 # What slime writes; rows may have more.
 FIELDS = (
+    *("tokens", "response_length", "rollout_log_probs", "loss_mask", "remove_sample", "status", "label"),
     *(
-        "tokens",
-        "response_length",
-        "rollout_log_probs",
-        "loss_mask",
-        "remove_sample",
-        "status",
-        "label",
         "index",
+        "group_index",
+        "rollout_id",
+        "weight_versions",
+        "rollout_routed_experts",
+        "rollout_top_p_token_ids",
     ),
-    *("group_index", "rollout_id", "weight_versions", "rollout_routed_experts", "rollout_top_p_token_ids"),
     *("teacher_log_probs", "multimodal_inputs", "multimodal_train_inputs", "generate_function_path"),
     *("train_metadata", "session_id", "non_generation_time", "spec_info", "prefix_cache_info", "samples"),
 )
