@@ -126,11 +126,7 @@ def _table(dataset: TrajectoryDataset, seq_length: int) -> Table:
 
 
 def _chosen(dataset: TrajectoryDataset, show: int | None, identity: str | None) -> list[int]:
-    """Indices of the trajectories to show.
-
-    Raises:
-        DataError: none has this id.
-    """
+    """Indices of the trajectories to show; DataError where none has this id."""
     from pear_megatron.data import DataError
 
     if identity is None:

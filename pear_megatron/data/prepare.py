@@ -103,11 +103,7 @@ def cache_path(
     tokenizer_hash: str | None,
     columns: Columns = NO_COLUMNS,
 ) -> Path:
-    """The folder of the cache: its name changes with the files and with all that shapes the content.
-
-    Raises:
-        DataError: a file is missing.
-    """
+    """The folder of the cache: its name changes with the files and with all that shapes the content."""
     files = _files(config)
     # the time of a change too: one that archives put back is that of the content
     times = [(file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ctime_ns) for file in files]

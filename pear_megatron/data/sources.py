@@ -25,12 +25,7 @@ def prepare_sources(
     columns: Columns = NO_COLUMNS,
     progress: bool = False,
 ) -> list[Path]:
-    """``prepare`` for each source -> their folders; each has a cache of its own.
-
-    Raises:
-        DataError: what is wrong with a source's data; names the source, where there are several.
-        ImportError: see ``prepare``.
-    """
+    """``prepare`` for each source -> their folders; an error names the source, where there are several."""
     folders: list[Path] = []
     for source in sources:
         try:
@@ -59,11 +54,7 @@ def prepare_everywhere(
     vocab_size: int | None,
     columns: Columns = NO_COLUMNS,
 ) -> AnyDataset:
-    """Prepares the sources on rank 0 and opens them on every rank, which all call it; an error there is everyone's.
-
-    Raises:
-        DataError: what is wrong with the data, by file and line; or where they cannot be written.
-    """
+    """Prepares the sources on rank 0 and opens them on every rank, which all call it; an error there is everyone's."""
 
     def work() -> list[Path]:
         try:
@@ -87,11 +78,7 @@ def prepare_everywhere(
 
 
 def require_files(config: DataConfig) -> None:
-    """Refuses what only this package's trainer reads: sources with names and weights, and held-out data.
-
-    Raises:
-        RecipeError: names the key and the way out.
-    """
+    """RecipeError on what only this package's trainer reads: sources with names and weights, and held-out data."""
     if config.train != config.train_files:
         raise RecipeError(
             "data.train names sources, which only `python -m pear_megatron.train` blends; list their files"
@@ -103,12 +90,7 @@ def require_files(config: DataConfig) -> None:
 
 
 def open_sources(folders: Sequence[Path], sources: Sequence[DataSource]) -> AnyDataset:
-    """The prepared folders as one set of trajectories.
-
-    Raises:
-        DataError: a folder is not a whole cache, two sources hold the same file, or some have a column (see Columns)
-            and others have not.
-    """
+    """The prepared folders as one set of trajectories; DataError where they do not go together."""
     datasets = [TrajectoryDataset.open(folder) for folder in folders]
     if len(datasets) == 1:
         return datasets[0]

@@ -86,7 +86,7 @@ class TrajectoryDataset:
             _check(meta, arrays)
         except (
             Exception
-        ) as error:  # numpy reads a header as Python's literals, and raises what their parser does
+        ) as error:  # numpy reads a header as Python's literals, and raises as their parser does
             raise DataError(
                 f"{folder}: not a whole data cache ({error}); delete the folder and prepare it again"
             ) from error

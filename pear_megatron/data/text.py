@@ -46,9 +46,6 @@ class TextReader:
     Attributes:
         tokenizer_hash: of tokenizer, chat template and its arguments; None without a tokenizer.
         encoder: with the template, arguments and ``multi_turn`` of ``config``; None without a tokenizer.
-
-    Raises:
-        DataError: the chat template cannot be read, or there is no tokenizer that it could belong to.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Any) -> None:
@@ -88,11 +85,7 @@ class TextReader:
         return {note: count for note, count in found if note not in _COUNTED}
 
     def encode(self, conversation: Conversation, field: str) -> list[Tokenized]:
-        """The row's trajectories, one unless its turns are split.
-
-        Raises:
-            RowProblem: no tokenizer, or a conversation that cannot become the tokens that were sampled.
-        """
+        """The row's trajectories, one unless its turns are split."""
         if self.encoder is None:
             raise RowProblem(
                 f"{field} is text and data.tokenizer is not set; set it to the model's Hugging Face name "
@@ -107,11 +100,7 @@ class TextReader:
             ) from problem
 
     def whole(self, conversation: Conversation, parts: list[Tokenized], name: str) -> Tokenized:
-        """The one row of tokens that begins with each of the ``parts``: what a list of numbers is aligned with.
-
-        Raises:
-            RowProblem: there is no such row, so that nobody knows which of the numbers in ``name`` are whose.
-        """
+        """The row of tokens that begins with each of the ``parts``, to align ``name`` with, or RowProblem."""
         way_out = (
             f"{name} is one list, and the conversation becomes {len(parts)} trajectories (data.multi_turn), whose "
             "contexts no single row of tokens holds: which number belongs to which token is unknown. Take the field "

@@ -71,9 +71,7 @@ def read_chat_template(path: str | None) -> str | None:
 
 
 def tokenizer_hash(
-    tokenizer: Any,
-    chat_template: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tokenizer: Any, chat_template: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> str:
     """Sixteen hex characters that differ when text would become other token ids.
 

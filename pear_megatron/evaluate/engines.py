@@ -22,9 +22,6 @@ def load_engine(
         sampling: how to draw.
         dtype: ``bf16`` or ``fp32``.
         batch_size: prompts at once.
-
-    Raises:
-        EvalError: the library is missing, or the model cannot be loaded.
     """
     if name == "transformers":
         from pear_megatron.evaluate.transformers_engine import TransformersEngine

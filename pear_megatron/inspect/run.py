@@ -24,13 +24,7 @@ _STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold", "good"
 
 
 def run(
-    settings: Settings,
-    *,
-    model: str | None,
-    scored: bool,
-    output: Path,
-    max_trajectories: int,
-    seed: int,
+    settings: Settings, *, model: str | None, scored: bool, output: Path, max_trajectories: int, seed: int
 ) -> Report:
     """Looks at the data, writes the page and its JSON, and prints the short form.
 

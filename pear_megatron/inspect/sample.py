@@ -55,11 +55,7 @@ def draw(
     seed: int,
     progress: bool,
 ) -> Sample:
-    """Checks the data as training does and draws trajectories from them, each equally likely, whatever its source.
-
-    Raises:
-        DataError: what training would refuse, file and line.
-    """
+    """Checks the data as training does and draws trajectories, each equally likely, whatever its source."""
     with tempfile.TemporaryDirectory(prefix="pear-inspect-") as folder:
         prepared = prepare_sources(
             config.model_copy(update={"cache_dir": folder}),
@@ -93,11 +89,7 @@ def _in_memory(trajectory: Trajectory) -> Trajectory:
 
 
 def read_policy_logprobs(sample: Sample) -> list[np.ndarray]:
-    """The column ``policy_logprobs`` of the sample's rows, a float32 [n] each, aligned with ``input_ids``.
-
-    Raises:
-        DataError: a row has none, or a decision's is null, not finite or positive.
-    """
+    """The column ``policy_logprobs`` of the sample's rows, a float32 [n] each, aligned with ``input_ids``."""
     place = {trajectory.id: i for i, trajectory in enumerate(sample.trajectories)}
     if len(place) < len(sample.trajectories):
         raise DataError(
@@ -141,9 +133,6 @@ def score(model: str, trajectories: Sequence[Trajectory], *, dtype: str | None) 
         model: a Hugging Face folder, a run or a Megatron-Core checkpoint.
         trajectories: what to score.
         dtype: ``bf16`` or ``fp32``; None leaves it to the scorer.
-
-    Raises:
-        PearError: the model cannot be loaded, or gives no finite log-probs.
     """
     from pear_megatron.progress import token_progress
     from pear_megatron.score.backends import load_scorer

@@ -51,9 +51,6 @@ def read_settings(
         tokenizer: name or folder.
         seq_length: ``data.seq_length`` without a recipe.
         text: other keys of ``data:`` that the command line gives: chat_template, ...
-
-    Raises:
-        PearError: bad keys or values, no files, or no such model.
     """
     facts = None
     if model is not None:

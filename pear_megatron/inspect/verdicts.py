@@ -106,9 +106,7 @@ def about_policies(pack: Pack, alignment: Alignment, config: PearConfig) -> Iter
     certain = float((pack.lb > -0.01).mean())
     if r < 0.1 and alignment.decisions >= 200:
         right_for = "a model with fresh weights only"
-        if (
-            certain > 0.5
-        ):  # a program, or a temperature near 0: log-probs that hardly vary correlate with nothing
+        if certain > 0.5:  # a program, or a temperature near 0: what hardly varies correlates with nothing
             right_for = f"a model with fresh weights, or a writer as certain as this one ({certain:.0%} of its tokens)"
         yield Verdict(
             "warning",

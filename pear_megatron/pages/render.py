@@ -21,9 +21,5 @@ def _environment() -> Environment:
 
 
 def render(template: str, **context: Any) -> str:
-    """The page that a file of ``templates/`` makes of ``context``; every text in it is escaped.
-
-    Raises:
-        jinja2.UndefinedError: the template uses a name that the context lacks.
-    """
+    """The page that a file of ``templates/`` makes of ``context``; every text in it is escaped."""
     return _environment().get_template(template).render(context)

@@ -60,11 +60,7 @@ def fits(recipe: Recipe) -> int | None:
 
 
 def layout(recipe: Recipe) -> int:
-    """The data-parallel size on the recipe's own cluster.
-
-    Raises:
-        RecipeError: its sizes do not fit together, or do not fit the cluster.
-    """
+    """The data-parallel size on the recipe's own cluster; RecipeError where its sizes do not fit."""
     parallel, cluster = recipe.parallel, recipe.cluster
     world = cluster.num_nodes * cluster.gpus_per_node
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size

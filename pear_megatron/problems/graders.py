@@ -25,11 +25,7 @@ class GraderError(PearError, RuntimeError):
 
 
 def load_grader(path: str | Path) -> Grade:
-    """The function ``grade`` of a Python file. Modules beside the file can be imported at its top.
-
-    Raises:
-        GraderError: there is no such file, it cannot be imported (names the line), or has no ``grade``.
-    """
+    """The function ``grade`` of a Python file. Modules beside the file can be imported at its top."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise GraderError(f"no grader at {path}; write a Python file with `{_SIGNATURE}` and name it")

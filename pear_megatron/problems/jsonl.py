@@ -17,12 +17,7 @@ _ROLES = ("system", "user", "assistant")
 
 
 def read_problems(config: ProblemsConfig) -> list[Problem]:
-    """The problems of ``config.jsonl``: all in the file's order, or ``config.size`` drawn with its seed.
-
-    Raises:
-        DataError: there is no such file, or rows are wrong; each with its line.
-        GraderError: the grader cannot be loaded.
-    """
+    """The problems of ``config.jsonl``: all in the file's order, or ``config.size`` drawn with its seed."""
     assert config.jsonl
     assert config.grader
     grade = load_grader(config.grader)

@@ -12,11 +12,7 @@ from pear_megatron.problems.problem import Messages, Problem
 
 
 def as_tokenizer_takes_it(tokenizer: Any, problem: Problem) -> str | Messages:
-    """Messages where the tokenizer has a chat template, else the string.
-
-    Raises:
-        DataError: the problem has messages and the tokenizer has no chat template.
-    """
+    """Messages where the tokenizer has a chat template, else the string; DataError if that is not one."""
     prompt = problem.prompt
     if tokenizer.chat_template:
         return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -87,11 +83,7 @@ def encode_prompts(
 
 
 def end_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
-    """Ids that end a response: the tokenizer's EOS, the chat template's end of turn, generation_config.json's.
-
-    Raises:
-        EvalError: there are none.
-    """
+    """Ids that end a response: the tokenizer's EOS, the chat template's end of turn, generation_config.json's."""
     try:
         by_template = end_of_turn(tokenizer)
     except RowProblem:  # a template for other rows than plain questions

@@ -15,12 +15,7 @@ _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def make_problems(config: ProblemsConfig) -> list[Problem]:
-    """The problems of ``config.reasoning_gym``, its data sets taking turns.
-
-    Raises:
-        ImportError: reasoning-gym is missing.
-        DataError: it has no such data set, or refuses an option.
-    """
+    """The problems of ``config.reasoning_gym``, its data sets taking turns."""
     try:
         from reasoning_gym.utils import SYSTEM_PROMPTS
     except ImportError as error:

@@ -106,11 +106,7 @@ def refuse_to_split(backend: str, ranks: int) -> None:
 
 
 def choose_backend(model: str | Path) -> tuple[str, str]:
-    """(backend, why): megatron where this package can load the model into Megatron-Core, else hf.
-
-    Raises:
-        ScoreError: there is no model in the folder.
-    """
+    """(backend, why): megatron where this package can load the model into Megatron-Core, else hf."""
     folder = Path(model)
     if not folder.is_dir():
         raise ScoreError(

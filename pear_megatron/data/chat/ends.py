@@ -51,9 +51,8 @@ def find_end(fitter: Fitter, special: Iterable[str], eos: str | None, *, calls: 
         RowProblem: there are none, and the tokenizer has no EOS.
     """
     turn, later = (_CALLING, _RESULT) if calls else (_ANSWER, _LATER)
-    special = [
-        token for token in special if token == eos or not re.fullmatch(r"</\w+>", token)
-    ]  # not </tool_call>
+    # Not </tool_call>.
+    special = [token for token in special if token == eos or not re.fullmatch(r"</\w+>", token)]
     for text, which in _candidates(fitter, turn, later):
         runs = _runs(text, special)
         if runs:

@@ -106,11 +106,7 @@ class TurnWriter:
         return written
 
     def write_raw(self, response: str, field: str, setting: Setting, context: str, *, truncated: bool) -> str:
-        """A response with the token that ends a turn, unless it has it already or ``truncated``.
-
-        Raises:
-            RowProblem: the template begins and writes turns in another way than the response, or that holds its end.
-        """
+        """A response with the token that ends a turn, unless it has it already or ``truncated``."""
         response = not_doubled(context, response)
         self._check_start(response, field, setting)
         check_thinking(context, response, field, self._notes, truncated=truncated)
@@ -275,11 +271,7 @@ def check_stops(text: str, name: str, stops: Iterable[str]) -> None:
 
 
 def check_thinking(context: str, written: str, where: str, notes: Counter[str], *, truncated: bool) -> None:
-    """Refuses turns whose thinking does not fit to what the generation prompt has opened or closed.
-
-    Raises:
-        RowProblem: says which of the tags is missing.
-    """
+    """RowProblem on a turn whose thinking does not fit what the generation prompt has opened or closed."""
     prompt, start = context.rstrip(), written.lstrip()
     before, closed, _ = written.partition("</think>")
     opened = prompt.endswith("<think>")

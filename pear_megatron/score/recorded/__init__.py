@@ -40,12 +40,7 @@ _CHECKED = ("policy_logprobs", "temperature", "logprobs_mode")
 
 
 def ordinary_fields(
-    fields: Mapping[str, Any],
-    tokens: Tokens,
-    *,
-    remarks: Remarks,
-    raw_logprobs: bool = False,
-    top_k: int = 0,
+    fields: Mapping[str, Any], tokens: Tokens, *, remarks: Remarks, raw_logprobs: bool = False, top_k: int = 0
 ) -> list[Recorded]:
     """(fields as the loader knows them, what else is worth keeping) of each trajectory in a row.
 

@@ -35,11 +35,7 @@ def is_sample(fields: Mapping[str, Any]) -> bool:
 
 
 def from_sample(sample: Mapping[str, Any]) -> Recorded:
-    """A sample: ``tokens``, of which the last ``response_length`` were generated, but for loss_mask's zeros.
-
-    Raises:
-        RowProblem: without log-probs, or with other numbers of them.
-    """
+    """A sample: ``tokens``, of which the last ``response_length`` were generated, but for loss_mask's zeros."""
     for name in ("tokens", "response_length", "rollout_log_probs"):
         if sample.get(name) is None:
             raise RowProblem(
