@@ -37,11 +37,9 @@ def prepare(
     For one process of a job; the others wait for it and pass the folder to ``TrajectoryDataset.open``.
 
     Args:
-        config: the recipe's ``data:`` section.
         require_behavior_logprobs: False for plain SFT (``pear.variant: none``).
         columns: what else of the rows is read.
         vocab_size: true (unpadded) size of the model's vocabulary, to check token ids against.
-        progress: show a progress bar on standard error.
 
     Raises:
         DataError: listing what is wrong with the data, by file and line, up to 20 kinds of problems.

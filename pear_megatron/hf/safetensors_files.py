@@ -71,13 +71,7 @@ def index_of(files: dict[str, list[TensorSize]]) -> dict[str, object]:
 
 
 def write_file(path: Path, sizes: Sequence[TensorSize], tensors: Iterable[Tensor]) -> None:
-    """Writes one safetensors file.
-
-    Args:
-        path: the file; replaced if it is there.
-        sizes: what is in it, in order.
-        tensors: the tensors in the same order, taken one at a time; cast to the type announced.
-    """
+    """Writes one safetensors file; tensors are taken one at a time and cast to the type announced."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for size in sizes:

@@ -111,12 +111,9 @@ def make_report(
     """Measures and judges a sample.
 
     Args:
-        sample: the trajectories.
         policy_logprobs: a float32 [n] each, aligned with ``input_ids``; None = no policy is known.
-        config: the recipe's ``pear:`` section.
         policy: what the log-probs came from, in words.
-        tokenizer: gives text, if there is one.
-        special_ids: of the tokenizer, if there is one.
+        tokenizer, special_ids: give text, if there is one, and say where a response ends.
     """
     pack = make_pack(sample.trajectories, policy_logprobs, config.ratio)
     has_behavior = bool(pack.lb.any())  # without the field they are all 0

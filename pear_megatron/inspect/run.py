@@ -29,12 +29,10 @@ def run(
     """Looks at the data, writes the page and its JSON, and prints the short form.
 
     Args:
-        settings: data and weights.
         model: the policy that training starts from, or None.
         scored: take the policy's log-probs from the data.
         output: the page; the JSON goes beside it.
-        max_trajectories: of more, as many are drawn.
-        seed: of the draw.
+        max_trajectories: of more, as many are drawn, with ``seed``.
 
     Raises:
         DataError: training would refuse the data. For misaligned log-probs, after the page is written.

@@ -127,13 +127,7 @@ def _policy_logprobs(fields: dict[str, Any], mask: np.ndarray) -> np.ndarray:
 
 
 def score(model: str, trajectories: Sequence[Trajectory], *, dtype: str | None) -> list[np.ndarray]:
-    """The log-probs that a model gives the trajectories' decisions, a float32 [n] each; shows its progress.
-
-    Args:
-        model: a Hugging Face folder, a run or a Megatron-Core checkpoint.
-        trajectories: what to score.
-        dtype: ``bf16`` or ``fp32``; None leaves it to the scorer.
-    """
+    """The log-probs that a model gives the trajectories' decisions, a float32 [n] each; shows its progress."""
     from pear_megatron.progress import token_progress
     from pear_megatron.score.backends import load_scorer
     from pear_megatron.score.ranks import Ranks

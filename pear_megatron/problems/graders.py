@@ -59,17 +59,7 @@ def load_grader(path: str | Path) -> Grade:
 
 
 def checked_score(score: Callable[[], Any], source: str | Path, problem: str, response: str) -> float:
-    """What ``score`` returns, as a finite float (True is 1).
-
-    Args:
-        score: grades the response.
-        source: the grader's file, or what stands for it, for the message.
-        problem: the problem's id and place, for the message.
-        response: for the message.
-
-    Raises:
-        GraderError: the grader raised, or returned no finite number.
-    """
+    """What ``score`` returns, as a finite float (True is 1); the rest is for GraderError's message."""
     try:
         value = score()
     except (Exception, SystemExit) as error:

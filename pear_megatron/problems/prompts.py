@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pear_megatron.data.chat.end_of_turn import end_of_turn
+from pear_megatron.data.chat.ends import end_of_turn
 from pear_megatron.data.errors import DataError, Problems, RowProblem
 from pear_megatron.errors import EvalError
 from pear_megatron.problems.problem import Messages, Problem
@@ -34,11 +34,8 @@ def encode_prompts(
     """Token ids of each problem's prompt, up to where the response begins.
 
     Args:
-        tokenizer: of the model.
-        problems: what to encode.
         max_new_tokens: room that must be left for the response.
         limit: tokens that a prompt and its response may have; None = any number.
-        chat_template_kwargs: arguments of the chat template.
 
     Raises:
         DataError: the chat template refuses a prompt, or prompts are too long; each with its place.
