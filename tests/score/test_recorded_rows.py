@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pear_megatron.data.errors import RowProblem
-from tests.score.recorded_cases import LOGPROBS, TEXT, case, check_tokens, read
+from tests.score.recorded_cases import LOGPROBS, TEXT, case, check_tokens, read, refuses
 
 WITH_IDS = ["sglang", "slime", "vllm_offline"]
 
@@ -65,18 +65,15 @@ def test_rows_with_ids_need_no_tokenizer(name: str) -> None:
 
 
 def test_a_batch_line_is_refused_by_the_temperature_in_its_body() -> None:
-    with pytest.raises(RowProblem, match=r"body\.temperature = 0\.7, body\.top_p = 0\.9: .*--raw-logprobs"):
-        read(case("temp_body"))
+    refuses(r"body\.temperature = 0\.7, body\.top_p = 0\.9: .*--raw-logprobs", case("temp_body"))
 
 
 def test_tool_calls_that_are_written_another_way_are_spoken_of() -> None:
-    with pytest.raises(RowProblem, match="tool calls"):
-        read(case("tool"))
+    refuses("tool calls", case("tool"))
 
 
 def test_responses_whose_text_is_not_its_tokens_is_refused_by_name() -> None:
-    with pytest.raises(RowProblem, match=r"OpenAI Responses: output\[0\]\.content"):
-        read(case("oai_responses"))
+    refuses(r"OpenAI Responses: output\[0\]\.content", case("oai_responses"))
 
 
 def damages(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str, Any]]:
