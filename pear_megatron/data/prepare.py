@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pear_megatron.data.columns import NO_COLUMNS, Columns
 from pear_megatron.data.config import DataConfig
@@ -45,21 +46,14 @@ def prepare(
         DataError: listing what is wrong with the data, by file and line, up to 20 kinds of problems.
         ImportError: ``config.tokenizer`` is set and transformers is missing.
     """
-    validator = Validator(
-        config,
-        require_behavior_logprobs=require_behavior_logprobs,
-        columns=columns,
-        vocab_size=vocab_size,
-        tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer is not None else None,
-    )
-    place = partial(
-        cache_path,
-        config,
-        require_behavior_logprobs=require_behavior_logprobs,
-        columns=columns,
-        vocab_size=vocab_size,
-        tokenizer_hash=validator.tokenizer_hash,
-    )
+    reading: dict[str, Any] = {
+        "require_behavior_logprobs": require_behavior_logprobs,
+        "columns": columns,
+        "vocab_size": vocab_size,
+    }
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
+    validator = Validator(config, **reading, tokenizer=tokenizer)
+    place = partial(cache_path, config, **reading, tokenizer_hash=validator.tokenizer_hash)
     folder = place()
     if folder.exists():
         try:

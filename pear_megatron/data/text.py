@@ -14,7 +14,7 @@ from pear_megatron.data.chat import ChatEncoder, Conversation
 from pear_megatron.data.chat.messages import with_system
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import DataError, RowProblem
-from pear_megatron.data.fields import FUNCTIONS, get_flag, get_system, get_text, short
+from pear_megatron.data.fields import FUNCTIONS, get_flag, get_system, get_text, parsed, short
 from pear_megatron.data.tokenizer import read_chat_template, tokenizer_hash
 
 # Said by this package's own counts, in more detail.
@@ -181,12 +181,7 @@ def tools_of(fields: Mapping[str, Any]) -> Any:
         return tools
     if tools:
         raise RowProblem("tools and functions are both there; keep one")
-    found = functions
-    if isinstance(functions, str):
-        try:
-            found = json.loads(functions)
-        except ValueError:
-            found = None
+    found = parsed(functions)
     if not isinstance(found, list) or not all(
         isinstance(one, dict) and isinstance(one.get("name"), str) and "function" not in one for one in found
     ):
@@ -199,10 +194,7 @@ def tools_of(fields: Mapping[str, Any]) -> Any:
 def _is_messages_as_text(text: str) -> bool:
     if not (text.lstrip().startswith("[") and '"role"' in text):
         return False
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return False
+    found = parsed(text)
     return isinstance(found, list) and all(isinstance(one, dict) and "role" in one for one in found)
 
 
