@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pear_megatron.compare.outcome import WINDOW, Outcome
 from pear_megatron.compare.table import Table
-from pear_megatron.pages.verdict import Verdict, in_order
+from pear_megatron.pages.page import Verdict, in_order
 
 _FEW_SEEDS = 4
 

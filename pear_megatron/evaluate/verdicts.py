@@ -9,7 +9,7 @@ import numpy as np
 
 from pear_megatron.evaluate.paired import Comparison
 from pear_megatron.evaluate.results import Results
-from pear_megatron.pages.verdict import Verdict, in_order
+from pear_megatron.pages.page import Verdict, in_order
 
 _MANY_CUT, _FEW_CUT = 0.2, 0.02  # shares of responses
 _FEW_MIXED = 0.1  # share of problems

@@ -22,7 +22,7 @@ from pear_megatron.inspect.verdicts import (
     all_is_well,
     is_on_policy,
 )
-from pear_megatron.pages.verdict import Verdict, in_order
+from pear_megatron.pages.page import Verdict, in_order
 
 _QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 

@@ -9,7 +9,7 @@ from pear_megatron.config import SUGGESTED_NEGATIVE_FLOOR, PearConfig
 from pear_megatron.inspect.alternatives import Alternative, weight_text
 from pear_megatron.inspect.measure import Pack, Weights
 from pear_megatron.inspect.sample import Sample
-from pear_megatron.pages.verdict import Verdict
+from pear_megatron.pages.page import Verdict
 
 _FAR = 2.0  # nats: a token that is 7 times less likely
 _UNEVEN = 4.0  # times: the median weight of the first quarter and of the last

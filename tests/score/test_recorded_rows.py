@@ -42,10 +42,8 @@ def readable() -> dict[str, dict[str, Any]]:
     return {**named, "temp_body": case("temp_body"), "verl": verl(), "responses": responses()}
 
 
-ONLY_WORD = (
-    "tokens",
-    "prompt_token_ids",
-)  # nothing else in slime's and vLLM's rows says which tokens the prompt has
+# Nothing else in slime's and vLLM's rows says which tokens the prompt has.
+ONLY_WORD = ("tokens", "prompt_token_ids")
 NAMES = [*WITH_IDS, "n2", "temp_body", "verl", "responses"]
 
 
