@@ -29,7 +29,7 @@ from pear_megatron.compare.report import print_table, run_and_report
 from pear_megatron.errors import PearError
 from pear_megatron.evaluate.statistics import interval
 from pear_megatron.pages.figures import in_both_widths, write_png
-from pear_megatron.pages.section import Section
+from pear_megatron.pages.page import Section
 from pear_megatron.storage import write_atomically
 
 RECIPE = REPOSITORY / "recipes" / "compare" / "demo.yaml"

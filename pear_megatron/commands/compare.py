@@ -35,10 +35,8 @@ def compare(
     from pear_megatron.compare.recipe import load_compare_recipe
 
     recipe = load_compare_recipe(config, list(overrides or []))
-    from pear_megatron.compare.report import (
-        print_table,
-        run_and_report,
-    )  # slow: after what a recipe can get wrong
+    # Slow: after what a recipe can get wrong.
+    from pear_megatron.compare.report import print_table, run_and_report
 
     outcome: Any = run_and_report(recipe, jobs)
     print_table(outcome)

@@ -16,10 +16,7 @@ EPILOG = (
 
 
 def grpo(
-    config: Annotated[
-        Path,
-        typer.Option(help="a recipe of the engine's", show_default=False),
-    ],
+    config: Annotated[Path, typer.Option(help="a recipe of the engine's", show_default=False)],
     checkpoint: Annotated[
         Path,
         typer.Option(

@@ -93,11 +93,4 @@ def inspect(
         text=text_settings(multi_turn, chat_template, chat_template_kwargs),
     )
     with in_options(FILE_OPTIONS if config is None else {}):
-        run(
-            settings,
-            model=model,
-            scored=scored,
-            output=output,
-            max_trajectories=max_trajectories,
-            seed=seed,
-        )
+        run(settings, model=model, scored=scored, output=output, max_trajectories=max_trajectories, seed=seed)

@@ -175,10 +175,7 @@ def _disk_table(found: Plan) -> Table:
     rows = [("a checkpoint", f"{show_bytes(disk.checkpoint)}: {parts}")]
     if disk.kept is None or disk.most is None:
         rows.append(
-            (
-                "checkpoints",
-                f"all kept, {_when_saved(found.recipe)}; checkpoint.keep_last bounds them",
-            )
+            ("checkpoints", f"all kept, {_when_saved(found.recipe)}; checkpoint.keep_last bounds them")
         )
     else:
         at_once = f"{disk.most} at once at most: {show_bytes(disk.most * disk.checkpoint)}"

@@ -6,9 +6,8 @@ import logging
 import os
 import sys
 import warnings
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -29,34 +28,8 @@ EPILOG = (
 )
 
 
-class Backend(StrEnum):
-    """Where log-probs come from."""
-
-    megatron = "megatron"
-    hf = "hf"
-    recorded = "import"
-
-
-class WriteAs(StrEnum):
-    """Whose log-probs they are."""
-
-    behavior = "behavior"
-    policy = "policy"
-    reference = "reference"
-
-
-class Dtype(StrEnum):
-    """Precision of the model."""
-
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
-class Overlong(StrEnum):
-    """What happens to rows that the model has no positions for."""
-
-    error = "error"
-    drop = "drop"
+Backend = Literal["megatron", "hf", "import"]
+WriteAs = Literal["behavior", "policy", "reference"]
 
 
 def score(
@@ -80,7 +53,7 @@ def score(
             help="policy: the column policy_logprobs, for `inspect`, beside existing behavior_logprobs; reference: the "
             "column reference_logprobs, of the model that training starts from, likewise",
         ),
-    ] = WriteAs.behavior,
+    ] = "behavior",
     top_k: Annotated[
         int,
         typer.Option(
@@ -92,7 +65,9 @@ def score(
     ] = 0,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="ranks that share each layer")] = 1,
     pipeline_parallel: Annotated[int, typer.Option(min=1, help="stages")] = 1,
-    dtype: Annotated[Dtype | None, typer.Option(help="default: bf16 on a GPU, fp32 without")] = None,
+    dtype: Annotated[
+        Literal["bf16", "fp32"] | None, typer.Option(help="default: bf16 on a GPU, fp32 without")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="default: the model's")] = None,
     multi_turn: MultiTurnOption = None,
     chat_template: ChatTemplateOption = None,
@@ -101,7 +76,7 @@ def score(
         int | None,
         typer.Option(min=1, help="positions, at most; default: the model's max_position_embeddings"),
     ] = None,
-    overlong: Annotated[Overlong, typer.Option(help="longer rows")] = Overlong.error,
+    overlong: Annotated[Literal["error", "drop"], typer.Option(help="longer rows")] = "error",
     max_tokens_per_batch: Annotated[
         int | None, typer.Option(min=1, help="rows x longest row; default: 16384 on a GPU, 2048 without")
     ] = None,
@@ -127,13 +102,13 @@ def score(
     from pear_megatron.score.source import ScoreSettings
 
     chosen, why = _backend(model, backend, write_as)
-    if raw_logprobs and backend is not Backend.recorded:
+    if raw_logprobs and backend != "import":
         raise ScoreError(
             "--raw-logprobs is about recorded log-probs; give it with --backend import, or leave it out"
         )
-    if top_k and write_as is not WriteAs.behavior:
+    if top_k and write_as != "behavior":
         raise ScoreError(
-            f"--top-k writes the likeliest tokens under the policy that wrote the data; leave --as {write_as.value} "
+            f"--top-k writes the likeliest tokens under the policy that wrote the data; leave --as {write_as} "
             "or --top-k out"
         )
     _run(
@@ -142,17 +117,17 @@ def score(
             output=output,
             backend=chosen,
             model=model,
-            write_as=write_as.value,
+            write_as=write_as,
             top_k=top_k,
             tokenizer=tokenizer,
             **text_settings(multi_turn, chat_template, chat_template_kwargs),
             max_length=max_length,
-            overlong=overlong.value,
+            overlong=overlong,
             raw_logprobs=raw_logprobs,
             overwrite=overwrite,
             tensor_parallel=tensor_parallel,
             pipeline_parallel=pipeline_parallel,
-            dtype=dtype.value if dtype else _default_dtype(),
+            dtype=dtype or _default_dtype(),
             max_tokens_per_batch=max_tokens_per_batch,
         ),
         why,
@@ -185,18 +160,18 @@ def _backend(model: str | None, backend: Backend | None, write_as: WriteAs) -> t
     from pear_megatron.errors import ScoreError
     from pear_megatron.score.backends import choose_backend
 
-    if backend is Backend.recorded:
-        if write_as is not WriteAs.behavior:
+    if backend == "import":
+        if write_as != "behavior":
             raise ScoreError(
-                f"--as {write_as.value} takes a model's log-probs, --backend import those of the generator"
+                f"--as {write_as} takes a model's log-probs, --backend import those of the generator"
             )
-        return backend.value, "log-probs that the generator recorded"
+        return backend, "log-probs that the generator recorded"
     if model is None:
         raise ScoreError("--model is missing: name the policy that wrote the data, or give --backend import")
     fitting, why = choose_backend(model)
-    if backend is Backend.megatron and fitting == "hf":
+    if backend == "megatron" and fitting == "hf":
         raise ScoreError(f"--backend megatron: {why}; take --backend hf")
-    return (backend.value, "asked for") if backend else (fitting, why)
+    return (backend, "asked for") if backend else (fitting, why)
 
 
 def _default_dtype() -> str:

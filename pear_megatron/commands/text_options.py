@@ -39,11 +39,7 @@ ChatTemplateKwargsOption = Annotated[
 def text_settings(
     multi_turn: str | None, chat_template: str | None, chat_template_kwargs: str | None
 ) -> dict[str, Any]:
-    """The options that are given, as keys of a recipe's ``data:`` section.
-
-    Raises:
-        RecipeError: --chat-template-kwargs is no JSON object.
-    """
+    """The options that are given, as keys of a recipe's ``data:`` section."""
     from pear_megatron.errors import RecipeError
 
     settings: dict[str, Any] = {}

@@ -126,11 +126,7 @@ def _table(dataset: TrajectoryDataset, seq_length: int) -> Table:
 
 
 def _chosen(dataset: TrajectoryDataset, show: int | None, identity: str | None) -> list[int]:
-    """Indices of the trajectories to show.
-
-    Raises:
-        DataError: none has this id.
-    """
+    """Indices of the trajectories to show; DataError where none has this id."""
     from pear_megatron.data import DataError
 
     if identity is None:
@@ -138,7 +134,7 @@ def _chosen(dataset: TrajectoryDataset, show: int | None, identity: str | None) 
     found = [i for i, t in enumerate(dataset) if t.id == identity or t.id.rpartition("#")[0] == identity]
     if not found:
         few = ", ".join(dataset[i].id for i in range(min(3, len(dataset))))
-        raise DataError([f"--id {identity}: no trajectory has this id; the first are {few}"])
+        raise DataError(f"--id {identity}: no trajectory has this id; the first are {few}")
     return found if show is None else found[:show]
 
 

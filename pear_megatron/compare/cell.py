@@ -103,11 +103,7 @@ class Cell:
         return described
 
     def claim(self) -> None:
-        """Makes the folder this cell's own.
-
-        Raises:
-            RecipeError: it holds a cell with other settings; names them.
-        """
+        """Makes the folder this cell's own; RecipeError if it holds one with other settings."""
         described, path = self.describe(), self.folder / _FILE
         if path.is_file():
             check_same_settings(

@@ -22,11 +22,7 @@ _BATCHES = ("data.", "train.global_batch_size", "train.num_epochs", "train.max_s
 
 
 def check_packages() -> None:
-    """Every package that a comparison needs before its end.
-
-    Raises:
-        PearError: one is missing.
-    """
+    """PearError unless every package is there that a comparison needs before its end."""
     for package, extra in (("transformers", "hf"), ("trl", "rl"), ("scipy", "eval")):
         if find_spec(package) is None:
             raise PearError(f"compare needs {package}; pip install 'pear-megatron[{extra}]'")
@@ -38,9 +34,6 @@ def check_recipe(recipe: CompareRecipe, *, prepared: bool) -> None:
     Args:
         recipe: the comparison.
         prepared: whether ``prepare`` has run: a model.hf that it makes says what the model is.
-
-    Raises:
-        RecipeError: names the arm and the key.
     """
     later = prepare_makes_the_model(recipe)
     if prepared and not later:
@@ -93,11 +86,7 @@ def _check_processes(parallel: ParallelConfig, processes: int) -> None:
 
 
 def check_data(cells: Iterable[Cell]) -> None:
-    """That the data of every arm have the columns that its loss reads: a look at each file's first row.
-
-    Raises:
-        DataError: names arm, file, column and the way out, of all that lack one.
-    """
+    """DataError unless the data of every arm have the columns that its loss reads, by each file's first row."""
     problems = Problems()
     for cell in cells:
         if not cell.has_offline_phase:

@@ -59,11 +59,7 @@ def cell_disk(cell: Cell) -> CellDisk:
 
 
 def check_disk(cells: Sequence[Cell], root: Path, jobs: int) -> str:
-    """What the cells, of which ``jobs`` run at once, will write into ``root``, for people.
-
-    Raises:
-        RecipeError: the disk has less room than that.
-    """
+    """What the cells, ``jobs`` at once, will write into ``root``, for people; RecipeError if there is no room."""
     sizes = [cell_disk(cell) for cell in cells]
     kept = sum(size.kept for size in sizes)
     passing = sum(sorted((size.most - size.kept for size in sizes), reverse=True)[:jobs])

@@ -64,11 +64,7 @@ class CellResult:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Rows of the metrics.jsonl of a cell's stage.
-
-    Raises:
-        PearError: it is not there or damaged; names the line.
-    """
+    """Rows of the metrics.jsonl of a cell's stage; PearError where it is damaged."""
     path, rows = folder / "metrics.jsonl", []
     way_out = f"put it back, or remove {folder.parent}, which the same command then runs again"
     try:
@@ -86,11 +82,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_cell(cell: Cell) -> CellResult:
-    """The result of a cell that is done.
-
-    Raises:
-        PearError: what it left is damaged.
-    """
+    """The result of a cell that is done; PearError where what it left is damaged."""
     rows, steps = read_metrics(cell.folder / stages.RL), cell.rl.grpo.max_num_steps
     if [row["step"] for row in rows] != list(range(1, steps + 1)):
         raise PearError(

@@ -11,8 +11,7 @@ from pear_megatron.compare.outcome import WINDOW, Outcome
 from pear_megatron.compare.table import make_table
 from pear_megatron.compare.verdicts import verdicts
 from pear_megatron.pages.figures import in_both_widths
-from pear_megatron.pages.render import render
-from pear_megatron.pages.section import Section
+from pear_megatron.pages.page import Section, render
 
 
 def page(outcome: Outcome, first: Sequence[Section] = (), last: Sequence[Section] = ()) -> str:

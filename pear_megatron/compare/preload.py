@@ -35,10 +35,8 @@ _EVALUATION_AND_RL = (
     "pear_megatron.rl.trl.run_folder",
 )
 
-with (
-    warnings.catch_warnings(),
-    cpu._without_compiler(),
-):  # as on CPU; importing alone changes nothing in torch
+# As on CPU; importing alone changes nothing in torch.
+with warnings.catch_warnings(), cpu._without_compiler():
     warnings.simplefilter("ignore")  # of missing Transformer Engine and Apex
     for name in _TRAINING:
         importlib.import_module(name)

@@ -166,9 +166,6 @@ def load_compare_recipe(path: str | Path, overrides: list[str] | None = None) ->
 
     A path in offline.recipe or rl.recipe is relative to the file that names it; in an override, to ``path``.
     ``pear:NAME`` is a recipe that comes with the package.
-
-    Raises:
-        RecipeError: a missing file, bad YAML, an unknown key (with the nearest known one) or a bad value.
     """
     file = Path(path)
     values: Any = read_values(file, overrides, paths=("offline.recipe", "rl.recipe"), folder="compare")

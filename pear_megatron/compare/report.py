@@ -20,11 +20,7 @@ from pear_megatron.storage import lock, write_atomically
 
 
 def run_and_report(recipe: CompareRecipe, jobs: int | None = None) -> Outcome:
-    """Runs what is missing, and writes results.json, index.html, curves.png and seeds.png each time a seed is done.
-
-    Raises:
-        PearError: see ``Comparison.run``; or another process is at work in output_dir.
-    """
+    """Runs what is missing, and writes results.json, index.html and the pictures each time a seed is done."""
     root = Path(recipe.output_dir)
     root.mkdir(parents=True, exist_ok=True)
     with lock(root, "pear-megatron compare", other="output_dir", patience=0.0):

@@ -85,11 +85,7 @@ def reinforce(recipe: str, overrides: list[str], checkpoint: Path, output: Path)
 
 
 def prepare(commands: list[list[str]], log: Path, threads: int) -> None:
-    """Runs a seed's commands one after the other, their output into a log.
-
-    Raises:
-        StageError: one failed; quotes the end of the log.
-    """
+    """Runs a seed's commands one after the other, their output into a log; StageError quotes its end."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:

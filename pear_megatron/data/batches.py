@@ -91,11 +91,7 @@ class PackedBatch:
         return (apart | later)[:, None]
 
     def shard(self, rank: int, ranks: int) -> PackedBatch:
-        """What one of n context-parallel ranks holds: chunks r and 2n-1-r of the 2n of every segment.
-
-        Raises:
-            ValueError: a segment is not divisible by 2n (see ``multiple`` of ``collate``).
-        """
+        """What one of n context-parallel ranks holds: chunks r and 2n-1-r of the 2n of every segment."""
         if ranks == 1:
             return self
         rows, length = self.tokens.shape

@@ -55,9 +55,6 @@ def require_supported(pear: PearConfig, loop: str, *, carries: tuple[str, ...] =
         pear: how the loss is reweighted.
         loop: as its users call it.
         carries: columns that come through from the data to the loss.
-
-    Raises:
-        RecipeError: names the setting, what it lacks and the way out.
     """
     columns = Columns.of(pear)
     reference = "ratio reference" if pear.ratio == "reference" else "dft_policy reference"

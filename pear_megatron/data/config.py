@@ -52,9 +52,6 @@ class DataConfig(StrictModel):
             weights would be those of another trajectory (docs/method.md, Where it goes wrong).
         cache_dir: where the tokenised trajectories are kept; default ``.pear_cache`` beside the first
             file. Every node must see it.
-
-    Raises:
-        pydantic.ValidationError: (a ``ValueError``) on an unknown key or a bad value.
     """
 
     train: list[str] | list[DataSource] = Field(min_length=1)

@@ -16,14 +16,16 @@ class DataError(PearError, ValueError):
     """The input cannot be trained on as it is.
 
     Attributes:
-        problems: up to 20 lines, each ``FILE:LINE: field, value, and the way out``, with the number of rows that have
-            the same problem.
+        problems: one line, or up to 20, each ``FILE:LINE: field, value, and the way out``, with the number of rows
+            that have the same problem.
         total: how many rows, or files, have a problem.
         listed: how many of them the lines speak of.
     """
 
-    def __init__(self, problems: list[str], total: int | None = None, listed: int | None = None) -> None:
-        self.problems = list(problems)
+    def __init__(
+        self, problems: str | list[str], total: int | None = None, listed: int | None = None
+    ) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
         self.listed = len(self.problems) if listed is None else listed
         self.total = self.listed if total is None else total
         lines = [f"{self.total:,} problem{'' if self.total == 1 else 's'} in the data:"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -199,6 +200,16 @@ def _flat_list(value: Any, name: str, types: set[type], wanted: str) -> Any:
     if not set(map(type, value)) <= types:
         i = next(i for i, item in enumerate(value) if type(item) not in types)
         raise RowProblem(f"{name}[{i}] = {short(value[i])}; it must be {wanted}")
+    return value
+
+
+def parsed(value: Any) -> Any:
+    """What JSON says that is kept as text, as a Parquet column has it; any other value as it is."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError:
+            pass
     return value
 
 

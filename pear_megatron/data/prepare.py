@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pear_megatron.data.columns import NO_COLUMNS, Columns
 from pear_megatron.data.config import DataConfig
@@ -37,31 +38,22 @@ def prepare(
     For one process of a job; the others wait for it and pass the folder to ``TrajectoryDataset.open``.
 
     Args:
-        config: the recipe's ``data:`` section.
         require_behavior_logprobs: False for plain SFT (``pear.variant: none``).
         columns: what else of the rows is read.
         vocab_size: true (unpadded) size of the model's vocabulary, to check token ids against.
-        progress: show a progress bar on standard error.
 
     Raises:
         DataError: listing what is wrong with the data, by file and line, up to 20 kinds of problems.
         ImportError: ``config.tokenizer`` is set and transformers is missing.
     """
-    validator = Validator(
-        config,
-        require_behavior_logprobs=require_behavior_logprobs,
-        columns=columns,
-        vocab_size=vocab_size,
-        tokenizer=load_tokenizer(config.tokenizer) if config.tokenizer is not None else None,
-    )
-    place = partial(
-        cache_path,
-        config,
-        require_behavior_logprobs=require_behavior_logprobs,
-        columns=columns,
-        vocab_size=vocab_size,
-        tokenizer_hash=validator.tokenizer_hash,
-    )
+    reading: dict[str, Any] = {
+        "require_behavior_logprobs": require_behavior_logprobs,
+        "columns": columns,
+        "vocab_size": vocab_size,
+    }
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
+    validator = Validator(config, **reading, tokenizer=tokenizer)
+    place = partial(cache_path, config, **reading, tokenizer_hash=validator.tokenizer_hash)
     folder = place()
     if folder.exists():
         try:
@@ -76,13 +68,13 @@ def prepare(
         writer = TrajectoryWriter(folder)
     except OSError as error:
         raise DataError(
-            [f"{folder.parent}: cannot be written to ({error}); set data.cache_dir to a folder that can, and "
-             "that every node sees"]
-        ) from error  # fmt: skip
+            f"{folder.parent}: cannot be written to ({error}); set data.cache_dir to a folder that can, and "
+            "that every node sees"
+        ) from error
     with writer:
         _fill(writer, validator, files, columns, progress)
         if place() != folder:
-            raise DataError(["data.train: a file changed while it was read; start again when it is written"])
+            raise DataError("data.train: a file changed while it was read; start again when it is written")
         writer.commit(
             {
                 "counts": dict(validator.counts),
@@ -103,11 +95,7 @@ def cache_path(
     tokenizer_hash: str | None,
     columns: Columns = NO_COLUMNS,
 ) -> Path:
-    """The folder of the cache: its name changes with the files and with all that shapes the content.
-
-    Raises:
-        DataError: a file is missing.
-    """
+    """The folder of the cache: its name changes with the files and with all that shapes the content."""
     files = _files(config)
     # the time of a change too: one that archives put back is that of the content
     times = [(file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ctime_ns) for file in files]

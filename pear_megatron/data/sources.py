@@ -25,12 +25,7 @@ def prepare_sources(
     columns: Columns = NO_COLUMNS,
     progress: bool = False,
 ) -> list[Path]:
-    """``prepare`` for each source -> their folders; each has a cache of its own.
-
-    Raises:
-        DataError: what is wrong with a source's data; names the source, where there are several.
-        ImportError: see ``prepare``.
-    """
+    """``prepare`` for each source -> their folders; an error names the source, where there are several."""
     folders: list[Path] = []
     for source in sources:
         try:
@@ -59,11 +54,7 @@ def prepare_everywhere(
     vocab_size: int | None,
     columns: Columns = NO_COLUMNS,
 ) -> AnyDataset:
-    """Prepares the sources on rank 0 and opens them on every rank, which all call it; an error there is everyone's.
-
-    Raises:
-        DataError: what is wrong with the data, by file and line; or where they cannot be written.
-    """
+    """Prepares the sources on rank 0 and opens them on every rank, which all call it; an error there is everyone's."""
 
     def work() -> list[Path]:
         try:
@@ -76,13 +67,11 @@ def prepare_everywhere(
                 progress=True,
             )
         except ImportError as error:
-            raise DataError([str(error)]) from error
+            raise DataError(str(error)) from error
         except OSError as error:
             where = config.cache_dir or "beside the data"
             raise DataError(
-                [
-                    f"{where}: the prepared data cannot be written ({error}); set data.cache_dir to another disk"
-                ]
+                f"{where}: the prepared data cannot be written ({error}); set data.cache_dir to another disk"
             ) from error
 
     folders = from_main(work, group=patient_group())
@@ -91,11 +80,7 @@ def prepare_everywhere(
 
 
 def require_files(config: DataConfig) -> None:
-    """Refuses what only this package's trainer reads: sources with names and weights, and held-out data.
-
-    Raises:
-        RecipeError: names the key and the way out.
-    """
+    """RecipeError on what only this package's trainer reads: sources with names and weights, and held-out data."""
     if config.train != config.train_files:
         raise RecipeError(
             "data.train names sources, which only `python -m pear_megatron.train` blends; list their files"
@@ -107,12 +92,7 @@ def require_files(config: DataConfig) -> None:
 
 
 def open_sources(folders: Sequence[Path], sources: Sequence[DataSource]) -> AnyDataset:
-    """The prepared folders as one set of trajectories.
-
-    Raises:
-        DataError: a folder is not a whole cache, two sources hold the same file, or some have a column (see Columns)
-            and others have not.
-    """
+    """The prepared folders as one set of trajectories; DataError where they do not go together."""
     datasets = [TrajectoryDataset.open(folder) for folder in folders]
     if len(datasets) == 1:
         return datasets[0]
@@ -122,7 +102,7 @@ def open_sources(folders: Sequence[Path], sources: Sequence[DataSource]) -> AnyD
             first = owner.setdefault(Path(file).resolve(), source.name)
             if first != source.name:
                 raise DataError(
-                    [f"{file}: in source {first} and in source {source.name}; give it to one of them"]
+                    f"{file}: in source {first} and in source {source.name}; give it to one of them"
                 )
     names = [source.name for source in sources]
     for column in (TOPK_IDS, REFERENCE):
@@ -130,10 +110,8 @@ def open_sources(folders: Sequence[Path], sources: Sequence[DataSource]) -> AnyD
         if any(having) and not all(having):
             has, lacks = names[having.index(True)], names[having.index(False)]
             raise DataError(
-                [
-                    f"{column} is in the rows of source {has} and not in those of source {lacks}; write it for both "
-                    "with `pear-megatron score`, or take it out of both"
-                ]
+                f"{column} is in the rows of source {has} and not in those of source {lacks}; write it for both "
+                "with `pear-megatron score`, or take it out of both"
             )
     return TrajectoryBlend(datasets, names)
 

@@ -88,7 +88,7 @@ class TrajectoryDataset:
             Exception
         ) as error:  # numpy reads a header as Python's literals, and raises what their parser does
             raise DataError(
-                [f"{folder}: not a whole data cache ({error}); delete the folder and prepare it again"]
+                f"{folder}: not a whole data cache ({error}); delete the folder and prepare it again"
             ) from error
         return cls(meta, arrays)
 
@@ -102,13 +102,9 @@ class TrajectoryDataset:
         i = index % n
         arrays = self._arrays
         tokens = slice(*arrays["offsets"][i : i + 2])
-        name = (
-            arrays["id_bytes"][slice(*arrays["id_offsets"][i : i + 2])]
-            .tobytes()
-            .decode("utf-8", "surrogatepass")
-        )
+        name = arrays["id_bytes"][slice(*arrays["id_offsets"][i : i + 2])].tobytes()
         return Trajectory(
-            name,
+            name.decode("utf-8", "surrogatepass"),
             arrays["input_ids"][tokens],
             arrays["loss_mask"][tokens],
             arrays["behavior_logprobs"][tokens],
@@ -127,7 +123,7 @@ class TrajectoryDataset:
         counts = self._arrays["topk_counts"][slice(*self._decisions[i : i + 2])]
         if counts.sum() != entries.stop - entries.start:
             raise DataError(
-                [f"trajectory {i} of the data cache has other {TOPK_IDS} than it should; delete the cache"]
+                f"trajectory {i} of the data cache has other {TOPK_IDS} than it should; delete the cache"
             )
         return TopK(
             counts,
@@ -209,10 +205,7 @@ class TrajectoryWriter:
 
     def append(self, trajectory: Trajectory) -> None:
         """Add one trajectory; all have reference_logprobs or none has, and so with behavior_topk."""
-        streams, name = (
-            self._streams,
-            np.frombuffer(trajectory.id.encode("utf-8", "surrogatepass"), dtype=np.uint8),
-        )
+        streams = self._streams
         streams["input_ids"].append(trajectory.input_ids)
         streams["loss_mask"].append(trajectory.loss_mask)
         streams["behavior_logprobs"].append(trajectory.behavior_logprobs)
@@ -221,7 +214,8 @@ class TrajectoryWriter:
         streams["num_decisions"].append([trajectory.loss_mask.sum()])
         self._append_token_weights(trajectory)
         self._append_columns(trajectory)
-        streams["id_bytes"].append(name)
+        name = trajectory.id.encode("utf-8", "surrogatepass")
+        streams["id_bytes"].append(np.frombuffer(name, dtype=np.uint8))
         streams["id_offsets"].append([streams["id_bytes"].length])
 
     def _append_token_weights(self, trajectory: Trajectory) -> None:

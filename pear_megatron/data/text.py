@@ -14,7 +14,7 @@ from pear_megatron.data.chat import ChatEncoder, Conversation
 from pear_megatron.data.chat.messages import with_system
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import DataError, RowProblem
-from pear_megatron.data.fields import FUNCTIONS, get_flag, get_system, get_text, short
+from pear_megatron.data.fields import FUNCTIONS, get_flag, get_system, get_text, parsed, short
 from pear_megatron.data.tokenizer import read_chat_template, tokenizer_hash
 
 # Said by this package's own counts, in more detail.
@@ -46,9 +46,6 @@ class TextReader:
     Attributes:
         tokenizer_hash: of tokenizer, chat template and its arguments; None without a tokenizer.
         encoder: with the template, arguments and ``multi_turn`` of ``config``; None without a tokenizer.
-
-    Raises:
-        DataError: the chat template cannot be read, or there is no tokenizer that it could belong to.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Any) -> None:
@@ -65,9 +62,7 @@ class TextReader:
         for name in ("chat_template", "chat_template_kwargs"):
             if getattr(config, name):
                 raise DataError(
-                    [
-                        f"data.{name} is set and data.tokenizer is not: nothing would read it; name the tokenizer"
-                    ]
+                    f"data.{name} is set and data.tokenizer is not: nothing would read it; name the tokenizer"
                 )
 
     @property
@@ -90,11 +85,7 @@ class TextReader:
         return {note: count for note, count in found if note not in _COUNTED}
 
     def encode(self, conversation: Conversation, field: str) -> list[Tokenized]:
-        """The row's trajectories, one unless its turns are split.
-
-        Raises:
-            RowProblem: no tokenizer, or a conversation that cannot become the tokens that were sampled.
-        """
+        """The row's trajectories, one unless its turns are split."""
         if self.encoder is None:
             raise RowProblem(
                 f"{field} is text and data.tokenizer is not set; set it to the model's Hugging Face name "
@@ -109,11 +100,7 @@ class TextReader:
             ) from problem
 
     def whole(self, conversation: Conversation, parts: list[Tokenized], name: str) -> Tokenized:
-        """The one row of tokens that begins with each of the ``parts``: what a list of numbers is aligned with.
-
-        Raises:
-            RowProblem: there is no such row, so that nobody knows which of the numbers in ``name`` are whose.
-        """
+        """The row of tokens that begins with each of the ``parts``, to align ``name`` with, or RowProblem."""
         way_out = (
             f"{name} is one list, and the conversation becomes {len(parts)} trajectories (data.multi_turn), whose "
             "contexts no single row of tokens holds: which number belongs to which token is unknown. Take the field "
@@ -194,12 +181,7 @@ def tools_of(fields: Mapping[str, Any]) -> Any:
         return tools
     if tools:
         raise RowProblem("tools and functions are both there; keep one")
-    found = functions
-    if isinstance(functions, str):
-        try:
-            found = json.loads(functions)
-        except ValueError:
-            found = None
+    found = parsed(functions)
     if not isinstance(found, list) or not all(
         isinstance(one, dict) and isinstance(one.get("name"), str) and "function" not in one for one in found
     ):
@@ -212,10 +194,7 @@ def tools_of(fields: Mapping[str, Any]) -> Any:
 def _is_messages_as_text(text: str) -> bool:
     if not (text.lstrip().startswith("[") and '"role"' in text):
         return False
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return False
+    found = parsed(text)
     return isinstance(found, list) and all(isinstance(one, dict) and "role" in one for one in found)
 
 

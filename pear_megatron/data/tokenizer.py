@@ -34,24 +34,24 @@ def load_tokenizer(name_or_path: str) -> Any:
         gguf = sorted(path.glob("*.gguf"))
         if len(gguf) != 1:
             raise DataError(
-                [f"data.tokenizer = {name_or_path!r}: the folder has no tokenizer.json and {len(gguf)} .gguf "
-                 "files; name a folder with a tokenizer, or with a single .gguf file"]
-            )  # fmt: skip
+                f"data.tokenizer = {name_or_path!r}: the folder has no tokenizer.json and {len(gguf)} .gguf "
+                "files; name a folder with a tokenizer, or with a single .gguf file"
+            )
         options["gguf_file"] = gguf[0].name
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path) if path.exists() else name_or_path, **options)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise DataError(
-            [f"data.tokenizer = {name_or_path!r} was not found: it is no local folder with a tokenizer, and "
-             f"the Hugging Face hub did not give it ({first_line}); without network (HF_HUB_OFFLINE=1) name "
-             "a local folder, or download it first: hf download NAME"]
-        ) from error  # fmt: skip
+            f"data.tokenizer = {name_or_path!r} was not found: it is no local folder with a tokenizer, and "
+            f"the Hugging Face hub did not give it ({first_line}); without network (HF_HUB_OFFLINE=1) name "
+            "a local folder, or download it first: hf download NAME"
+        ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
-            [f"data.tokenizer = {name_or_path!r} has no fast (Rust) tokenizer; convert it: "
-             "AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(FOLDER)"]
-        )  # fmt: skip
+            f"data.tokenizer = {name_or_path!r} has no fast (Rust) tokenizer; convert it: "
+            "AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(FOLDER)"
+        )
     return tokenizer
 
 
@@ -63,19 +63,15 @@ def read_chat_template(path: str | None) -> str | None:
         template = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            [
-                f"data.chat_template = {path!r} cannot be read ({error}); name a text file with a Jinja template"
-            ]
+            f"data.chat_template = {path!r} cannot be read ({error}); name a text file with a Jinja template"
         ) from error
     if not template.strip():
-        raise DataError([f"data.chat_template = {path!r} is empty; name a text file with a Jinja template"])
+        raise DataError(f"data.chat_template = {path!r} is empty; name a text file with a Jinja template")
     return template
 
 
 def tokenizer_hash(
-    tokenizer: Any,
-    chat_template: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tokenizer: Any, chat_template: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> str:
     """Sixteen hex characters that differ when text would become other token ids.
 

@@ -56,9 +56,6 @@ class Validator:
             ``split_whole_tokens``, what one rendering of each would be.
         tokenizer_hash: of the tokenizer and chat template, or else the one that the rows carry, or None.
         encoder: what tokenises text rows; None without a tokenizer.
-
-    Raises:
-        DataError: the chat template cannot be read.
     """
 
     def __init__(
@@ -76,9 +73,8 @@ class Validator:
         self._text = TextReader(config, tokenizer)
         self._vocab_size = len(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size
         self._first_use: dict[str, str] = {}
-        self._first_row: dict[
-            str, tuple[bool, str]
-        ] = {}  # of a column: whether the first row has it, and its place
+        # Of a column: whether the first row has it, and its place.
+        self._first_row: dict[str, tuple[bool, str]] = {}
         self.tokenizer_hash = self._text.tokenizer_hash
         self.encoder = self._text.encoder
         self._notes: Counter[str] = Counter()
@@ -315,11 +311,7 @@ _Numbers = tuple[np.ndarray, TopK | None, np.ndarray | None]
 
 
 def _part(
-    mask: np.ndarray,
-    whole: np.ndarray,
-    behavior: np.ndarray,
-    topk: TopK | None,
-    reference: np.ndarray | None,
+    mask: np.ndarray, whole: np.ndarray, behavior: np.ndarray, topk: TopK | None, reference: np.ndarray | None
 ) -> _Numbers:
     """The numbers of a whole conversation on the decisions of a part that it begins with.
 

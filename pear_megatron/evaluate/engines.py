@@ -13,19 +13,7 @@ ENGINES = ("transformers", "vllm")
 def load_engine(
     name: str, model: Path, end_ids: list[int], sampling: Sampling, dtype: str, batch_size: int
 ) -> Engine:
-    """Loads a checkpoint.
-
-    Args:
-        name: ``transformers`` or ``vllm``.
-        model: a Hugging Face folder.
-        end_ids: token ids that end a response.
-        sampling: how to draw.
-        dtype: ``bf16`` or ``fp32``.
-        batch_size: prompts at once.
-
-    Raises:
-        EvalError: the library is missing, or the model cannot be loaded.
-    """
+    """Loads a Hugging Face folder; ``end_ids`` end a response, ``batch_size`` prompts are answered at once."""
     if name == "transformers":
         from pear_megatron.evaluate.transformers_engine import TransformersEngine
 

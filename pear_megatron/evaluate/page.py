@@ -14,8 +14,7 @@ from pear_megatron.evaluate.results import Results
 from pear_megatron.evaluate.statistics import Estimate
 from pear_megatron.evaluate.verdicts import about_one, about_two
 from pear_megatron.pages.figures import to_svg
-from pear_megatron.pages.render import render
-from pear_megatron.pages.section import Section
+from pear_megatron.pages.page import Section, render
 
 _SHOWN_CHARACTERS = 1500
 _MOVED = 8  # problems

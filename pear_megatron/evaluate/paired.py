@@ -26,11 +26,7 @@ class Comparison:
 
 
 def read_arm(paths: str) -> list[Results]:
-    """The results that comma-separated paths and globs name, one a run, in order (globs sorted).
-
-    Raises:
-        EvalError: there are none.
-    """
+    """The results that comma-separated paths and globs name, one a run, in order (globs sorted)."""
     found: list[str] = []
     for part in paths.split(","):
         pattern = part.strip()
@@ -44,9 +40,6 @@ def compare(first: list[Results], second: list[Results]) -> dict[str, Comparison
     """Every measure that both arms can be asked for.
 
     Run r of the first arm is paired with run r of the second (the same RL seed, say).
-
-    Raises:
-        EvalError: the runs are not of the same problems and settings, or there are more of one arm.
     """
     if len(first) != len(second):
         raise EvalError(
@@ -70,9 +63,7 @@ def compare(first: list[Results], second: list[Results]) -> dict[str, Comparison
 
 
 def _compare(first: list[Results], second: list[Results], measure: str) -> Comparison:
-    values = [
-        np.stack([results.values(measure) for results in arm]) for arm in (first, second)
-    ]  # [R, P] each
+    values = [np.stack([r.values(measure) for r in arm]) for arm in (first, second)]  # [R, P] each
     bounds = [results.bounds(measure) for results in (*first, *second)]
     low, high = min(b[0] for b in bounds), max(b[1] for b in bounds)
     return Comparison(

@@ -87,11 +87,7 @@ class Results:
 
 
 def read_results(path: str | Path) -> Results:
-    """The results in a folder or a results.json.
-
-    Raises:
-        EvalError: there are none, or the file is none of ours.
-    """
+    """The results in a folder or a results.json; EvalError where there are none."""
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -39,13 +39,9 @@ def evaluate(
 
     Args:
         model: a Hugging Face folder.
-        problems: what to ask.
-        output: the evaluation's folder.
-        ks: of pass@k.
         right_at: the score from which a response is right.
         batch_size: prompts at once.
-        settings: of EvalSettings: num_samples, max_new_tokens, temperature, top_p, seed, engine, dtype,
-            chat_template_kwargs.
+        settings: of EvalSettings, but for its digests.
 
     Raises:
         EvalError: the model cannot be used, a setting is wrong, or the folder holds another evaluation.

@@ -92,9 +92,8 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(
-        path.read_bytes().split(b"\n")[:-1], 1
-    ):  # a killed run's last line has no end
+    lines = path.read_bytes().split(b"\n")[:-1]  # a killed run's last line has no end
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             whole = isinstance(row, dict) and row.keys() >= _KEYS

@@ -61,11 +61,7 @@ class EvalSettings(StrictModel):
 
 
 def check_folder(output: Path, settings: EvalSettings) -> bool:
-    """Whether responses that the folder holds must be graded again; makes the folder if there is none.
-
-    Raises:
-        EvalError: it holds an evaluation with other settings; names them.
-    """
+    """Whether responses in the folder must be graded again; EvalError if they are of other settings."""
     output.mkdir(parents=True, exist_ok=True)
     path, samples = output / _FILE, output / FILE
     if not path.exists() or not samples.exists() or not samples.stat().st_size:

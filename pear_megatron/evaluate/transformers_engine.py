@@ -84,9 +84,8 @@ class _DrawWithOwnSeed(LogitsProcessor):
         self._prompt_length, self._temperature = prompt_length, sampling.temperature
         self._top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1.0 else None
         count = sampling.max_new_tokens
-        self._uniform = torch.from_numpy(
-            np.stack([np.random.default_rng(seed).random(count) for seed in seeds])
-        )  # float64 [B, new]
+        uniform = [np.random.default_rng(seed).random(count) for seed in seeds]
+        self._uniform = torch.from_numpy(np.stack(uniform))  # float64 [B, new]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # [B, S], [B, V] -> [B, V]
         if self._temperature == 0.0:

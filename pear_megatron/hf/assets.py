@@ -46,11 +46,7 @@ _TOKENIZER_FILES = (
 
 
 def find_root(path: str | Path) -> Path:
-    """The folder with model.yaml that a run, its checkpoints, one of them, or a converted checkpoint has.
-
-    Raises:
-        RecipeError: there is none at ``path`` or up to two folders above.
-    """
+    """The folder with model.yaml that a run, one of its checkpoints or a converted checkpoint has, or RecipeError."""
     path = Path(path).absolute()
     for root in (path, path.parent, path.parent.parent):
         if (root / MODEL_FILE).is_file():
@@ -108,9 +104,6 @@ def write_model_files(
         source: folder that the small files come from: a Hugging Face checkpoint or another root's hf/.
         tokenizer: name or folder of the tokenizer, where it is not the source's own.
         chat_template: its text, where it is not the tokenizer's own.
-
-    Raises:
-        DataError: the tokenizer cannot be loaded. OSError: a file cannot be read or written.
     """
     root.mkdir(parents=True, exist_ok=True)
     partial, final = root / f".{ASSETS}.partial", root / ASSETS
@@ -185,11 +178,7 @@ class LoraBase:
 
 
 def read_lora_file(root: Path) -> LoraBase | None:
-    """What lora.yaml says; None where the checkpoints hold whole models.
-
-    Raises:
-        RecipeError: it cannot be read.
-    """
+    """What lora.yaml says; None where the checkpoints hold whole models."""
     path = root / LORA_FILE
     if not path.is_file():
         return None
@@ -203,11 +192,7 @@ def read_lora_file(root: Path) -> LoraBase | None:
 
 
 def write_lora_file(root: Path, frozen: LoraBase) -> None:
-    """Writes lora.yaml, or checks that the one that is there names the same weights.
-
-    Raises:
-        RecipeError: the frozen weights are others than when the run began.
-    """
+    """Writes lora.yaml; RecipeError if the one that is there names other weights."""
     before = read_lora_file(root)
     if before is not None and before.digest != frozen.digest:
         raise RecipeError(

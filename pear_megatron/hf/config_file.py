@@ -18,12 +18,8 @@ def config_json(model: ModelConfig, precision: str, assets: Path) -> dict[str, A
     """config.json for a model, readable by transformers 4 and 5.
 
     Args:
-        model: what the weights belong to.
         precision: of the weights, ``bf16`` or ``fp32``.
         assets: the checkpoint's hf/; the config.json there is taken over, with what changed.
-
-    Raises:
-        RecipeError: no architecture of transformers that is mapped here fits the model; names the keys.
     """
     if (assets / "config.json").is_file():
         config = read_config(assets)
@@ -142,7 +138,7 @@ def name_end_of_turn(folder: Path) -> None:
     """
     if not (folder / "tokenizer.json").is_file():
         return
-    from pear_megatron.data.chat.end_of_turn import end_of_turn
+    from pear_megatron.data.chat.ends import end_of_turn
     from pear_megatron.data.errors import RowProblem
     from pear_megatron.data.tokenizer import load_tokenizer
 

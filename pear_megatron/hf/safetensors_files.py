@@ -33,11 +33,7 @@ class TensorSize:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size like 5GB, 500MB or 2GiB.
-
-    Raises:
-        RecipeError: it is no such size.
-    """
+    """Bytes of a size like 5GB, 500MB or 2GiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size < 1:
@@ -75,16 +71,7 @@ def index_of(files: dict[str, list[TensorSize]]) -> dict[str, object]:
 
 
 def write_file(path: Path, sizes: Sequence[TensorSize], tensors: Iterable[Tensor]) -> None:
-    """Writes one safetensors file.
-
-    Args:
-        path: the file; replaced if it is there.
-        sizes: what is in it, in order.
-        tensors: the tensors in the same order, taken one at a time; cast to the type announced.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Writes one safetensors file; tensors are taken one at a time and cast to the type announced."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for size in sizes:

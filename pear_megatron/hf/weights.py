@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from pear_megatron.errors import CheckpointError
-from pear_megatron.hf.mapping import (
-    parameters,
-)
+from pear_megatron.hf.mapping import parameters
 from pear_megatron.recipe import ModelConfig
 from pear_megatron.storage import is_name
 

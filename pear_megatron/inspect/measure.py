@@ -113,9 +113,7 @@ class Weights:
 
 
 def make_pack(
-    trajectories: Sequence[Trajectory],
-    policy_logprobs: Sequence[np.ndarray] | None,
-    ratio: str = "behavior",
+    trajectories: Sequence[Trajectory], policy_logprobs: Sequence[np.ndarray] | None, ratio: str = "behavior"
 ) -> Pack:
     """Collates trajectories and the policy's log-probs alike.
 

@@ -11,7 +11,7 @@ from pear_megatron.inspect.alternatives import Alternative
 from pear_megatron.inspect.reading import read
 from pear_megatron.inspect.report import Ratios, Report
 from pear_megatron.pages.figures import to_svg
-from pear_megatron.pages.render import render
+from pear_megatron.pages.page import render
 
 # Training's statistics in the order they are read, and what they are.
 _STATISTICS = {

@@ -22,7 +22,7 @@ from pear_megatron.inspect.verdicts import (
     all_is_well,
     is_on_policy,
 )
-from pear_megatron.pages.verdict import Verdict, in_order
+from pear_megatron.pages.page import Verdict, in_order
 
 _QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
@@ -111,16 +111,13 @@ def make_report(
     """Measures and judges a sample.
 
     Args:
-        sample: the trajectories.
         policy_logprobs: a float32 [n] each, aligned with ``input_ids``; None = no policy is known.
-        config: the recipe's ``pear:`` section.
         policy: what the log-probs came from, in words.
-        tokenizer: gives text, if there is one.
-        special_ids: of the tokenizer, if there is one.
+        tokenizer, special_ids: give text, if there is one, and say where a response ends.
     """
     pack = make_pack(sample.trajectories, policy_logprobs, config.ratio)
     has_behavior = bool(pack.lb.any())  # without the field they are all 0
-    verdicts = about_data(sample, _ends(sample, special_ids))
+    verdicts = list(about_data(sample, _ends(sample, special_ids)))
     ratios = None
     has_reference = pack.reference_logprobs is not None or not config.needs_reference
     if policy_logprobs is None or not has_behavior or not has_reference:
@@ -128,7 +125,7 @@ def make_report(
     else:
         weights = weigh(pack, config)
         ratios = Ratios(weights, pack.alignment(), alternatives(pack, config), pick(pack, weights))
-        found = about_policies(pack, ratios.alignment, config)
+        found = list(about_policies(pack, ratios.alignment, config))
         if not ratios.alignment.shift:
             on_policy = is_on_policy(pack, config)
             found += about_weights(weights, ratios.alternatives, on_policy=on_policy)

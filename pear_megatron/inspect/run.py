@@ -24,23 +24,15 @@ _STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold", "good"
 
 
 def run(
-    settings: Settings,
-    *,
-    model: str | None,
-    scored: bool,
-    output: Path,
-    max_trajectories: int,
-    seed: int,
+    settings: Settings, *, model: str | None, scored: bool, output: Path, max_trajectories: int, seed: int
 ) -> Report:
     """Looks at the data, writes the page and its JSON, and prints the short form.
 
     Args:
-        settings: data and weights.
         model: the policy that training starts from, or None.
         scored: take the policy's log-probs from the data.
         output: the page; the JSON goes beside it.
-        max_trajectories: of more, as many are drawn.
-        seed: of the draw.
+        max_trajectories: of more, as many are drawn, with ``seed``.
 
     Raises:
         DataError: training would refuse the data. For misaligned log-probs, after the page is written.
@@ -74,7 +66,7 @@ def run(
     print(f"page: {output}")
     if report.ratios is not None and report.ratios.alignment.shift:
         first = ", ".join(trajectory.id for trajectory in sample.trajectories[:3])
-        raise DataError([f"{sample.files[0]} ({first}, ...): {report.ratios.alignment.refusal()}"])
+        raise DataError(f"{sample.files[0]} ({first}, ...): {report.ratios.alignment.refusal()}")
     return report
 
 
@@ -84,7 +76,7 @@ def _write(report: Report, output: Path) -> None:
         write_atomically(output, page(report))
         write_atomically(output.with_suffix(".json"), json.dumps(report.as_json(), indent=1, default=_plain))
     except OSError as error:
-        raise DataError([f"--output {output} cannot be written: {error}"]) from error
+        raise DataError(f"--output {output} cannot be written: {error}") from error
 
 
 def _plain(value: Any) -> Any:

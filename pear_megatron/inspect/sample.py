@@ -55,11 +55,7 @@ def draw(
     seed: int,
     progress: bool,
 ) -> Sample:
-    """Checks the data as training does and draws trajectories from them, each equally likely, whatever its source.
-
-    Raises:
-        DataError: what training would refuse, file and line.
-    """
+    """Checks the data as training does and draws trajectories, each equally likely, whatever its source."""
     with tempfile.TemporaryDirectory(prefix="pear-inspect-") as folder:
         prepared = prepare_sources(
             config.model_copy(update={"cache_dir": folder}),
@@ -93,15 +89,11 @@ def _in_memory(trajectory: Trajectory) -> Trajectory:
 
 
 def read_policy_logprobs(sample: Sample) -> list[np.ndarray]:
-    """The column ``policy_logprobs`` of the sample's rows, a float32 [n] each, aligned with ``input_ids``.
-
-    Raises:
-        DataError: a row has none, or a decision's is null, not finite or positive.
-    """
+    """The column ``policy_logprobs`` of the sample's rows, a float32 [n] each, aligned with ``input_ids``."""
     place = {trajectory.id: i for i, trajectory in enumerate(sample.trajectories)}
     if len(place) < len(sample.trajectories):
         raise DataError(
-            [f"two sources have rows of the same id: {_FIELD} cannot be told apart; make ids unique"]
+            f"two sources have rows of the same id: {_FIELD} cannot be told apart; make ids unique"
         )
     found: dict[int, np.ndarray] = {}
     problems = Problems()
@@ -135,16 +127,7 @@ def _policy_logprobs(fields: dict[str, Any], mask: np.ndarray) -> np.ndarray:
 
 
 def score(model: str, trajectories: Sequence[Trajectory], *, dtype: str | None) -> list[np.ndarray]:
-    """The log-probs that a model gives the trajectories' decisions, a float32 [n] each; shows its progress.
-
-    Args:
-        model: a Hugging Face folder, a run or a Megatron-Core checkpoint.
-        trajectories: what to score.
-        dtype: ``bf16`` or ``fp32``; None leaves it to the scorer.
-
-    Raises:
-        PearError: the model cannot be loaded, or gives no finite log-probs.
-    """
+    """The log-probs that a model gives the trajectories' decisions, a float32 [n] each; shows its progress."""
     from pear_megatron.progress import token_progress
     from pear_megatron.score.backends import load_scorer
     from pear_megatron.score.ranks import Ranks
@@ -155,6 +138,6 @@ def score(model: str, trajectories: Sequence[Trajectory], *, dtype: str | None) 
         scorer = load_scorer(model, dtype=dtype)
         for start in range(0, len(trajectories), _SCORED_AT_A_TIME):
             part = trajectories[start : start + _SCORED_AT_A_TIME]
-            scored += scorer(part)
+            scored += scorer(part)[0]
             advance(sum(len(t.input_ids) for t in part))
     return scored

@@ -46,14 +46,9 @@ def read_settings(
     Args:
         files: of trajectories; none = the recipe's.
         overrides: ``key=value``; without a recipe of ``pear:`` alone.
-        recipe: a YAML file.
         model: the policy; its tokenizer serves where nothing else names one.
-        tokenizer: name or folder.
         seq_length: ``data.seq_length`` without a recipe.
         text: other keys of ``data:`` that the command line gives: chat_template, ...
-
-    Raises:
-        PearError: bad keys or values, no files, or no such model.
     """
     facts = None
     if model is not None:

@@ -67,11 +67,7 @@ class Plan:
         return self.length.steps * self.step_seconds / 3600
 
     def check(self) -> None:
-        """Refuses a recipe that does not fit.
-
-        Raises:
-            RecipeError: names the stage, what it needs item by item, and what would fit.
-        """
+        """RecipeError if the recipe does not fit: what a rank needs, item by item, and what would fit."""
         if self.memory is None or self.fits:
             return
         stage, count = self.fullest, len(self.stages)

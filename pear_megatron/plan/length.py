@@ -40,12 +40,7 @@ def data_is_there(files: Iterable[str]) -> bool:
 
 
 def length_from_data(recipe: Recipe, *, progress: bool = False) -> RunLength:
-    """Counts the data as training will: prepares them into training's own cache, or finds them there.
-
-    Raises:
-        DataError: what is wrong with the data, file and line.
-        ImportError: the data are text and transformers is missing.
-    """
+    """Counts the data as training will: prepares them into training's own cache, or finds them there."""
     from pear_megatron.data import open_sources, plan_batches, prepare_sources
     from pear_megatron.data.columns import Columns, needs_behavior_logprobs
 

@@ -25,9 +25,8 @@ _CONTEXT = 3 * GIB  # CUDA's and NCCL's own memory, workspaces of cuBLAS and Tra
 _FRAGMENTATION = 0.08  # of what comes and goes in every step
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 _HOST_BYTES = 16  # of an offloaded parameter, all in float32: weight, gradient and two moments
-_USERBUFFERS = (
-    12  # GEMMs of a layer that Transformer Engine gives a buffer of hidden states, with tp_comm_overlap
-)
+# GEMMs of a layer that Transformer Engine gives a buffer of hidden states, with tp_comm_overlap.
+_USERBUFFERS = 12
 _FP8_BYTES = 2  # of a layer's matrix: itself and its transpose, cast once a step
 
 

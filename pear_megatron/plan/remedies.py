@@ -60,22 +60,16 @@ def fits(recipe: Recipe) -> int | None:
 
 
 def layout(recipe: Recipe) -> int:
-    """The data-parallel size on the recipe's own cluster.
-
-    Raises:
-        RecipeError: its sizes do not fit together, or do not fit the cluster.
-    """
-    parallel, cluster = recipe.parallel, recipe.cluster
-    world = cluster.num_nodes * cluster.gpus_per_node
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    cp = parallel.context_parallel_size
-    if world % (tp * pp * cp):
-        raise RecipeError(
-            f"parallel.tensor_model_parallel_size {tp} x parallel.pipeline_model_parallel_size {pp} x "
-            f"parallel.context_parallel_size {cp} = {tp * pp * cp} does not divide the {world} GPU(s) of "
-            f"{cluster.num_nodes} node(s) of {cluster.gpus_per_node}"
-        )
-    return check_layout(recipe.model, recipe.parallel, recipe.train, world, seq_length=recipe.data.seq_length)
+    """The data-parallel size on the recipe's own cluster; RecipeError where its sizes do not fit."""
+    cluster = recipe.cluster
+    return check_layout(
+        recipe.model,
+        recipe.parallel,
+        recipe.train,
+        cluster.num_nodes * cluster.gpus_per_node,
+        seq_length=recipe.data.seq_length,
+        ranks=f"GPU(s) of {cluster.num_nodes} node(s) of {cluster.gpus_per_node}",
+    )
 
 
 def remedies(recipe: Recipe) -> list[Remedy]:

@@ -25,11 +25,7 @@ class GraderError(PearError, RuntimeError):
 
 
 def load_grader(path: str | Path) -> Grade:
-    """The function ``grade`` of a Python file. Modules beside the file can be imported at its top.
-
-    Raises:
-        GraderError: there is no such file, it cannot be imported (names the line), or has no ``grade``.
-    """
+    """The function ``grade`` of a Python file. Modules beside the file can be imported at its top."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise GraderError(f"no grader at {path}; write a Python file with `{_SIGNATURE}` and name it")
@@ -63,17 +59,7 @@ def load_grader(path: str | Path) -> Grade:
 
 
 def checked_score(score: Callable[[], Any], source: str | Path, problem: str, response: str) -> float:
-    """What ``score`` returns, as a finite float (True is 1).
-
-    Args:
-        score: grades the response.
-        source: the grader's file, or what stands for it, for the message.
-        problem: the problem's id and place, for the message.
-        response: for the message.
-
-    Raises:
-        GraderError: the grader raised, or returned no finite number.
-    """
+    """What ``score`` returns, as a finite float (True is 1); the rest is for GraderError's message."""
     try:
         value = score()
     except (Exception, SystemExit) as error:

@@ -17,18 +17,13 @@ _ROLES = ("system", "user", "assistant")
 
 
 def read_problems(config: ProblemsConfig) -> list[Problem]:
-    """The problems of ``config.jsonl``: all in the file's order, or ``config.size`` drawn with its seed.
-
-    Raises:
-        DataError: there is no such file, or rows are wrong; each with its line.
-        GraderError: the grader cannot be loaded.
-    """
+    """The problems of ``config.jsonl``: all in the file's order, or ``config.size`` drawn with its seed."""
     assert config.jsonl
     assert config.grader
     grade = load_grader(config.grader)
     path = Path(config.jsonl).expanduser()
     if not path.is_file() or not path.stat().st_size:
-        raise DataError([f"{path}: no such file, or it is empty; write one problem a line"])
+        raise DataError(f"{path}: no such file, or it is empty; write one problem a line")
     problems: list[Problem] = []
     wrong = Problems()
     seen: dict[str, str] = {}
@@ -46,7 +41,7 @@ def read_problems(config: ProblemsConfig) -> list[Problem]:
     if config.size is None:
         return problems
     if config.size > len(problems):
-        raise DataError([f"{path}: has {len(problems)} problems, and size asks for {config.size}; lower it"])
+        raise DataError(f"{path}: has {len(problems)} problems, and size asks for {config.size}; lower it")
     chosen = sorted(random.Random(config.seed).sample(range(len(problems)), config.size))
     return [problems[i] for i in chosen]
 

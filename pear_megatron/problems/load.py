@@ -16,9 +16,6 @@ def read_problems_config(path: str, grader: str | None = None) -> ProblemsConfig
         path: .jsonl with problems; or .yaml with the keys of ProblemsConfig, or with an RL recipe, of which
             it is ``data.validation``.
         grader: the Python file that grades a .jsonl; None = the one of the same name beside it.
-
-    Raises:
-        RecipeError: the file cannot be used.
     """
     file = Path(path).expanduser()
     if file.suffix in (".yaml", ".yml"):
@@ -41,13 +38,7 @@ def read_problems_config(path: str, grader: str | None = None) -> ProblemsConfig
 
 
 def load_problems(config: ProblemsConfig) -> ProblemSet:
-    """The problems of a set, the same every time.
-
-    Raises:
-        DataError: the file or a row of it is wrong (each with its line), or reasoning-gym refuses an option.
-        GraderError: the grader cannot be loaded.
-        ImportError: reasoning-gym is missing.
-    """
+    """The problems of a set, the same every time."""
     if config.grader:
         from pear_megatron.problems.jsonl import read_problems
 

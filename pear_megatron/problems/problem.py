@@ -92,11 +92,7 @@ class Problem:
     score: Callable[[str], Any] = field(repr=False)
 
     def grade(self, response: str) -> float:
-        """The grader's score of a response.
-
-        Raises:
-            GraderError: the grader raised, or returned no finite number.
-        """
+        """The grader's score of a response."""
         return checked_score(lambda: self.score(response), self.grader, f"{self.id} ({self.where})", response)
 
 

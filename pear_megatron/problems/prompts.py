@@ -5,27 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pear_megatron.data.chat.end_of_turn import end_of_turn
+from pear_megatron.data.chat.ends import end_of_turn
 from pear_megatron.data.errors import DataError, Problems, RowProblem
 from pear_megatron.errors import EvalError
 from pear_megatron.problems.problem import Messages, Problem
 
 
 def as_tokenizer_takes_it(tokenizer: Any, problem: Problem) -> str | Messages:
-    """Messages where the tokenizer has a chat template, else the string.
-
-    Raises:
-        DataError: the problem has messages and the tokenizer has no chat template.
-    """
+    """Messages where the tokenizer has a chat template, else the string; DataError if that is not one."""
     prompt = problem.prompt
     if tokenizer.chat_template:
         return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if isinstance(prompt, str):
         return prompt
     raise DataError(
-        [f"{problem.where}: the prompt of {problem.id} is messages, and the model's tokenizer has no chat "
-         'template; give a string (with reasoning_gym: system_prompt: "")']
-    )  # fmt: skip
+        f"{problem.where}: the prompt of {problem.id} is messages, and the model's tokenizer has no chat "
+        'template; give a string (with reasoning_gym: system_prompt: "")'
+    )
 
 
 def encode_prompts(
@@ -38,11 +34,8 @@ def encode_prompts(
     """Token ids of each problem's prompt, up to where the response begins.
 
     Args:
-        tokenizer: of the model.
-        problems: what to encode.
         max_new_tokens: room that must be left for the response.
         limit: tokens that a prompt and its response may have; None = any number.
-        chat_template_kwargs: arguments of the chat template.
 
     Raises:
         DataError: the chat template refuses a prompt, or prompts are too long; each with its place.
@@ -87,11 +80,7 @@ def encode_prompts(
 
 
 def end_tokens(tokenizer: Any, generation_config: Any) -> list[int]:
-    """Ids that end a response: the tokenizer's EOS, the chat template's end of turn, generation_config.json's.
-
-    Raises:
-        EvalError: there are none.
-    """
+    """Ids that end a response: the tokenizer's EOS, the chat template's end of turn, generation_config.json's."""
     try:
         by_template = end_of_turn(tokenizer)
     except RowProblem:  # a template for other rows than plain questions

@@ -16,12 +16,7 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def make_problems(config: ProblemsConfig) -> list[Problem]:
-    """The problems of ``config.reasoning_gym``, its data sets taking turns.
-
-    Raises:
-        ImportError: reasoning-gym is missing.
-        DataError: it has no such data set, or refuses an option.
-    """
+    """The problems of ``config.reasoning_gym``, its data sets taking turns."""
     try:
         from reasoning_gym.utils import SYSTEM_PROMPTS
     except ImportError as error:
@@ -61,13 +56,13 @@ def _data_set(name: str, size: int, seed: int, options: dict[str, Any]) -> Any:
     from reasoning_gym.factory import DATASETS
 
     if name not in DATASETS:
-        raise DataError([f"reasoning_gym: no data set {short(name)}; it has {', '.join(sorted(DATASETS))}"])
+        raise DataError(f"reasoning_gym: no data set {short(name)}; it has {', '.join(sorted(DATASETS))}")
     # reasoning-gym makes entry i from seed + i: its sets of seeds 0 and 1 would share all but one entry.
     own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:4])
     try:
         return reasoning_gym.create_dataset(name, size=size, seed=own_seed, **options)
     except (TypeError, ValueError, AssertionError) as error:
-        raise DataError([f"reasoning_gym.{name}: it refuses the options {options}: {error}"]) from error
+        raise DataError(f"reasoning_gym.{name}: it refuses the options {options}: {error}") from error
 
 
 def last_number(text: str) -> str | None:

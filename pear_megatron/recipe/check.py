@@ -21,13 +21,13 @@ def check_layout(
     world_size: int,
     *,
     seq_length: int | None = None,
+    ranks: str = "process(es) that torchrun started; change them or --nproc-per-node",
 ) -> int:
     """The data-parallel size of a run, if Megatron-Core can be started with these sizes.
 
     Args:
-        model, parallel, train: sections of the recipe.
-        world_size: processes.
         seq_length: ``data.seq_length``; None = not checked.
+        ranks: what there are ``world_size`` of, for messages.
 
     Raises:
         RecipeError: sizes that do not fit together; names the keys and what to change.
@@ -37,8 +37,7 @@ def check_layout(
     if world_size % (tp * pp * cp):
         raise RecipeError(
             f"parallel.tensor_model_parallel_size {tp} x parallel.pipeline_model_parallel_size {pp} x "
-            f"parallel.context_parallel_size {cp} = {tp * pp * cp} does not divide the {world_size} process(es) "
-            "that torchrun started; change them or --nproc-per-node"
+            f"parallel.context_parallel_size {cp} = {tp * pp * cp} does not divide the {world_size} {ranks}"
         )
     dp = world_size // (tp * pp * cp)
     if train.global_batch_size % (train.micro_batch_size * dp):

@@ -37,9 +37,7 @@ FAMILIES = (
     Family(
         "MixtralForCausalLM", "mixtral", experts="mixtral", default_norm_epsilon=1e-5, default_rope_theta=1e6
     ),
-    Family(
-        "Qwen3MoeForCausalLM", "qwen3_moe", qk_layernorm=True, experts="qwen"
-    ),  # Qwen3-30B-A3B, -235B-A22B
+    Family("Qwen3MoeForCausalLM", "qwen3_moe", qk_layernorm=True, experts="qwen"),  # 30B-A3B, 235B-A22B
     Family("Qwen2MoeForCausalLM", "qwen2_moe", add_qkv_bias=True, experts="qwen", shared_expert=True),
 )
 
@@ -80,11 +78,7 @@ def model_keys(folder: str | Path) -> dict[str, Any]:
 
 
 def model_config(folder: str | Path) -> ModelConfig:
-    """The model that a Hugging Face checkpoint's config.json describes.
-
-    Raises:
-        RecipeError: see ``model_keys``; or the keys do not go together.
-    """
+    """The model that a Hugging Face checkpoint's config.json describes."""
     keys = model_keys(folder)
     try:
         return ModelConfig.model_validate(keys)
@@ -98,11 +92,7 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json as it stands.
-
-    Raises:
-        RecipeError: no such folder, no config.json in it, or no JSON object in that.
-    """
+    """config.json as it stands; RecipeError where there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise RecipeError(
@@ -124,11 +114,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def family_of(model: ModelConfig) -> Family:
-    """The architecture that computes what the model does.
-
-    Raises:
-        RecipeError: there is none among those that are mapped; names the keys.
-    """
+    """The architecture that computes what the model does; RecipeError if none of those that are mapped does."""
     for key, value in (
         ("position_embedding_type", "rope"),
         ("activation", "swiglu"),

@@ -171,9 +171,6 @@ def read_values(
         path, overrides, missing: see ``load_recipe``.
         paths: dotted keys of paths that are relative to the file that gives them, and absolute here.
         folder: of recipes/, in which ``pear:NAME`` is looked for first.
-
-    Raises:
-        RecipeError: a missing file, bad YAML or a bad override.
     """
     config = _apply_overrides(
         _load_with_defaults(recipe_file(path, folder), paths, folder), list(overrides or [])
@@ -199,11 +196,7 @@ def _at_home(value: Any) -> Any:
 
 
 def validate_as(kind: type[_Kind], path: Path, values: Any) -> _Kind:
-    """``values`` as an object of that kind.
-
-    Raises:
-        RecipeError: an unknown key (with the nearest known one) or a bad value.
-    """
+    """``values`` as an object of that kind; RecipeError on an unknown key, with the nearest known one, or bad value."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -18,11 +18,7 @@ _PYTHON = re.compile(r"^# export PEAR_PYTHON=.*$", re.MULTILINE)
 
 
 def shipped_folder(name: str) -> Path:
-    """The folder of ``recipes`` or ``slurm``: inside an installed package, or beside it in a checkout.
-
-    Raises:
-        RecipeError: neither is there.
-    """
+    """The folder of ``recipes`` or ``slurm``: inside an installed package, or beside it in a checkout."""
     package = Path(pear_megatron.__file__).parent
     for folder in (package / f"_{name}", package.parent / name):
         if folder.is_dir():
@@ -75,9 +71,6 @@ def recipe_file(given: str | Path, folder: str | None = None, *, base: Path | No
         given: a path, or ``pear:NAME`` for one that comes with the package.
         folder: see ``find_shipped``.
         base: the folder that a relative path starts from; None = the current one.
-
-    Raises:
-        RecipeError: see ``find_shipped``; whether a path exists is not looked at.
     """
     text = str(given)
     if text.startswith(PREFIX):
@@ -159,11 +152,7 @@ def slurm_scripts() -> dict[str, Path]:
 
 
 def find_script(name: str) -> Path:
-    """A file of slurm/.
-
-    Raises:
-        RecipeError: none of that name (with the closest one).
-    """
+    """A file of slurm/; RecipeError, with the closest name, where there is none."""
     known = slurm_scripts()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
@@ -173,11 +162,7 @@ def find_script(name: str) -> Path:
 
 
 def copy_slurm(destination: Path) -> list[Path]:
-    """Copies slurm/, whose scripts need one another, with this Python as cluster.env's PEAR_PYTHON.
-
-    Raises:
-        RecipeError: the folder is there and not empty.
-    """
+    """Copies slurm/, whose scripts need one another, with this Python as cluster.env's PEAR_PYTHON."""
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise RecipeError(f"{destination} exists already; remove it, or name another folder")
     destination.mkdir(parents=True, exist_ok=True)

@@ -34,28 +34,22 @@ class Scorer(Protocol):
     writes: bool
 
     def __call__(
-        self, trajectories: Sequence[Trajectory], *, on_tokens: Callable[[int], object] = int
-    ) -> list[np.ndarray]:
+        self, trajectories: Sequence[Trajectory], top_k: int = 0, *, on_tokens: Callable[[int], object] = int
+    ) -> tuple[list[np.ndarray], list[TopK]]:
         """Scores trajectories of n tokens each; their ``behavior_logprobs`` are not looked at.
 
         Args:
             trajectories: any number of them; they are put into batches by length here.
+            top_k: how many of each decision's likeliest tokens to return; 0 = none.
             on_tokens: called after each forward pass with the number of tokens it took, for progress.
 
         Returns:
-            One float32 [n] per trajectory, aligned with ``input_ids`` (not shifted): entry i is
-            log p(input_ids[i] | input_ids[:i]) on decisions, 0 elsewhere.
+            A float32 [n] per trajectory, aligned with ``input_ids`` (not shifted): entry i is
+            log p(input_ids[i] | input_ids[:i]) on decisions, 0 elsewhere. And with ``top_k`` each trajectory's
+            likeliest tokens, beside them the one that is there, with exactly the log-prob that is returned.
 
         Raises:
             ScoreError: a log-prob is not finite; names the trajectories.
-        """
-
-    def with_topk(
-        self, trajectories: Sequence[Trajectory], k: int, *, on_tokens: Callable[[int], object] = int
-    ) -> tuple[list[np.ndarray], list[TopK]]:
-        """The same, and of each decision the k likeliest tokens and the one that is there: k or k + 1 entries.
-
-        The entries of tokens that are there hold exactly the log-probs that are returned.
         """
 
 
@@ -112,11 +106,7 @@ def refuse_to_split(backend: str, ranks: int) -> None:
 
 
 def choose_backend(model: str | Path) -> tuple[str, str]:
-    """(backend, why): megatron where this package can load the model into Megatron-Core, else hf.
-
-    Raises:
-        ScoreError: there is no model in the folder.
-    """
+    """(backend, why): megatron where this package can load the model into Megatron-Core, else hf."""
     folder = Path(model)
     if not folder.is_dir():
         raise ScoreError(

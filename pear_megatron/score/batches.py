@@ -39,11 +39,7 @@ def right_padded(trajectories: Sequence[Trajectory], batch: Sequence[int]) -> Pa
 def in_place(
     trajectories: Sequence[Trajectory], batches: Sequence[Sequence[int]], logprobs: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    """Each batch's float32 [B, S], aligned with its labels -> a float32 [n] per trajectory, with input_ids.
-
-    Raises:
-        ScoreError: a log-prob is not finite; names the trajectories.
-    """
+    """Each batch's float32 [B, S], aligned with its labels -> float32 [n] per trajectory; ScoreError if not finite."""
     scored: list[np.ndarray] = [np.zeros(len(t.input_ids), dtype=np.float32) for t in trajectories]
     for batch, rows in zip(batches, logprobs, strict=True):
         for i, row in zip(batch, rows, strict=True):
@@ -66,7 +62,7 @@ def in_place(
 def topk_in_place(
     trajectories: Sequence[Trajectory],
     batches: Sequence[Sequence[int]],
-    entries: Sequence[tuple[np.ndarray, np.ndarray]],
+    entries: Sequence[Sequence[np.ndarray]],
 ) -> list[TopK]:
     """Each batch's ids and log-probs, [decisions, k + 1] as ``top_tokens`` has them -> a TopK per trajectory."""
     found: dict[int, TopK] = {}

@@ -79,12 +79,7 @@ class WorkFolder:
         return [Chunk(*sizes) for sizes in index["chunks"]], index["counts"]
 
     def write_chunks(
-        self,
-        rows: Iterable[ScoreRow],
-        counts: Mapping[str, int],
-        *,
-        max_rows: int,
-        max_tokens: int,
+        self, rows: Iterable[ScoreRow], counts: Mapping[str, int], *, max_rows: int, max_tokens: int
     ) -> None:
         """Writes rows in chunks of up to ``max_rows`` rows or ``max_tokens`` tokens, or one longer row.
 
@@ -116,12 +111,7 @@ class WorkFolder:
         return [k for k in range(count) if self._part(k).name not in present]
 
     def write_part(
-        self,
-        k: int,
-        chunk: pa.Table,
-        column: str,
-        logprobs: Sequence[np.ndarray],
-        topk: Sequence[TopK] = (),
+        self, k: int, chunk: pa.Table, column: str, logprobs: Sequence[np.ndarray], topk: Sequence[TopK] = ()
     ) -> None:
         """The rows of a chunk with their log-probs in ``column``, and with the likeliest tokens if they are given."""
         table = with_logprobs(chunk, column, logprobs)

@@ -45,17 +45,11 @@ class MegatronScorer:
         self.replica, self.num_replicas = self._layout.dp_rank, self._layout.dp_size
         self.writes = self._layout.is_first_stage and self._layout.tp_group.rank() == 0
 
-    def __call__(
-        self, trajectories: Sequence[Trajectory], *, on_tokens: Callable[[int], object] = int
-    ) -> list[np.ndarray]:
-        """See Scorer."""
-        return self.with_topk(trajectories, 0, on_tokens=on_tokens)[0]
-
     @torch.no_grad()
-    def with_topk(
-        self, trajectories: Sequence[Trajectory], k: int, *, on_tokens: Callable[[int], object] = int
+    def __call__(
+        self, trajectories: Sequence[Trajectory], top_k: int = 0, *, on_tokens: Callable[[int], object] = int
     ) -> tuple[list[np.ndarray], list[TopK]]:
-        """See Scorer; k = 0 gives no entries."""
+        """See Scorer."""
         from pear_megatron.megatron.schedule import run_schedule
 
         batches = length_batches([len(t.input_ids) for t in trajectories], self._max_tokens)
@@ -65,7 +59,7 @@ class MegatronScorer:
         tokens = [sum(len(trajectories[i].input_ids) for i in batch) for batch in batches]
         rows, positions = packed[0].tokens.shape
         found = run_schedule(
-            partial(self._forward_step, k=k, on_tokens=on_tokens),
+            partial(self._forward_step, top_k=top_k, on_tokens=on_tokens),
             zip(packed, tokens, strict=True),
             [self._model],
             count=len(packed),
@@ -76,9 +70,9 @@ class MegatronScorer:
         shapes = [batch.tokens.shape for batch in packed]
         shared = self._from_last_stage([one[0] for one in found], shapes, torch.float32)
         scored = in_place(trajectories, batches, [rows.cpu().numpy() for rows in shared])
-        if not k:
+        if not top_k:
             return scored, []
-        wide = [torch.Size((int(batch.loss_mask.sum()), k + 1)) for batch in packed]
+        wide = [torch.Size((int(batch.loss_mask.sum()), top_k + 1)) for batch in packed]
         ids = self._from_last_stage([one[1] for one in found], wide, torch.int32)
         values = self._from_last_stage([one[2] for one in found], wide, torch.float32)
         entries = [(i.cpu().numpy(), v.cpu().numpy()) for i, v in zip(ids, values, strict=True)]
@@ -89,7 +83,7 @@ class MegatronScorer:
         batches: Iterator[tuple[PackedBatch, int]],
         model: Any,
         *,
-        k: int,
+        top_k: int,
         on_tokens: Callable[[int], object],
     ) -> tuple[Tensor, Callable[..., list[Tensor]]]:
         batch, tokens = next(batches)
@@ -98,7 +92,7 @@ class MegatronScorer:
         def score(logits: Tensor, non_loss_data: bool = True) -> list[Tensor]:  # of [B, S, V/tp]
             shards: dict[str, Any] = {"tp_group": self._layout.tp_group, "vocab_size": self._vocab_size}
             logprobs = vocab_parallel_logprob(logits, batch.labels, mask=batch.loss_mask, **shards)  # [B, S]
-            top = top_tokens(logits, batch, logprobs, k, **shards) if k else ()
+            top = top_tokens(logits, batch, logprobs, top_k, **shards) if top_k else ()
             return [logprobs, *(tensor.cpu() for tensor in top)]
 
         # No attention mask: Megatron's attention is causal by itself, and padding stands to the right.

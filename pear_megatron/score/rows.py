@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pear_megatron.data.columns import ALL_COLUMNS, REFERENCE, TOPK_IDS, TOPK_LOGPROBS
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.data.fields import FUNCTIONS, OF_TEXT, SYSTEM, get_flag, get_number
+from pear_megatron.data.fields import FUNCTIONS, OF_TEXT, SYSTEM, get_flag, get_number, parsed
 from pear_megatron.data.files import Row
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.data.validate import IDS_WITHOUT_END, Validator
@@ -148,7 +148,7 @@ class RowReader:
         truncated = get_flag(fields, "truncated") if "truncated" in fields else None
         notes = {"source": row.where, **self._origin, **texts, **kept}
         if own is not None:
-            notes["metadata"] = _parsed(own)
+            notes["metadata"] = parsed(own)
         for trajectory in self._validator(replace(row, fields=fields)):
             if self._is_overlong(trajectory):
                 continue
@@ -189,13 +189,3 @@ class RowReader:
 def _as_text(notes: Mapping[str, Any]) -> str:
     """JSON; half a character (a lone surrogate), which UTF-8 cannot hold, stays the escape that it was."""
     return json.dumps(notes, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
-
-
-def _parsed(metadata: Any) -> Any:
-    """Metadata that is JSON as text (as this package writes it), as what it says."""
-    if isinstance(metadata, str):
-        try:
-            return json.loads(metadata)
-        except ValueError:
-            pass
-    return metadata

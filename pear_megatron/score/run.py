@@ -28,26 +28,14 @@ log = logging.getLogger("pear_megatron")
 
 
 class ScoreJob:
-    """One `score` command on one rank: ``prepare``, then, unless that says that all is done, ``score``.
-
-    Raises:
-        ScoreError, DataError: the model or the input cannot be used.
-    """
+    """One `score` command on one rank: ``prepare``, then, unless that says that all is done, ``score``."""
 
     def __init__(self, settings: ScoreSettings) -> None:
         self.settings = settings
         self._work = WorkFolder(settings.output)
 
     def prepare(self) -> bool:
-        """On rank 0: checks and tokenises all rows, unless that is done already.
-
-        Returns:
-            Whether the output is finished already.
-
-        Raises:
-            DataError: what is wrong with the rows, by file and line.
-            ScoreError: the output or its work folder belongs to another command.
-        """
+        """On rank 0: checks and tokenises all rows, unless that is done -> whether the output is finished already."""
         settings = self.settings
         if settings.output.suffix != ".parquet":
             raise ScoreError(
@@ -95,11 +83,7 @@ class ScoreJob:
         return len(self._work.missing_parts(len(self._work.read_index()[0])))
 
     def score(self, ranks: Ranks) -> None:
-        """On every rank: scores the missing chunks, on all replicas, and joins them into the output.
-
-        Raises:
-            ScoreError: the model cannot be loaded, or gives log-probs that are not finite.
-        """
+        """On every rank: scores the missing chunks, on all replicas, and joins them into the output."""
         chunks, counts = self._work.read_index()
         tokens = [chunk.tokens for chunk in chunks]
         missing = ranks.from_main(lambda: self._work.missing_parts(len(chunks)) if self.num_missing() else [])
@@ -149,9 +133,7 @@ def _scored(
     scorer: Scorer, trajectories: list[Trajectory], top_k: int, advance: Callable[[int], object]
 ) -> tuple[list[np.ndarray], list[TopK]]:
     try:
-        if top_k:
-            return scorer.with_topk(trajectories, top_k, on_tokens=advance)
-        return scorer(trajectories, on_tokens=advance), []
+        return scorer(trajectories, top_k, on_tokens=advance)
     except torch.cuda.OutOfMemoryError as error:
         raise ScoreError(
             "the GPU's memory is too small for a batch: give a lower --max-tokens-per-batch (default 16384) or a "

@@ -83,9 +83,6 @@ class Source:
 
     Attributes:
         identity: what decides the numbers that are written (see manifest).
-
-    Raises:
-        ScoreError, DataError, RecipeError: no such file, model or tokenizer.
     """
 
     def __init__(self, settings: ScoreSettings) -> None:

@@ -40,34 +40,29 @@ class TransformersScorer:
 
     @torch.no_grad()
     def __call__(
-        self, trajectories: Sequence[Trajectory], *, on_tokens: Callable[[int], object] = int
-    ) -> list[np.ndarray]:
-        """See Scorer."""
-        return self.with_topk(trajectories, 0, on_tokens=on_tokens)[0]
-
-    @torch.no_grad()
-    def with_topk(
-        self, trajectories: Sequence[Trajectory], k: int, *, on_tokens: Callable[[int], object] = int
+        self, trajectories: Sequence[Trajectory], top_k: int = 0, *, on_tokens: Callable[[int], object] = int
     ) -> tuple[list[np.ndarray], list[TopK]]:
-        """See Scorer; k = 0 gives no entries."""
+        """See Scorer."""
         batches = length_batches([len(t.input_ids) for t in trajectories], self._max_tokens)
         logprobs, entries = [], []
         for batch in batches:
-            rows, *top = self._score(trajectories, batch, k)
+            rows, *top = self._score(trajectories, batch, top_k)
             logprobs.append(rows)
-            entries.append((top[0], top[1]) if top else None)
+            entries.append(top)
             on_tokens(sum(len(trajectories[i].input_ids) for i in batch))
         scored = in_place(trajectories, batches, logprobs)
-        return scored, topk_in_place(trajectories, batches, [e for e in entries if e]) if k else []
+        return scored, topk_in_place(trajectories, batches, entries) if top_k else []
 
-    def _score(self, trajectories: Sequence[Trajectory], batch: Sequence[int], k: int) -> list[np.ndarray]:
-        """[B, S] log-probs and, of k > 0, what ``top_tokens`` returns."""
+    def _score(
+        self, trajectories: Sequence[Trajectory], batch: Sequence[int], top_k: int
+    ) -> list[np.ndarray]:
+        """[B, S] log-probs and, of top_k > 0, what ``top_tokens`` returns."""
         packed = right_padded(trajectories, batch).to(self._model.device)
         # No attention mask: causal attention never looks at what stands to the right.
         logits = self._model(input_ids=packed.tokens, use_cache=False).logits  # [B, S, V]
         packed = packed.to(logits.device)
         logprobs = vocab_parallel_logprob(logits, packed.labels, mask=packed.loss_mask)  # [B, S] float32
-        found = [logprobs, *(top_tokens(logits, packed, logprobs, k) if k else ())]
+        found = [logprobs, *(top_tokens(logits, packed, logprobs, top_k) if top_k else ())]
         return [tensor.cpu().numpy() for tensor in found]
 
 

@@ -40,9 +40,8 @@ def test_it_ends_with_numbers_a_page_and_pictures(finished: Path) -> None:
     for arm, tried in content["tuning"].items():
         best = max(tried, key=lambda value: tried[value])
         assert content["arms"][arm]["tuned"] == [f"optimizer.lr={best}"]
-    assert (
-        0 < content["arms"]["SFT"]["measures"]["after/pass@1"]["mean"] < 1
-    )  # or the tests below compare nothing
+    # Or the tests below compare nothing.
+    assert 0 < content["arms"]["SFT"]["measures"]["after/pass@1"]["mean"] < 1
     assert len({str(arm["rewards"]) for arm in content["arms"].values()}) > 1
     assert "no offline phase" in (out / "index.html").read_text()
     for name in ("curves.png", "seeds.png"):

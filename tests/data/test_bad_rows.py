@@ -18,6 +18,13 @@ from pear_megatron.data import DataConfig, DataError, TrajectoryDataset, prepare
 Config = Callable[..., DataConfig]
 
 
+def refused(config: DataConfig, **options: Any) -> DataError:
+    """What `prepare` raises."""
+    with pytest.raises(DataError) as caught:
+        prepare(config, **options)
+    return caught.value
+
+
 def with_entry(row: dict[str, Any], name: str, index: int, value: Any) -> dict[str, Any]:
     return {**row, name: [value if i == index else v for i, v in enumerate(row[name])]}
 
@@ -133,10 +140,9 @@ BAD_ROWS = {
 def test_bad_row_is_named_by_file_line_field_and_way_out(kind: str, tmp_path: Path, config: Config) -> None:
     row, expected = BAD_ROWS[kind]
     file = write_jsonl(tmp_path / "train.jsonl", [a_row(), a_row(), row, a_row()])
-    with pytest.raises(DataError) as caught:
-        prepare(config(file), vocab_size=100)
-    assert caught.value.total == 1
-    message = str(caught.value)
+    caught = refused(config(file), vocab_size=100)
+    assert caught.total == 1
+    message = str(caught)
     for part in [f"{file}:3: ", *expected]:
         assert part in message
 
@@ -158,9 +164,7 @@ def test_bad_line_is_named(kind: str, tmp_path: Path, config: Config) -> None:
     line, expected = BAD_LINES[kind]
     file = write_jsonl(tmp_path / "train.jsonl", [a_row()])
     file.write_bytes(file.read_bytes() + line)
-    with pytest.raises(DataError) as caught:
-        prepare(config(file))
-    assert f"{file}:2: {expected}" in str(caught.value)
+    assert f"{file}:2: {expected}" in str(refused(config(file)))
 
 
 def test_cut_gzip_is_named(tmp_path: Path, config: Config) -> None:
@@ -176,10 +180,9 @@ def test_gzip_by_another_name_is_named(tmp_path: Path, config: Config) -> None:
     packed = write_jsonl(tmp_path / "a.jsonl.gz", [a_row()]).rename(tmp_path / "a.jsonl")
     plain = write_jsonl(tmp_path / "b.jsonl", [a_row()]).rename(tmp_path / "b.jsonl.gz")
     for file, message in ((packed, "is gzip data; name it"), (plain, "is no gzip data; name it")):
-        with pytest.raises(DataError) as caught:
-            prepare(config(file))
-        assert caught.value.total == 1
-        assert f"{file}: {message}" in str(caught.value)
+        caught = refused(config(file))
+        assert caught.total == 1
+        assert f"{file}: {message}" in str(caught)
 
 
 def test_a_saved_data_set_is_told_how_to_be_written(tmp_path: Path, config: Config) -> None:
@@ -223,9 +226,7 @@ def test_missing_empty_and_foreign_files_are_named(tmp_path: Path, config: Confi
         "notes.txt": "ends in '.txt'; expected .jsonl, .jsonl.gz or .parquet",
         ".": "is a folder; name its files",
     }.items():
-        with pytest.raises(DataError) as caught:
-            prepare(config(tmp_path / pattern))
-        assert f"{tmp_path / pattern}: {message}" in str(caught.value)
+        assert f"{tmp_path / pattern}: {message}" in str(refused(config(tmp_path / pattern)))
 
 
 def test_file_named_twice_is_refused(tmp_path: Path, config: Config) -> None:
@@ -239,9 +240,7 @@ def test_one_file_by_two_names_is_refused(tmp_path: Path, config: Config) -> Non
     (tmp_path / "link.jsonl").symlink_to(file)
     (tmp_path / "sub").mkdir()
     for other in (tmp_path / "sub" / ".." / "a.jsonl", tmp_path / "link.jsonl"):
-        with pytest.raises(DataError) as caught:
-            prepare(config(file, other))
-        assert f"{other}: listed twice, as {file} too" in str(caught.value)
+        assert f"{other}: listed twice, as {file} too" in str(refused(config(file, other)))
 
 
 def reward_rows(*rewards: float | None) -> list[dict[str, Any]]:
@@ -253,15 +252,13 @@ def test_a_reward_that_is_null_beside_others_is_refused(
     write: Callable[..., Path], tmp_path: Path, config: Config
 ) -> None:
     file = write(tmp_path / f"a.{write.__name__.removeprefix('write_')}", reward_rows(1.0, None, -1.0, None))
-    with pytest.raises(DataError) as caught:
-        prepare(config(file))
-    assert caught.value.total == 2
-    assert f"{file}:2: reward is null, and not in other rows ({file}:1); grade the row" in str(caught.value)
+    caught = refused(config(file))
+    assert caught.total == 2
+    assert f"{file}:2: reward is null, and not in other rows ({file}:1); grade the row" in str(caught)
     file = write(file, reward_rows(None, None, -1.0, 1.0))
-    with pytest.raises(DataError) as caught:
-        prepare(config(file))
-    assert caught.value.total == 1
-    assert f"{file}:3: reward is null in other rows ({file}:1)" in str(caught.value)
+    caught = refused(config(file))
+    assert caught.total == 1
+    assert f"{file}:3: reward is null in other rows ({file}:1)" in str(caught)
 
 
 @pytest.mark.parametrize("write", [write_jsonl, write_parquet])
@@ -283,59 +280,50 @@ def test_rows_without_a_reward_beside_others_are_counted(
 def test_duplicated_id_names_both_places(tmp_path: Path, config: Config) -> None:
     one = write_jsonl(tmp_path / "one.jsonl", [a_row(id="a"), a_row(id="b")])
     two = write_jsonl(tmp_path / "two.jsonl", [a_row(id="c"), a_row(id="b")])
-    with pytest.raises(DataError) as caught:
-        prepare(config(one, two))
-    assert f"{two}:2: id = 'b' is duplicated: {one}:2 has it too" in str(caught.value)
+    assert f"{two}:2: id = 'b' is duplicated: {one}:2 has it too" in str(refused(config(one, two)))
 
 
 def test_two_tokenizers_in_one_dataset_are_refused(tmp_path: Path, config: Config) -> None:
     rows = [a_row(tokenizer_hash="aaaa"), a_row(), a_row(tokenizer_hash="bbbb")]
     file = write_jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(DataError) as caught:
-        prepare(config(file))
-    assert f"{file}:3: tokenizer_hash = 'bbbb', but an earlier row has 'aaaa'" in str(caught.value)
+    assert f"{file}:3: tokenizer_hash = 'bbbb', but an earlier row has 'aaaa'" in str(refused(config(file)))
 
 
 def test_one_line_tells_of_all_rows_with_the_same_problem(tmp_path: Path, config: Config) -> None:
     rows = [a_row(reward="good"), a_row(n=20), a_row(n=1021), *[a_row(reward="bad")] * 1204]
     file = write_jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(DataError) as caught:
-        prepare(config(file))
-    reward, long = caught.value.problems
+    caught = refused(config(file))
+    reward, long = caught.problems
     assert reward.startswith(f"{file}:1: reward = 'good' is not a finite number")
     assert reward.endswith(f"(1,205 rows like this: {file}:1, {file}:4, {file}:5, ...)")
     assert long.startswith(f"{file}:2: input_ids has 20 tokens, over-long")
     assert long.endswith(f"(2 rows like this: {file}:2, {file}:3)")
-    assert caught.value.total == 1207
-    assert str(caught.value).startswith("1,207 problems in the data:")
-    assert "more" not in str(caught.value)
+    assert caught.total == 1207
+    assert str(caught).startswith("1,207 problems in the data:")
+    assert "more" not in str(caught)
 
 
 def test_twenty_kinds_of_problems_are_listed_and_all_are_counted(tmp_path: Path, config: Config) -> None:
     rows = [{**a_row(), f"{letter}eward": 1} for letter in "abcdefghijklmnopqstuvwx"]
     file = write_jsonl(tmp_path / "a.jsonl", [*rows, rows[0], rows[22]])
-    with pytest.raises(DataError) as caught:
-        prepare(config(file))
-    assert (len(caught.value.problems), caught.value.total) == (20, 25)
-    assert str(caught.value).startswith("25 problems in the data:")
-    assert str(caught.value).endswith("... and 4 more")  # three kinds, one of them twice
+    caught = refused(config(file))
+    assert (len(caught.problems), caught.total) == (20, 25)
+    assert str(caught).startswith("25 problems in the data:")
+    assert str(caught).endswith("... and 4 more")  # three kinds, one of them twice
 
 
 def test_parquet_row_is_named(tmp_path: Path, config: Config) -> None:
     file = write_parquet(tmp_path / "a.parquet", [a_row(), with_entry(a_row(), "behavior_logprobs", 4, 0.5)])
-    with pytest.raises(DataError) as caught:
-        prepare(config(file))
-    assert f"{file}:2: behavior_logprobs[4] = 0.5 is positive" in str(caught.value)
+    assert f"{file}:2: behavior_logprobs[4] = 0.5 is positive" in str(refused(config(file)))
 
 
 def test_float16_column_is_refused_and_float64_is_converted(tmp_path: Path, config: Config) -> None:
     rows = [a_row(behavior_logprobs=[0.0] * 3 + [-0.5] * 5)] * 2
     half = write_parquet(tmp_path / "half.parquet", rows, pa.list_(pa.float16()))
-    with pytest.raises(DataError) as caught:
-        prepare(config(half))
-    assert f"{half}: column behavior_logprobs is list<" in str(caught.value)
-    assert "float16" in str(caught.value)
-    assert "store float32" in str(caught.value)
+    caught = refused(config(half))
+    assert f"{half}: column behavior_logprobs is list<" in str(caught)
+    assert "float16" in str(caught)
+    assert "store float32" in str(caught)
     for kind in (pa.float32(), pa.float64()):
         dataset = TrajectoryDataset.open(
             prepare(config(write_parquet(tmp_path / f"{kind}.parquet", rows, pa.list_(kind))))
@@ -345,10 +333,9 @@ def test_float16_column_is_refused_and_float64_is_converted(tmp_path: Path, conf
 
 def test_unknown_parquet_column_that_says_something_is_refused(tmp_path: Path, config: Config) -> None:
     file = write_parquet(tmp_path / "a.parquet", [{**a_row(), "rewards": 1.0}] * 5)
-    with pytest.raises(DataError) as caught:
-        prepare(config(file))
-    assert f"{file}:1: unknown field 'rewards': a grade is a 'reward'" in str(caught.value)
-    assert "(5 rows like this" in str(caught.value)
+    caught = refused(config(file))
+    assert f"{file}:1: unknown field 'rewards': a grade is a 'reward'" in str(caught)
+    assert "(5 rows like this" in str(caught)
 
 
 def test_cut_parquet_is_named(tmp_path: Path, config: Config) -> None:
@@ -371,10 +358,9 @@ def test_truncated_and_overlong_rows_follow_their_policies(
     all_kept = TrajectoryDataset.open(prepare(config(file, truncated="keep", seq_length=29)))
     assert [t.id for t in all_kept] == ["good", "cut", "long"]
 
-    with pytest.raises(DataError) as caught:
-        prepare(config(file, truncated="error"))
-    assert f"{file}:2: truncated = True" in str(caught.value)
-    assert f"{file}:3: input_ids has 30 tokens" in str(caught.value)
+    caught = refused(config(file, truncated="error"))
+    assert f"{file}:2: truncated = True" in str(caught)
+    assert f"{file}:3: input_ids has 30 tokens" in str(caught)
 
 
 def test_nothing_left_is_an_error(tmp_path: Path, config: Config) -> None:

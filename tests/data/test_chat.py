@@ -8,13 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_rows import (
-    CHATML_THAT_FORGETS,
-    CHATML_WITH_MARKS,
-    a_row,
-    write_jsonl,
-    write_parquet,
-)
+from sample_rows import CHATML_WITH_MARKS, a_row, write_jsonl, write_parquet
 
 from pear_megatron.data import (
     DataConfig,
@@ -27,6 +21,7 @@ from pear_megatron.data import (
 from pear_megatron.data.chat import ChatEncoder, Conversation, Encoded
 from pear_megatron.data.errors import RowProblem
 from tests.byte_tokenizer import CHATML
+from tests.smollm2 import gguf_file
 
 Config = Callable[..., DataConfig]
 Tokenizers = Callable[..., Any]
@@ -45,8 +40,8 @@ def decisions(tokenizer: Any, encoded: Encoded) -> str:
     return tokenizer.decode([token for token, flag in pairs if flag])
 
 
-def encode(tokenizer: Any, multi_turn: Any = "auto", **fields: Any) -> Encoded:
-    (encoded,) = ChatEncoder(tokenizer, multi_turn=multi_turn).encode(Conversation(**fields))
+def encode(tokenizer: Any, **fields: Any) -> Encoded:
+    (encoded,) = ChatEncoder(tokenizer).encode(Conversation(**fields))
     return encoded
 
 
@@ -109,12 +104,6 @@ def test_bad_messages_are_named(kind: str, byte_tokenizer: Tokenizers) -> None:
     messages, expected = BAD_MESSAGES[kind]
     with pytest.raises(RowProblem, match=expected):
         encode(byte_tokenizer(), messages=messages)
-
-
-def test_template_that_rewrites_history_has_no_whole_rendering(byte_tokenizer: Tokenizers) -> None:
-    thinking = [*TWO_TURNS[:2], {"role": "assistant", "content": "hm</think>Hello"}, *TWO_TURNS[3:]]
-    with pytest.raises(RowProblem, match=r"messages\[4\]: .* use data\.multi_turn=split"):
-        encode(byte_tokenizer(CHATML_THAT_FORGETS), "whole", messages=thinking)
 
 
 def test_messages_without_a_template_are_refused(byte_tokenizer: Tokenizers) -> None:
@@ -207,9 +196,9 @@ def test_missing_transformers_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-def test_smollm2_conversation_from_its_gguf_folder(smollm2_dir: Path, tmp_path: Path, config: Config) -> None:
+def test_smollm2_conversation_from_its_gguf_folder(tmp_path: Path, config: Config) -> None:
     pytest.importorskip("transformers", reason="needs the extra hf")
-    tokenizer = load_tokenizer(str(smollm2_dir))
+    tokenizer = load_tokenizer(str(gguf_file().parent))
     assert len(tokenizer) == 49152
     encoded = encode(tokenizer, messages=TWO_TURNS)
     assert decisions(tokenizer, encoded) == "Hello\n<|im_end|>4<|im_end|>"

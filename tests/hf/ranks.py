@@ -24,17 +24,24 @@ def leave() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def logprobs(model: Any, keys: Any, layout: Any, tokens: Tensor) -> Tensor | None:
-    """[1, length - 1] log-probs of each next token, through Megatron's own schedule; None off the last stage."""
+def logprobs(
+    model: Any, keys: Any, layout: Any, tokens: Tensor, positions: Tensor | None = None, packed: Any = None
+) -> Tensor | None:
+    """[1, length - 1] log-probs of each next token, through Megatron's own schedule; None off the last stage.
+
+    Args:
+        positions: of each token, where the row is ``packed``, Megatron-Core's PackedSeqParams.
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from pear_megatron import vocab_parallel_logprob
 
     length = tokens.shape[1]
-    causal = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    causal = None if packed else torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    positions = torch.arange(length)[None] if positions is None else positions
 
     def step(iterator: Any, model: Any) -> Any:
-        output = model(tokens, torch.arange(length)[None], causal)
+        output = model(tokens, positions, causal, packed_seq_params=packed)
 
         def score(logits: Tensor) -> Any:
             found = vocab_parallel_logprob(

@@ -22,7 +22,7 @@ from tests.distributed import run_ranks
 from tests.hf.models import hf_logprobs, tokens_for
 from tests.hf.ranks import rank_train
 from tests.hf.test_round_trip import tensors_of
-from tests.hf.test_start import BASE, NO_TOKENIZER, PP, SHORT, TP, write_rows
+from tests.hf.test_start import BASE, NO_TOKENIZER, PP, SHORT, TP, metrics, write_rows
 
 pytestmark = pytest.mark.slow
 STEPS = 4
@@ -32,11 +32,6 @@ DISTRIBUTED = "parallel.use_distributed_optimizer=true"
 ATTENTION = "+lora.target_modules=[q_proj,v_proj,down_proj]"
 RECOMPUTE = ["+train.recompute_granularity=full", "+train.recompute_method=uniform",
              "+train.recompute_num_layers=1"]  # fmt: skip
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in ("loss", "nll", "grad_norm", "pear/log_ratio")} for row in rows]
 
 
 HAS_OUTPUT_PROCESSOR = importlib.metadata.version("megatron-core") >= "0.19"

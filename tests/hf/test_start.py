@@ -24,9 +24,8 @@ SHORT = ["+train.max_steps=2", "train.precision=fp32", "train.global_batch_size=
 TP, PP = "+parallel.tensor_model_parallel_size=2", "+parallel.pipeline_model_parallel_size=2"
 
 pytestmark = pytest.mark.slow
-NO_TOKENIZER = (
-    "+data.tokenizer=null"  # the rows hold token ids; loading transformers in every rank takes seconds
-)
+# The rows hold token ids; loading transformers in every rank takes seconds.
+NO_TOKENIZER = "+data.tokenizer=null"
 
 
 def write_rows(path: Path, **fields: Any) -> Path:

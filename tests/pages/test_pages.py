@@ -17,7 +17,7 @@ from pear_megatron.pages.figures import (
     to_svg,
     write_png,
 )
-from pear_megatron.pages.render import render
+from pear_megatron.pages.page import render
 
 
 def drawn(label: str = "arm"):

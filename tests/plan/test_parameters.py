@@ -72,7 +72,6 @@ def test_tied_embeddings_biases_and_positions_are_counted() -> None:
 
 
 def test_plan_needs_no_data_and_no_weights() -> None:
-    recipe = load_recipe(
-        recipes.FOLDER / "qwen2.5-7b.yaml", missing={"data": {"train": "not given"}}
-    )  # as the command does
+    # As the command does.
+    recipe = load_recipe(recipes.FOLDER / "qwen2.5-7b.yaml", missing={"data": {"train": "not given"}})
     assert recipe.model.hf is None

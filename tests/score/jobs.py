@@ -9,9 +9,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pear_megatron.data import DataConfig, TrajectoryDataset, prepare
+from pear_megatron.data.columns import ALL_COLUMNS, Columns
 from pear_megatron.score.ranks import Ranks
 from pear_megatron.score.run import ScoreJob
 from pear_megatron.score.source import ScoreSettings
+from tests.score.tiny import VOCAB_SIZE
 
 Row = dict[str, Any]
 
@@ -76,3 +79,12 @@ def score_rows(folder: Path, rows: list[Row], model: Path | None, **changes: Any
     data = write_jsonl(folder / "in.jsonl", rows)
     run_job(data, folder / "out.parquet", model, **changes)
     return pq.read_table(folder / "out.parquet").to_pylist()
+
+
+def opened(
+    file: Path, *, behavior: bool = True, columns: Columns = ALL_COLUMNS, **options: Any
+) -> TrajectoryDataset:
+    """The file as training opens it."""
+    config = DataConfig(train=[str(file)], **{"seq_length": 128, "cache_dir": f"{file}-cache", **options})
+    needs = {"require_behavior_logprobs": behavior, "columns": columns}
+    return TrajectoryDataset.open(prepare(config, vocab_size=VOCAB_SIZE, **needs))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.files import Row
 from pear_megatron.data.tokenizer import load_tokenizer
 from pear_megatron.score.rows import RowReader, ScoreRow
@@ -56,6 +57,12 @@ def read(
     """The rows of the output; RowProblem if the row is wrong."""
     plain = {name: value for name, value in json.loads(json.dumps(row)).items() if value is not None}
     return (by or _reader(raw, with_tokenizer))(Row("in.jsonl:1", plain, 1))
+
+
+def refuses(words: str, row: dict[str, Any], **options: Any) -> None:
+    """`read` raises RowProblem with these words."""
+    with pytest.raises(RowProblem, match=words):
+        read(row, **options)
 
 
 def check_tokens(row: ScoreRow) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from pear_megatron import PearConfig, importance_weights, pear_loss, vocab_parallel_logprob
-from pear_megatron.data import DataConfig, TrajectoryDataset, collate, prepare
+from pear_megatron.data import collate
 from tests.distributed import run_ranks
-from tests.score.jobs import rows_of_ids, run_job, write_jsonl
-from tests.score.tiny import VOCAB_SIZE, without_tokenizer
+from tests.score.jobs import opened, rows_of_ids, run_job, write_jsonl
+from tests.score.tiny import without_tokenizer
 
 GAMMA = 0.9
 
@@ -28,8 +28,7 @@ def rank_scores_and_trains(rank: int, folder: Path, model: Path, tensor_parallel
     )
     parallel_state.destroy_model_parallel()
 
-    config = DataConfig(train=[str(scored)], seq_length=64, cache_dir=str(folder / f"cache-{rank}"))
-    dataset = TrajectoryDataset.open(prepare(config, vocab_size=VOCAB_SIZE))
+    dataset = opened(scored, seq_length=64, cache_dir=str(folder / f"cache-{rank}"))
     batch = collate(dataset, [[3, 0, 7], [5, 1]], 64)  # several trajectories a row, and padding
     policy, keys, layout = load_for_inference(model, tensor_parallel=tensor_parallel, precision="fp32")
     logits = policy(batch.tokens, batch.position_ids, batch.attention_mask())  # [B, S, V/tp]

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from pear_megatron import PearConfig, pear_loss
-from pear_megatron.data import DataConfig, DataError, TrajectoryDataset, collate, prepare
+from pear_megatron.data import DataError, collate
 from pear_megatron.errors import ScoreError
 from tests.byte_tokenizer import make_byte_tokenizer
-from tests.score.jobs import run_job, score_rows, write_jsonl
-from tests.score.tiny import VOCAB_SIZE, save_tiny_llama
+from tests.score.jobs import opened, run_job, score_rows, write_jsonl
+from tests.score.tiny import save_tiny_llama
 
 Row = dict[str, Any]
 
@@ -88,13 +88,7 @@ def test_a_thinking_conversation_has_the_log_probs_that_its_turns_were_sampled_w
         assert row["reward"] == -0.5
         assert json.loads(row["metadata"])["messages"] == messages
 
-    config = DataConfig(
-        train=[str(tmp_path / "out.parquet")],
-        seq_length=512,
-        tokenizer=str(thinker),
-        cache_dir=str(tmp_path / "cache"),
-    )
-    dataset = TrajectoryDataset.open(prepare(config, vocab_size=VOCAB_SIZE))
+    dataset = opened(tmp_path / "out.parquet", seq_length=512, tokenizer=str(thinker))
     for i in range(2):
         batch = collate(dataset, [[i]], 512)
         with torch.no_grad():
@@ -178,15 +172,10 @@ def test_template_arguments_and_multi_turn_shape_the_rows_and_the_identity(
         with pytest.raises(ScoreError, match="belongs to another command"):
             run_job(tmp_path / "a.jsonl", tmp_path / "plain.parquet", thinker, **options)
 
-    config = DataConfig(
-        train=[str(tmp_path / "plain.parquet")],
-        seq_length=512,
-        tokenizer=str(thinker),
-        cache_dir=str(tmp_path / "c"),
-    )
+    options = {"seq_length": 512, "tokenizer": str(thinker)}
     with pytest.raises(DataError, match="foreign tokenizer, chat_template or chat_template_kwargs"):
-        prepare(config)
-    prepare(config.model_copy(update={"chat_template": str(template)}))
+        opened(tmp_path / "plain.parquet", **options)
+    assert len(opened(tmp_path / "plain.parquet", **options, chat_template=str(template))) == 1
 
 
 def test_token_weights_go_along(thinker: Path, tmp_path: Path) -> None:

@@ -12,22 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pear_megatron.data import DataConfig, DataError, Trajectory, TrajectoryDataset, prepare
+from pear_megatron.data import DataError, Trajectory
 from pear_megatron.errors import ScoreError
 from tests.byte_tokenizer import make_byte_tokenizer
 from tests.distributed import run_ranks
-from tests.score.jobs import chat_row, rows_of_ids, run_job, score_rows, some_rows, write_jsonl
-from tests.score.tiny import VOCAB_SIZE, plainly_scored, save_tiny_llama, without_tokenizer
-
-
-def prepared(output: Path, folder: Path, **options: object) -> TrajectoryDataset:
-    config = DataConfig(train=[str(output)], seq_length=128, cache_dir=str(folder / "cache"), **options)
-    return TrajectoryDataset.open(prepare(config, vocab_size=VOCAB_SIZE))
+from tests.score.jobs import chat_row, opened, rows_of_ids, run_job, score_rows, some_rows, write_jsonl
+from tests.score.tiny import plainly_scored, save_tiny_llama, without_tokenizer
 
 
 def test_loader_takes_the_scored_file_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:
     rows = score_rows(tmp_path, some_rows(10), tiny_llama)
-    dataset = prepared(tmp_path / "out.parquet", tmp_path, tokenizer=str(tiny_llama))
+    dataset = opened(tmp_path / "out.parquet", tokenizer=str(tiny_llama))
     assert len(dataset) == len(rows) == 10
     plain = plainly_scored(tiny_llama, list(dataset))
     for trajectory, row, expected in zip(dataset, rows, plain, strict=True):
@@ -43,14 +38,8 @@ def test_loader_takes_the_scored_file_as_it_is(tiny_llama: Path, tmp_path: Path)
 def test_text_becomes_the_tokens_that_the_loader_would_make_of_it(tiny_llama: Path, tmp_path: Path) -> None:
     rows = [chat_row("hi", "one", "two"), {"prompt": "why", "response": "so"}]
     score_rows(tmp_path, rows, tiny_llama)
-    scored = prepared(tmp_path / "out.parquet", tmp_path)
-    config = DataConfig(
-        train=[str(tmp_path / "in.jsonl")],
-        seq_length=128,
-        tokenizer=str(tiny_llama),
-        cache_dir=str(tmp_path / "text"),
-    )
-    plain = TrajectoryDataset.open(prepare(config, require_behavior_logprobs=False))
+    scored = opened(tmp_path / "out.parquet")
+    plain = opened(tmp_path / "in.jsonl", behavior=False, tokenizer=str(tiny_llama))
     for mine, theirs in zip(scored, plain, strict=True):
         assert mine.input_ids.tolist() == theirs.input_ids.tolist()
         assert mine.loss_mask.tolist() == theirs.loss_mask.tolist()
@@ -117,7 +106,7 @@ def test_policy_logprobs_stand_beside_the_behaviour_policys(tiny_llama: Path, tm
         trajectories.append(Trajectory(new["id"], ids, mask, np.zeros(len(ids), np.float32)))
     for new, expected in zip(after, plainly_scored(other, trajectories), strict=True):
         np.testing.assert_allclose(new["policy_logprobs"], expected, atol=5e-6)
-    assert len(prepared(policy, tmp_path)) == 9  # training ignores the column
+    assert len(opened(policy)) == 9  # training ignores the column
     with pytest.raises(DataError, match="missing field 'behavior_logprobs'"):
         run_job(data, tmp_path / "no.parquet", other, write_as="policy")
 

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pear_megatron.data import DataConfig, DataError, TrajectoryDataset, prepare
+from pear_megatron.data import DataError
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.score.recorded.tokens import Tokens
 from tests.byte_tokenizer import make_byte_tokenizer
-from tests.score.jobs import Row, score_rows
-from tests.score.tiny import VOCAB_SIZE
+from tests.score.jobs import Row, opened, score_rows
 
 MESSAGES = [{"role": "user", "content": "1+1?"}]
 ANSWER = "two"
@@ -171,13 +170,7 @@ def test_recorded_log_probs_stand_at_their_tokens(name: str, tmp_path: Path, tin
     else:
         assert row["input_ids"][:context] == [5, 6, 7, 8]
         assert row["reward"] == 0.5
-    config = DataConfig(
-        train=[str(tmp_path / "out.parquet")],
-        seq_length=64,
-        tokenizer=str(tiny_llama),
-        cache_dir=str(tmp_path / "cache"),
-    )
-    assert len(TrajectoryDataset.open(prepare(config, vocab_size=VOCAB_SIZE))) == 1
+    assert len(opened(tmp_path / "out.parquet", tokenizer=str(tiny_llama))) == 1
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "chat, texts"])

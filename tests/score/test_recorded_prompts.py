@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from pear_megatron.data.errors import RowProblem
 from pear_megatron.score.rows import RowReader
-from tests.score.recorded_cases import MESSAGES, prompt_ids, read, tokenizer
+from tests.score.recorded_cases import MESSAGES, prompt_ids, read, refuses, tokenizer
 
 DATED = (
     "{{ strftime_now('%Y-%m-%d') }} {{ reasoning_effort | default('medium') }}\n"
@@ -84,8 +83,7 @@ def test_a_day_that_is_not_known_is_said() -> None:
     [("enable_thinking", False, "chat_template_kwargs"), ("chat_template", "{{ 1 }}", "--chat-template")],
 )
 def test_what_else_would_change_the_prompt_is_refused(name: str, value: Any, instead: str) -> None:
-    with pytest.raises(RowProblem, match=f"{name} = .* beside the messages is not read.*{instead}"):
-        read(chat(**{name: value}))
+    refuses(f"{name} = .* beside the messages is not read.*{instead}", chat(**{name: value}))
 
 
 def test_text_parts_have_a_line_each() -> None:
@@ -109,23 +107,18 @@ def test_a_system_column_is_in_the_prompt_of_a_chat() -> None:
     logprobs = {"tokens": tokens, "token_logprobs": [-0.5] * len(tokens)}
     answer = {"text": "Blue", "logprobs": logprobs, "finish_reason": "stop"}
     row = {"prompt": "Hi", "system": "Be brief.", "choices": [answer]}
-    with pytest.raises(RowProblem, match="a system message beside the text prompt of a completion"):
-        read(row)
+    refuses("a system message beside the text prompt of a completion", row)
 
 
 def test_what_an_answer_of_responses_echoes_is_in_the_prompt() -> None:
     assert "system\nBe brief.<|im_end|>" in prompt(responses(instructions="Be brief."))
     row = responses(instructions="Be brief.") | {"messages": MESSAGES}
-    with pytest.raises(
-        RowProblem, match=r"response\.instructions = 'Be brief\.' are not in the row's request"
-    ):
-        read(row)
+    refuses(r"response\.instructions = 'Be brief\.' are not in the row's request", row)
     tools = [{"type": "function", "name": "find", "parameters": {}}]
-    with pytest.raises(RowProblem, match=r"response\.tools = .* give them as tools"):
-        read(responses(tools=tools))
+    refuses(r"response\.tools = .* give them as tools", responses(tools=tools))
     assert "find" in prompt(responses(tools=tools) | {"tools": tools})
-    with pytest.raises(
-        RowProblem, match="previous_response_id = 'resp_0': .* whole conversation as messages"
-    ):
-        read(responses(previous_response_id="resp_0"))
+    refuses(
+        "previous_response_id = 'resp_0': .* whole conversation as messages",
+        responses(previous_response_id="resp_0"),
+    )
     assert read({**responses(previous_response_id="resp_0"), "messages": MESSAGES})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pear_megatron.data.errors import RowProblem
-from tests.score.recorded_cases import LOGPROBS, TEXT, case, check_tokens, read
+from tests.score.recorded_cases import LOGPROBS, TEXT, case, check_tokens, read, refuses
 
 WITH_IDS = ["sglang", "slime", "vllm_offline"]
 
@@ -42,10 +42,8 @@ def readable() -> dict[str, dict[str, Any]]:
     return {**named, "temp_body": case("temp_body"), "verl": verl(), "responses": responses()}
 
 
-ONLY_WORD = (
-    "tokens",
-    "prompt_token_ids",
-)  # nothing else in slime's and vLLM's rows says which tokens the prompt has
+# Nothing else in slime's and vLLM's rows says which tokens the prompt has.
+ONLY_WORD = ("tokens", "prompt_token_ids")
 NAMES = [*WITH_IDS, "n2", "temp_body", "verl", "responses"]
 
 
@@ -65,18 +63,15 @@ def test_rows_with_ids_need_no_tokenizer(name: str) -> None:
 
 
 def test_a_batch_line_is_refused_by_the_temperature_in_its_body() -> None:
-    with pytest.raises(RowProblem, match=r"body\.temperature = 0\.7, body\.top_p = 0\.9: .*--raw-logprobs"):
-        read(case("temp_body"))
+    refuses(r"body\.temperature = 0\.7, body\.top_p = 0\.9: .*--raw-logprobs", case("temp_body"))
 
 
 def test_tool_calls_that_are_written_another_way_are_spoken_of() -> None:
-    with pytest.raises(RowProblem, match="tool calls"):
-        read(case("tool"))
+    refuses("tool calls", case("tool"))
 
 
 def test_responses_whose_text_is_not_its_tokens_is_refused_by_name() -> None:
-    with pytest.raises(RowProblem, match=r"OpenAI Responses: output\[0\]\.content"):
-        read(case("oai_responses"))
+    refuses(r"OpenAI Responses: output\[0\]\.content", case("oai_responses"))
 
 
 def damages(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str, Any]]:

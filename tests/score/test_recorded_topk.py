@@ -122,6 +122,11 @@ def read(row: dict[str, Any], top_k: int = 2) -> TopK | None:
     return found.trajectory.behavior_topk
 
 
+def refuses(words: str, row: dict[str, Any], top_k: int = 2) -> None:
+    with pytest.raises(RowProblem, match=words):
+        read(row, top_k)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_likeliest_and_the_sampled_token_are_read_by_id(form: Any) -> None:
     topk = read(form())
@@ -136,10 +141,7 @@ def test_the_likeliest_and_the_sampled_token_are_read_by_id(form: Any) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_fewer_than_were_asked_for_is_refused_with_what_to_ask(form: Any) -> None:
-    with pytest.raises(
-        RowProblem, match=r"--top-k asks for 4: ask the engine for .*top_logprobs_num=K \(SGLang\)"
-    ):
-        read(form(), top_k=4)
+    refuses(r"--top-k asks for 4: ask the engine for .*top_logprobs_num=K \(SGLang\)", form(), top_k=4)
 
 
 def test_tokens_by_their_text_are_refused() -> None:
@@ -147,23 +149,16 @@ def test_tokens_by_their_text_are_refused() -> None:
     chat["choices"][0]["logprobs"]["content"][1]["top_logprobs"][0]["token"] = " the"
     text["choices"][0]["logprobs"]["top_logprobs"][1] = {" the": -0.5, " a": -1.5}
     for row in (chat, text):
-        with pytest.raises(
-            RowProblem, match=r"token 1: top_logprobs names the token ' the' by its text.*token_ids=true"
-        ):
-            read(row)
+        refuses(r"token 1: top_logprobs names the token ' the' by its text.*token_ids=true", row)
 
 
 def test_an_answer_without_a_top_k_is_refused_only_where_one_is_wanted() -> None:
     row = sglang()
     del row["meta_info"]["output_top_logprobs"]
     assert read(row, top_k=0) is None
-    with pytest.raises(
-        RowProblem, match=r"meta_info\.output_top_logprobs is None; ask for .*top_logprobs_num=K"
-    ):
-        read(row)
+    refuses(r"meta_info\.output_top_logprobs is None; ask for .*top_logprobs_num=K", row)
     plain = whole(behavior_logprobs=[None] * 3 + SAMPLED)
-    with pytest.raises(RowProblem, match="the row has no recorded top-k: ask the engine"):
-        read(plain)
+    refuses("the row has no recorded top-k: ask the engine", plain)
 
 
 def test_a_token_without_probability_is_no_entry_and_another_sampled_log_prob_is_refused() -> None:
@@ -174,10 +169,7 @@ def test_a_token_without_probability_is_no_entry_and_another_sampled_log_prob_is
     assert topk.counts.tolist() == [1, 2, 3]
     chat = vllm_chat()
     chat["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] = -0.6
-    with pytest.raises(
-        RowProblem, match=r"behavior_logprobs\[3\] = -0\.5, but the sampled token's entry .* is -0\.6"
-    ):
-        read(chat)
+    refuses(r"behavior_logprobs\[3\] = -0\.5, but the sampled token's entry .* is -0\.6", chat)
 
 
 def test_the_row_of_the_page_is_taken() -> None:

@@ -30,7 +30,7 @@ def test_transformers_backend_equals_transformers_token_by_token(
 ) -> None:
     trajectories = some_trajectories()
     scorer = load_scorer(tiny_llama, backend="hf", max_tokens_per_batch=max_tokens)
-    assert_scores(scorer(trajectories), plainly_scored(tiny_llama, trajectories))
+    assert_scores(scorer(trajectories)[0], plainly_scored(tiny_llama, trajectories))
 
 
 def rank_scores(
@@ -42,7 +42,7 @@ def rank_scores(
     found = {}
     for tp, pp in layouts:
         scorer = load_scorer(folder, tensor_parallel=tp, pipeline_parallel=pp, max_tokens_per_batch=90)
-        found[tp, pp] = scorer.replica, scorer.num_replicas, scorer(trajectories)
+        found[tp, pp] = scorer.replica, scorer.num_replicas, scorer(trajectories)[0]
         parallel_state.destroy_model_parallel()
     return found
 
@@ -69,7 +69,7 @@ def test_smollm2_scores_as_transformers_says_on_both_backends(smollm2: Path) -> 
         trajectories.append(Trajectory(name, ids, mask, np.zeros(len(ids), dtype=np.float32)))
     plain = plainly_scored(smollm2, trajectories)
     assert -4 < plain[0][plain[0] != 0].mean() < -0.5  # it knows
-    assert_scores(load_scorer(smollm2, backend="hf")(trajectories), plain, atol=2e-4)
+    assert_scores(load_scorer(smollm2, backend="hf")(trajectories)[0], plain, atol=2e-4)
     (found,) = run_ranks(1, rank_scores, smollm2, trajectories, [(1, 1)])
     assert_scores(found[1, 1][2], plain, atol=2e-4)
 
@@ -106,7 +106,7 @@ def test_backend_is_megatron_where_it_has_the_architecture_and_hf_elsewhere(
     assert backend == "hf"
     assert "attention_bias" in why
     trajectories = some_trajectories(3)
-    assert_scores(load_scorer(biased)(trajectories), plainly_scored(biased, trajectories))
+    assert_scores(load_scorer(biased)(trajectories)[0], plainly_scored(biased, trajectories))
     with pytest.raises(ScoreError, match="no such folder"):
         choose_backend(tmp_path / "absent")
     with pytest.raises(ScoreError, match=r"expected a Hugging Face checkpoint \(config.json\)"):

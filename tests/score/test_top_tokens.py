@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from pear_megatron import PearConfig
-from pear_megatron.data import DataConfig, DataError, Trajectory, TrajectoryDataset, prepare
-from pear_megatron.data.columns import ALL_COLUMNS, Columns, needs_behavior_logprobs
+from pear_megatron.data import DataError, Trajectory
+from pear_megatron.data.columns import Columns, needs_behavior_logprobs
 from pear_megatron.data.topk import TopK
 from pear_megatron.errors import ScoreError
 from pear_megatron.score.backends import load_scorer
 from tests.distributed import run_ranks
-from tests.score.jobs import chat_row, rows_of_ids, run_job, score_rows, some_rows, write_jsonl
-from tests.score.tiny import VOCAB_SIZE, plainly_scored, save_tiny_llama, some_trajectories
+from tests.score.jobs import chat_row, opened, rows_of_ids, run_job, score_rows, some_rows, write_jsonl
+from tests.score.tiny import plainly_scored, save_tiny_llama, some_trajectories
 
 Layout = tuple[int, int]
 K = 5
@@ -62,7 +62,7 @@ def rank_entries(
     found = {}
     for tp, pp in layouts:
         scorer = load_scorer(folder, tensor_parallel=tp, pipeline_parallel=pp, max_tokens_per_batch=90)
-        found[tp, pp] = scorer.with_topk(trajectories, K)
+        found[tp, pp] = scorer(trajectories, K)
         parallel_state.destroy_model_parallel()
     return found
 
@@ -72,7 +72,7 @@ def test_entries_are_torch_topk_of_transformers_on_both_backends_and_every_layou
     plain = plain_entries(tiny_llama, trajectories, K)
     assert {len(entries) for rows in plain for entries in rows} == {K, K + 1}
     scorer = load_scorer(tiny_llama, backend="hf", max_tokens_per_batch=90)
-    assert_entries(scorer.with_topk(trajectories, K)[1], plain)
+    assert_entries(scorer(trajectories, K)[1], plain)
     # 258 tokens are padded to 384 columns at TP 2: the second rank's last columns are no tokens.
     for found in run_ranks(2, rank_entries, tiny_llama, trajectories, [(2, 1), (1, 2), (1, 1)]):
         for logprobs, topk in found.values():
@@ -87,9 +87,8 @@ def test_k_may_exceed_the_vocabulary_of_a_rank(tiny_llama: Path, tmp_path: Path)
     small = save_tiny_llama(tmp_path / "small", vocab_size=3)
     (trajectory,) = some_trajectories(1)
     trajectory.input_ids[:] %= 3
-    (found, _) = run_ranks(
-        2, rank_entries, small, [trajectory], [(2, 1)]
-    )  # the second rank has padding alone
+    # The second rank has padding alone.
+    (found, _) = run_ranks(2, rank_entries, small, [trajectory], [(2, 1)])
     (topk,) = found[2, 1][1]
     assert set(topk.counts) == {3}
     np.testing.assert_allclose(
@@ -97,15 +96,10 @@ def test_k_may_exceed_the_vocabulary_of_a_rank(tiny_llama: Path, tmp_path: Path)
     )
 
 
-def opened(output: Path, folder: Path, columns: Columns = ALL_COLUMNS) -> TrajectoryDataset:
-    config = DataConfig(train=[str(output)], seq_length=128, cache_dir=str(folder / "cache"))
-    return TrajectoryDataset.open(prepare(config, vocab_size=VOCAB_SIZE, columns=columns))
-
-
 def test_training_takes_the_file_with_its_entries(tiny_llama: Path, tmp_path: Path) -> None:
     rows = score_rows(tmp_path, some_rows(10), tiny_llama, top_k=K)
     assert list(rows[0])[3:6] == ["behavior_logprobs", "behavior_topk_ids", "behavior_topk_logprobs"]
-    dataset = opened(tmp_path / "out.parquet", tmp_path, Columns.of(PearConfig(base_loss="kl")))
+    dataset = opened(tmp_path / "out.parquet", columns=Columns.of(PearConfig(base_loss="kl")))
     assert dataset.meta["topk_width"] == K + 1
     assert_entries(
         [t.behavior_topk for t in dataset if t.behavior_topk], plain_entries(tiny_llama, list(dataset), K)
@@ -126,9 +120,8 @@ def test_a_killed_job_goes_on_to_the_same_bytes_and_another_k_is_another_job(
 
     job = ScoreJob(settings(data, cut, tiny_llama, top_k=K))
     assert not job.prepare()
-    job._score(
-        [1], [chunk.tokens for chunk in job._work.read_index()[0]]
-    )  # the second chunk, then the process dies
+    # The second chunk, then the process dies.
+    job._score([1], [chunk.tokens for chunk in job._work.read_index()[0]])
     assert job.num_missing() == 2
     with pytest.raises(ScoreError, match="--top-k: 5 there, 3 now"):
         run_job(data, cut, tiny_llama, top_k=3)
@@ -144,7 +137,7 @@ def test_reference_goes_beside_what_is_there_and_replaces_nothing(tiny_llama: Pa
     before, after = (pq.read_table(path) for path in (scored, both))
     kept = ("input_ids", "behavior_logprobs", "behavior_topk_ids", "behavior_topk_logprobs")
     assert all(before[name].equals(after[name]) for name in kept)
-    dataset = opened(both, tmp_path)
+    dataset = opened(both)
     for trajectory, plain in zip(dataset, plainly_scored(other, list(dataset)), strict=True):
         np.testing.assert_allclose(trajectory.reference_logprobs, plain, atol=5e-6)
     with pytest.raises(DataError, match="reference_logprobs is there already"):
@@ -158,14 +151,9 @@ def test_reference_needs_no_behavior_log_probs_but_all_rows_alike(tiny_llama: Pa
     rows = [row | {"temperature": 0.7} for row in rows_of_ids(3)]  # whatever wrote them
     written = score_rows(tmp_path, rows, tiny_llama, write_as="reference")
     assert "behavior_logprobs" not in written[0]
-    config = DataConfig(
-        train=[str(tmp_path / "out.parquet")], seq_length=128, cache_dir=str(tmp_path / "cache")
-    )
     ratios = PearConfig(ratio="reference")
-    folder = prepare(
-        config, require_behavior_logprobs=needs_behavior_logprobs(ratios), columns=Columns.of(ratios)
-    )
-    dataset = TrajectoryDataset.open(folder)
+    needs = {"behavior": needs_behavior_logprobs(ratios), "columns": Columns.of(ratios)}
+    dataset = opened(tmp_path / "out.parquet", **needs)
     for trajectory, plain in zip(dataset, plainly_scored(tiny_llama, list(dataset)), strict=True):
         np.testing.assert_allclose(trajectory.reference_logprobs, plain, atol=5e-6)
     own = [-1.0] * len(rows[1]["input_ids"])

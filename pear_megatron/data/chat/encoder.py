@@ -115,11 +115,7 @@ class ChatEncoder:
         return split
 
     def generation_prompt(self, conversation: Conversation) -> list[int]:
-        """Ids of the context that an inference engine samples in, for all of ``messages``, or for ``prompt``.
-
-        Raises:
-            RowProblem: neither is there, or the template cannot render it.
-        """
+        """Ids of the context that an inference engine samples in, for all of ``messages``, or for ``prompt``."""
         return self._ids(self._context(conversation, noted=True)[0])
 
     def template_text(self, conversation: Conversation) -> str | None:
@@ -136,9 +132,6 @@ class ChatEncoder:
             conversation: as for :meth:`generation_prompt`; its own ``response`` and ``truncated`` are not read.
             answer: the text as it was sampled, or an assistant message, which the chat template writes.
             truncated: sampling was cut off.
-
-        Raises:
-            RowProblem: the answer is empty, or cannot be written.
         """
         context, renderer = self._context(conversation)
         if isinstance(answer, str):

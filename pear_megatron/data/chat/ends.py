@@ -9,8 +9,7 @@ from typing import Any
 
 from pear_megatron.data.chat.fit import Fitter
 from pear_megatron.data.chat.messages import Message
-from pear_megatron.data.chat.template import Setting
-from pear_megatron.data.chat.text import common_prefix
+from pear_megatron.data.chat.template import Setting, Template
 from pear_megatron.data.errors import RowProblem
 
 _USER: Message = {"role": "user", "content": "Zquserx"}
@@ -51,9 +50,8 @@ def find_end(fitter: Fitter, special: Iterable[str], eos: str | None, *, calls: 
         RowProblem: there are none, and the tokenizer has no EOS.
     """
     turn, later = (_CALLING, _RESULT) if calls else (_ANSWER, _LATER)
-    special = [
-        token for token in special if token == eos or not re.fullmatch(r"</\w+>", token)
-    ]  # not </tool_call>
+    # Not </tool_call>.
+    special = [token for token in special if token == eos or not re.fullmatch(r"</\w+>", token)]
     for text, which in _candidates(fitter, turn, later):
         runs = _runs(text, special)
         if runs:
@@ -65,10 +63,31 @@ def find_end(fitter: Fitter, special: Iterable[str], eos: str | None, *, calls: 
     return End(eos, eos, found=False)
 
 
+def end_of_turn(tokenizer: Any) -> int | None:
+    """Id of the special token that ends an answer; None without a chat template.
+
+    Base models' tokenizers have ``<|endoftext|>`` as EOS while their chat template ends a turn with ``<|im_end|>``:
+    whoever stops at the EOS alone lets a model that was trained on chats write on.
+
+    Raises:
+        RowProblem: the chat template cannot be read, or it ends no turn and the tokenizer has no EOS.
+    """
+    if not tokenizer.chat_template:
+        return None
+    fitter = Fitter(Template(tokenizer, str(tokenizer.get_chat_template())))
+    stop = find_end(fitter, special_texts(tokenizer), tokenizer.eos_token, calls=False).stop
+    return int(tokenizer.convert_tokens_to_ids(stop))
+
+
 def _candidates(fitter: Fitter, turn: Message, later: Message) -> list[tuple[str, int]]:
     last = _tail(fitter, [_USER, turn])
     following = _tail(fitter, [_USER, turn, later]).partition("Zqlaterx")[0]
     return [(common_prefix(last, following), -1), (last, 0), (following, 0)]
+
+
+def common_prefix(a: str, b: str) -> str:
+    """The text that both begin with."""
+    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
 
 
 def _tail(fitter: Fitter, messages: list[Message]) -> str:

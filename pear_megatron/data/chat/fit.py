@@ -88,11 +88,7 @@ class Fitter:
     def render(
         self, messages: list[Message], setting: Setting, *, prompt: bool = False, field: str = "messages"
     ) -> str:
-        """The text, with the generation prompt if ``prompt``; of thinking, what the template keeps.
-
-        Raises:
-            RowProblem: the template refuses the messages, or leaves a part of them out.
-        """
+        """The text, with the generation prompt if ``prompt``; RowProblem where more than thinking is left out."""
         places = places_of(messages, field)
         form = self.form(messages, setting, prompt=prompt, places=places)
         text, _ = self.template.render(form(messages), setting, prompt=prompt)

@@ -41,9 +41,6 @@ def check_keys(message: Mapping[str, Any], where: str, body: str) -> None:
         message: with its role, and without the keys whose value is null.
         where: its place in the row.
         body: the key that the text stands under, ``content`` or ShareGPT's ``value``.
-
-    Raises:
-        RowProblem: names the key and the way out.
     """
     assistant = message["role"] == "assistant"
     for key, value in message.items():
@@ -85,11 +82,7 @@ def unread_keys(message: Mapping[str, Any], template: str) -> Iterator[str]:
 
 
 def check_call(call: Mapping[str, Any], function: Mapping[str, Any], where: str) -> None:
-    """Refuses arguments of a call under another key than ``function.arguments``.
-
-    Raises:
-        RowProblem: names the key and the way out.
-    """
+    """RowProblem where arguments of a call stand under another key than ``function.arguments``."""
     if function.get("arguments") is not None:
         return
     for place, keys in ((where, call), (f"{where}.function", function)):

@@ -72,11 +72,7 @@ def read_messages(value: Any, field: str = "messages") -> list[Message]:
 
 
 def with_system(system: str | None, messages: Any) -> Any:
-    """The messages of a row behind the text of its column ``system``, unless they begin with it.
-
-    Raises:
-        RowProblem: they have another system message.
-    """
+    """The messages behind the text of the column ``system``, unless they begin with it; RowProblem on another one."""
     if not system or not isinstance(messages, list):
         return messages
     roles = [one.get("role", one.get("from")) if isinstance(one, dict) else None for one in messages]

@@ -60,11 +60,7 @@ class Renderers:
         self._known: dict[str, tuple[Fitter, TurnWriter]] = {}
 
     def of(self, conversation: Conversation) -> Renderer | None:
-        """The conversation's renderer, None if there is no chat template.
-
-        Raises:
-            RowProblem: tools, documents or arguments are not what they should be, or need a template.
-        """
+        """The conversation's renderer; None if there is no chat template and none is needed."""
         setting = self._setting(conversation)
         text = self._template(setting)
         if text is None:

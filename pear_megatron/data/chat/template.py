@@ -47,11 +47,7 @@ class Template:
     def render(
         self, messages: list[Message], setting: Setting, *, prompt: bool = False, marks: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        """(text, the spans in it that the template marks as generated), with the generation prompt if ``prompt``.
-
-        Raises:
-            RowProblem: the template refuses the messages.
-        """
+        """(text, the spans that the template marks as generated); RowProblem where it refuses the messages."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -6,11 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from pear_megatron.data.chat.ends import End
+from pear_megatron.data.chat.ends import End, common_prefix
 from pear_megatron.data.chat.fit import MOST_KNOWN, Fitter, stands_in
 from pear_megatron.data.chat.messages import Message, is_assistant, parts_of, thinks_inline
 from pear_megatron.data.chat.template import Setting
-from pear_megatron.data.chat.text import common_prefix, overlap
 from pear_megatron.data.errors import RowProblem
 
 _USER: Message = {"role": "user", "content": "Zquserx"}
@@ -106,11 +105,7 @@ class TurnWriter:
         return written
 
     def write_raw(self, response: str, field: str, setting: Setting, context: str, *, truncated: bool) -> str:
-        """A response with the token that ends a turn, unless it has it already or ``truncated``.
-
-        Raises:
-            RowProblem: the template begins and writes turns in another way than the response, or that holds its end.
-        """
+        """A response with the token that ends a turn, unless it has it already or ``truncated``."""
         response = not_doubled(context, response)
         self._check_start(response, field, setting)
         check_thinking(context, response, field, self._notes, truncated=truncated)
@@ -275,11 +270,7 @@ def check_stops(text: str, name: str, stops: Iterable[str]) -> None:
 
 
 def check_thinking(context: str, written: str, where: str, notes: Counter[str], *, truncated: bool) -> None:
-    """Refuses turns whose thinking does not fit to what the generation prompt has opened or closed.
-
-    Raises:
-        RowProblem: says which of the tags is missing.
-    """
+    """RowProblem on a turn whose thinking does not fit what the generation prompt has opened or closed."""
     prompt, start = context.rstrip(), written.lstrip()
     before, closed, _ = written.partition("</think>")
     opened = prompt.endswith("<think>")
@@ -317,7 +308,7 @@ def not_doubled(context: str, written: str) -> str:
         if start.startswith(opened):
             rest = start.removeprefix(opened)
             space = context[len(context.rstrip()) :]
-            return rest[overlap(space, rest) :]
+            return rest[_overlap(space, rest) :]
     return written
 
 
@@ -336,13 +327,18 @@ def _behind(context: str, through: str, where: str) -> str:
     return through[same:]
 
 
+def _overlap(end: str, start: str) -> int:
+    """How many characters at the end of the one are those at the start of the other."""
+    return next((n for n in range(min(len(end), len(start)), 0, -1) if start.startswith(end[-n:])), 0)
+
+
 def _put(text: str, word: str, value: str) -> str:
     """The value in the word's place; white space that template and value both have there is not doubled."""
     before, found, after = text.partition(word)
     if not found:
         return text
-    value = value[overlap(before[len(before.rstrip()) :], value) :]
-    return before + value[: len(value) - overlap(value[len(value.rstrip()) :], after)] + after
+    value = value[_overlap(before[len(before.rstrip()) :], value) :]
+    return before + value[: len(value) - _overlap(value[len(value.rstrip()) :], after)] + after
 
 
 def _with_its_space(text: str, word: str) -> str:

@@ -209,7 +209,7 @@ def stop_token_ids(tokenizer_folder: str) -> list[int] | None:
         ImportError: transformers is missing. DataError: the tokenizer cannot be loaded.
         RowProblem: see ``end_of_turn``.
     """
-    from pear_megatron.data.chat.end_of_turn import end_of_turn
+    from pear_megatron.data.chat.ends import end_of_turn
     from pear_megatron.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.data.fields import short
+from pear_megatron.data.fields import parsed, short
 from pear_megatron.score.recorded import (
     nemo_gym,
     nemo_rl,
@@ -36,20 +35,12 @@ _NOT_FINISHED = (
     "responses marked truncated because they have no finish_reason, as servers write before they have finished, and no "
     'end token that is known (where they are whole, write "truncated": false or name the --tokenizer)'
 )
-_CHECKED = (
-    "policy_logprobs",
-    "temperature",
-    "logprobs_mode",
-)  # of a row in this package's form; not needed further
+# Of a row in this package's form; not needed further.
+_CHECKED = ("policy_logprobs", "temperature", "logprobs_mode")
 
 
 def ordinary_fields(
-    fields: Mapping[str, Any],
-    tokens: Tokens,
-    *,
-    remarks: Remarks,
-    raw_logprobs: bool = False,
-    top_k: int = 0,
+    fields: Mapping[str, Any], tokens: Tokens, *, remarks: Remarks, raw_logprobs: bool = False, top_k: int = 0
 ) -> list[Recorded]:
     """(fields as the loader knows them, what else is worth keeping) of each trajectory in a row.
 
@@ -191,11 +182,6 @@ def _read_samples(fields: Mapping[str, Any], raw: bool, remarks: Remarks) -> lis
 
 def _written_by_score(fields: Mapping[str, Any]) -> bool:
     """Whether `score` made the row: its metadata then remembers what became of the log-probs' origin."""
-    metadata = fields.get("metadata")
-    if isinstance(metadata, str):
-        try:
-            metadata = json.loads(metadata)
-        except ValueError:
-            return False
+    metadata = parsed(fields.get("metadata"))
     own = "behavior_logprobs" in fields and fields.get("temperature", 1) == 1
     return own and isinstance(metadata, Mapping) and {"source", "backend"} <= set(metadata)

@@ -82,11 +82,7 @@ def gives_whole(fields: Mapping[str, Any], request: Request) -> bool:
 def whole_row(
     fields: Mapping[str, Any], ids: list[int], mask: list[bool], whole: Whole, tokens: Tokens
 ) -> Recorded:
-    """The row of a trajectory (``ids``, ``mask``) that stands in the row itself.
-
-    Raises:
-        RowProblem: not one log-prob per token, or of other tokens.
-    """
+    """The row of a trajectory (``ids``, ``mask``) that the row itself gives; RowProblem if log-probs are of others."""
     if len(whole.logprobs) != len(ids):
         raise RowProblem(
             f"{whole.place} has {len(whole.logprobs)} tokens and the trajectory {len(ids)}: the row gives the whole "
@@ -121,11 +117,7 @@ def rows_of(
     identity: Any = None,
     generator: Any = None,
 ) -> list[Recorded]:
-    """A row for each answer: its context, then its tokens, which are the decisions.
-
-    Raises:
-        RowProblem: what is wrong with one of them, or a reward that belongs to none of several.
-    """
+    """A row for each answer: its context, then its tokens, which are the decisions."""
     rewards = _rewards(fields, answers)
     found = []
     for k, answer in enumerate(answers):

@@ -14,17 +14,8 @@ from pear_megatron.score.recorded.tokens import Tokens
 IDS = ("prompt_token_ids", "generation_token_ids")
 LOGPROBS = "generation_log_probs"
 FIELDS = (
-    *(
-        "responses_create_params",
-        "output",
-        "input",
-        "instructions",
-        "object",
-        "created_at",
-        "status",
-        "usage",
-    ),
-    *("incomplete_details", "parallel_tool_calls", "tool_choice", "agent_ref", "choices"),
+    *("responses_create_params", "output", "input", "instructions", "object", "created_at", "status"),
+    *("usage", "incomplete_details", "parallel_tool_calls", "tool_choice", "agent_ref", "choices"),
 )
 
 
@@ -34,11 +25,7 @@ def is_answer(body: Any) -> bool:
 
 
 def read(fields: Mapping[str, Any], body: Mapping[str, Any], tokens: Tokens) -> list[Recorded]:
-    """See ``ordinary_fields``: one trajectory, or several where a prompt does not continue what was before it.
-
-    Raises:
-        RowProblem: an item without one of its lists, or with lists of different lengths.
-    """
+    """See ``ordinary_fields``: one trajectory, or several where a prompt does not continue what was before it."""
     refuse_images((fields.get("responses_create_params") or fields).get("input"), "input")
     refuse_images(fields.get("messages"))
     rows: list[dict[str, Any]] = []

@@ -13,15 +13,18 @@ from pear_megatron.score.recorded.answers import Recorded
 
 # What NeMo-RL writes; rows may have more.
 FIELDS = (
+    *("message_log", "token_ids", "token_loss_mask", "generation_logprobs", "input_lengths"),
     *(
-        "message_log",
-        "token_ids",
-        "token_loss_mask",
-        "generation_logprobs",
-        "input_lengths",
         "sample_loss_mask",
+        "rewards",
+        "total_reward",
+        "content",
+        "agent_ref",
+        "advantages",
+        "prev_logprobs",
+        "idx",
+        "length",
     ),
-    *("rewards", "total_reward", "content", "agent_ref", "advantages", "prev_logprobs", "idx", "length"),
     *("loss_multiplier", "extra_env_info", "task_name", "stop_strings"),
 )
 

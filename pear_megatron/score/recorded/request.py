@@ -24,14 +24,8 @@ TEMPLATE_FIELDS = ("reasoning_effort", *_OF_TEMPLATE)
 _ID_FIELDS = ("prompt_token_ids", "prompt_ids")
 _DAY = 24 * 3600  # seconds; smaller numbers are no time
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_TEXT_LIKE = (
-    "thinking",
-    "reasoning",
-    "refusal",
-    "tool_use",
-    "tool_call",
-    "tool_result",
-)  # whose tokens are text's
+# Parts whose tokens are text's.
+_TEXT_LIKE = ("thinking", "reasoning", "refusal", "tool_use", "tool_call", "tool_result")
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,7 @@ def read(fields: Mapping[str, Any], body: Mapping[str, Any], tokens: Tokens) -> 
 
 
 def _request(fields: Mapping[str, Any], body: Mapping[str, Any]) -> Request:
-    """The request in the row, with the instructions and the reasoning effort that the answer echoes.
-
-    Raises:
-        RowProblem: the answer was given other messages or tools than the row has.
-    """
+    """The request in the row, with the instructions and reasoning effort that the answer echoes, if they agree."""
     echoed = {name: body[name] for name in ("instructions", "reasoning") if body.get(name) is not None}
     request = Request.of({**echoed, **{name: value for name, value in fields.items() if value is not None}})
     if request.ids is not None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pear_megatron.data.errors import RowProblem
-from pear_megatron.data.fields import short
+from pear_megatron.data.fields import parsed, short
 
 # Where engines, clients, batch files and rollout dumps keep the parameters of a request, within one another too. Those
 # of a judge, a tool or a retriever have other names, and are none of this answer's.
@@ -49,11 +48,8 @@ _MASKING = (
     "guided_decoding",
     "structured_outputs",
 )
-_ASKING_FOR_A_FORM = (
-    "response_format",
-    "text",
-    "tool_choice",
-)  # requests that servers answer by structured decoding
+# Requests that servers answer by structured decoding.
+_ASKING_FOR_A_FORM = ("response_format", "text", "tool_choice")
 # Common words, which mean structured decoding only among sampling parameters.
 _GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag", "grammar")
 _TRACE_OF_TOP_P = "rollout_top_p_token_ids"  # slime keeps what top-p left
@@ -118,25 +114,15 @@ def _places(fields: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping
         known = _snake(key)
         sampling = _SAMPLING_PLACE.fullmatch(known)
         if known in _PLACES or sampling or (not of_user and _GENERAL_PLACE.fullmatch(known)):
-            found = _parsed(value) if key == "metadata" or sampling else value
+            found = parsed(value) if key == "metadata" or sampling else value
             if isinstance(found, Mapping):
                 yield from _places(found, _joined(name, key))
-
-
-def _parsed(value: Any) -> Any:
-    """What JSON says that is kept as text, as a Parquet column has it; any other value as it is."""
-    if isinstance(value, str):
-        try:
-            return json.loads(value)
-        except ValueError:
-            pass
-    return value
 
 
 def _refuse_text(name: str, place: Mapping[str, Any]) -> None:
     """RowProblem on parameters that stand as the text of an object, such as ``SamplingParams(temperature=0.7)``."""
     for key, value in place.items():
-        text = isinstance(value, str) and not isinstance(_parsed(value), Mapping)
+        text = isinstance(value, str) and not isinstance(parsed(value), Mapping)
         if text and _SAMPLING_PLACE.fullmatch(_snake(key)) and _SETS_A_KEY.search(value):
             raise RowProblem(
                 f"{_joined(name, key)} = {short(value)} is the text of an object; write "

@@ -61,9 +61,7 @@ def _answer(body: Mapping[str, Any], name: str) -> Answer:
     context = None
     if meta.get("input_token_logprobs"):
         _, context = _entries(meta["input_token_logprobs"], f"{name}meta_info.input_token_logprobs")
-        if (
-            len(context) != prompt_count
-        ):  # only those from logprob_start_len on: the request has to say the prompt
+        if len(context) != prompt_count:  # only those from logprob_start_len on: the request has the prompt
             context = None
     return Answer(
         place=place,

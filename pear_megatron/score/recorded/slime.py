@@ -14,17 +14,15 @@ from pear_megatron.score.recorded.answers import Recorded, number, own_fields
 _CUT = ("truncated", "aborted", "failed")
 # What slime writes; rows may have more.
 FIELDS = (
+    *("tokens", "response_length", "rollout_log_probs", "loss_mask", "remove_sample", "status", "label"),
     *(
-        "tokens",
-        "response_length",
-        "rollout_log_probs",
-        "loss_mask",
-        "remove_sample",
-        "status",
-        "label",
         "index",
+        "group_index",
+        "rollout_id",
+        "weight_versions",
+        "rollout_routed_experts",
+        "rollout_top_p_token_ids",
     ),
-    *("group_index", "rollout_id", "weight_versions", "rollout_routed_experts", "rollout_top_p_token_ids"),
     *("teacher_log_probs", "multimodal_inputs", "multimodal_train_inputs", "generate_function_path"),
     *("train_metadata", "session_id", "non_generation_time", "spec_info", "prefix_cache_info", "samples"),
 )
@@ -37,11 +35,7 @@ def is_sample(fields: Mapping[str, Any]) -> bool:
 
 
 def from_sample(sample: Mapping[str, Any]) -> Recorded:
-    """A sample: ``tokens``, of which the last ``response_length`` were generated, but for loss_mask's zeros.
-
-    Raises:
-        RowProblem: without log-probs, or with other numbers of them.
-    """
+    """A sample: ``tokens``, of which the last ``response_length`` were generated, but for loss_mask's zeros."""
     for name in ("tokens", "response_length", "rollout_log_probs"):
         if sample.get(name) is None:
             raise RowProblem(

@@ -18,9 +18,8 @@ RECORD_IDS = (
     "beside logprobs"
 )
 _PARSED = ("content", "reasoning_content", "reasoning", "tool_calls")  # of a message, all that was generated
-_READS_PARTS = re.compile(
-    r"for\s+\w+\s+in\s+[\w.\[\]'\"]*content"
-)  # a template that gets a list of parts as it is
+# In a template that gets a list of parts as it is.
+_READS_PARTS = re.compile(r"for\s+\w+\s+in\s+[\w.\[\]'\"]*content")
 _TODAY = (
     "prompts that may hold a date, for which the chat template got today's ({:%Y-%m-%d}), as the answer does not say "
     "when it was created"

@@ -39,12 +39,7 @@ def is_rollout(fields: Mapping[str, Any]) -> bool:
 
 
 def from_rollout(fields: Mapping[str, Any]) -> Recorded:
-    """``prompts``, ``responses``, ``response_mask`` and ``rollout_log_probs``; attention_mask where they are padded.
-
-    Raises:
-        RowProblem: text without token ids or log-probs, padding that cannot be told from the prompt, or lists
-            of different lengths.
-    """
+    """``prompts``, ``responses``, ``response_mask`` and ``rollout_log_probs``; attention_mask where they are padded."""
     found = {
         name: next((known for known in names if known in fields), None) for name, names in _NAMES.items()
     }

@@ -90,11 +90,7 @@ def entries_of(recorded: Any, place: str) -> list[dict[int, float] | None]:
 
 
 def of_ids(ids: Sequence[int], entries: Any, place: str, what: str) -> list[float | None]:
-    """The log-probs of these tokens among vLLM's: one {id: {logprob}} or one number a token, or FlatLogprobs.
-
-    Raises:
-        RowProblem: not one entry per token, or an entry that does not have the token's id.
-    """
+    """The log-probs of these tokens among vLLM's: one {id: {logprob}} or one number a token, or FlatLogprobs."""
     if isinstance(entries, Mapping):
         entries = _from_flat(entries, place)
     if not isinstance(entries, list):

@@ -50,9 +50,8 @@ ODD = [
 ]
 # What may stand before the text: what the template or the text itself opens and closes the turn's thinking with.
 HEADS = ("", "</think>", "<|channel|>final<|message|>")
-BASIC = st.characters(
-    max_codepoint=0xFFFF, exclude_categories=["Cs", "Cc"]
-)  # SmolLM2 has no token for some others
+# SmolLM2 has no token for some others.
+BASIC = st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs", "Cc"])
 texts = st.lists(st.one_of(st.sampled_from(ODD), st.text(BASIC, max_size=6)), min_size=1, max_size=6).map(
     "".join
 )
