@@ -13,7 +13,7 @@ from pear_megatron.data.packing import BatchPlan
 from pear_megatron.data.prepare import prepare
 from pear_megatron.data.store import TrajectoryDataset
 from pear_megatron.errors import RecipeError
-from pear_megatron.ranks import check_shared, from_main, patient_group, together
+from pear_megatron.ranks import from_main, patient_group, require_seen, together
 
 
 def prepare_sources(
@@ -63,6 +63,7 @@ def prepare_everywhere(
 
     Raises:
         DataError: what is wrong with the data, by file and line; or where they cannot be written.
+        RecipeError: another node does not see what was prepared.
     """
 
     def work() -> list[Path]:
@@ -86,8 +87,13 @@ def prepare_everywhere(
             ) from error
 
     folders = from_main(work, group=patient_group())
-    check_shared(folders[0].parent, "data.cache_dir")
-    return together(lambda: open_sources(folders, sources))
+
+    def opened() -> AnyDataset:
+        for folder in folders:
+            require_seen(folder, f"data.cache_dir {folder.parent}")
+        return open_sources(folders, sources)
+
+    return together(opened)
 
 
 def require_files(config: DataConfig) -> None:
