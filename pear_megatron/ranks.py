@@ -244,22 +244,30 @@ def check_shared(folder: Path, key: str) -> None:
     """
     mark = from_main(lambda: folder / f".shared-{uuid.uuid4().hex[:8]}")
     from_main(mark.touch)
-    deadline = time.monotonic() + _SECONDS_OF_A_SLOW_FOLDER
-
-    def look() -> None:
-        while not mark.exists():
-            if time.monotonic() > deadline:
-                raise RecipeError(
-                    f"{_this_rank()} does not see what rank 0 writes to {key} {folder}; choose a folder on a file "
-                    "system that every node has"
-                )
-            time.sleep(0.5)
-
     try:
-        together(look)
+        together(lambda: require_seen(mark, f"{key} {folder}"))
     finally:
         if is_main():
             mark.unlink(missing_ok=True)
+
+
+def require_seen(path: Path, place: str) -> None:
+    """Waits until this rank's node sees what rank 0 has written.
+
+    Args:
+        place: the key by which the user chooses the folder, and the folder.
+
+    Raises:
+        RecipeError: it does not; names the rank and its node.
+    """
+    deadline = time.monotonic() + _SECONDS_OF_A_SLOW_FOLDER
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise RecipeError(
+                f"{_this_rank()} does not see what rank 0 writes to {place}; choose a folder on a file system that "
+                "every node has"
+            )
+        time.sleep(0.5)
 
 
 def _this_rank() -> str:

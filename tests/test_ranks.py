@@ -63,3 +63,28 @@ def test_commands_of_a_comparison_end_with_it(tmp_path: Path) -> None:
     words = ["sh", "-c", f"touch {tmp_path / 'begun'}/$$; exec sleep 600"]
     code = f"import subprocess; from pear_megatron.ranks import mortal; subprocess.run(mortal({words!r}))"
     assert _killed_with_its_parent(tmp_path, code, 1)
+
+
+_VICTIM = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(2)
+sys.exit(1)
+"""
+
+
+def test_a_rank_that_was_killed_is_named_though_the_others_fail_for_it(tmp_path: Path) -> None:
+    (tmp_path / "victim.py").write_text(_VICTIM)
+    code = "import sys; from pear_megatron.ranks import run_ranks; sys.exit(run_ranks(2, 'victim', []))"
+    paths = f"{tmp_path}:{REPOSITORY}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "error: rank 1: Signal 9 (SIGKILL)" in done.stderr

@@ -13,7 +13,7 @@ from pear_megatron.data.packing import BatchPlan
 from pear_megatron.data.prepare import prepare
 from pear_megatron.data.store import TrajectoryDataset
 from pear_megatron.errors import RecipeError
-from pear_megatron.ranks import check_shared, from_main, patient_group, together
+from pear_megatron.ranks import from_main, patient_group, require_seen, together
 
 
 def prepare_sources(
@@ -54,7 +54,12 @@ def prepare_everywhere(
     vocab_size: int | None,
     columns: Columns = NO_COLUMNS,
 ) -> AnyDataset:
-    """Prepares the sources on rank 0 and opens them on every rank, which all call it; an error there is everyone's."""
+    """Prepares the sources on rank 0 and opens them on every rank, which all call it; an error there is everyone's.
+
+    Raises:
+        DataError: what is wrong with the data, by file and line; or where they cannot be written.
+        RecipeError: another node does not see what was prepared.
+    """
 
     def work() -> list[Path]:
         try:
@@ -75,8 +80,13 @@ def prepare_everywhere(
             ) from error
 
     folders = from_main(work, group=patient_group())
-    check_shared(folders[0].parent, "data.cache_dir")
-    return together(lambda: open_sources(folders, sources))
+
+    def opened() -> AnyDataset:
+        for folder in folders:
+            require_seen(folder, f"data.cache_dir {folder.parent}")
+        return open_sources(folders, sources)
+
+    return together(opened)
 
 
 def require_files(config: DataConfig) -> None:

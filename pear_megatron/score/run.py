@@ -6,6 +6,8 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +17,9 @@ from pear_megatron.data.prepare import describe_split
 from pear_megatron.data.topk import TopK
 from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.errors import ScoreError
+from pear_megatron.megatron.checkpoint.model_folder import read_model_facts
 from pear_megatron.progress import token_progress
-from pear_megatron.ranks import is_main
+from pear_megatron.ranks import check_same_on_every_rank, check_shared, is_main
 from pear_megatron.score.backends import Scorer, load_scorer
 from pear_megatron.score.chunks import WorkFolder, read_finished, trajectories_of
 from pear_megatron.score.manifest import refuse_other, same_identity
@@ -84,6 +87,9 @@ class ScoreJob:
 
     def score(self, ranks: Ranks) -> None:
         """On every rank: scores the missing chunks, on all replicas, and joins them into the output."""
+        if ranks.size > 1:
+            check_same_on_every_rank(self._given(), may_differ=("data", "model", "output", "tokenizer"))
+            check_shared(self._work.path, "--output's work folder")
         chunks, counts = self._work.read_index()
         tokens = [chunk.tokens for chunk in chunks]
         missing = ranks.from_main(lambda: self._work.missing_parts(len(chunks)) if self.num_missing() else [])
@@ -102,6 +108,12 @@ class ScoreJob:
             self._work.finish(counts, len(chunks), scored=scored)
             log.info("wrote %s: %s", self.settings.output, _said(counts))
         ranks.wait()
+
+    def _given(self) -> dict[str, Any]:
+        """The command, with a digest of the model in place of where it lies."""
+        model = self.settings.model
+        digest = read_model_facts(model).digest if model else None
+        return asdict(self.settings) | {"weights in --model": digest}
 
     def _score(self, missing: list[int], tokens: list[int]) -> None:
         settings = self.settings

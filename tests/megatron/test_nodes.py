@@ -115,6 +115,16 @@ def test_an_output_dir_that_the_other_node_does_not_see_is_an_error_on_both(
     assert not list((tmp_path / "0" / "run").glob(".shared-*"))
 
 
+def test_prepared_data_that_the_other_node_does_not_see_are_an_error_on_both(
+    tmp_path: Path, trajectories: Path
+) -> None:
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+    places = [f"data.train={trajectories}", f"output_dir={tmp_path / 'run'}", "data.cache_dir=cache"]
+    for said in outputs(*places, folder=tmp_path):
+        assert "does not see what rank 0 writes to data.cache_dir cache; choose a folder" in said
+
+
 def test_a_node_that_dies_is_said_by_the_others(tmp_path: Path, trajectories: Path) -> None:
     target = partial(node, None, None)
     run = Started(

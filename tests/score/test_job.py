@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
 from pear_megatron.data import DataError, Trajectory
-from pear_megatron.errors import ScoreError
+from pear_megatron.errors import RecipeError, ScoreError
 from tests.byte_tokenizer import make_byte_tokenizer
 from tests.distributed import run_ranks
 from tests.score.jobs import chat_row, opened, rows_of_ids, run_job, score_rows, some_rows, write_jsonl
@@ -180,6 +181,24 @@ def test_replicas_share_the_chunks_and_write_the_same_file(tiny_llama: Path, tmp
         run_ranks(ranks, rank_runs_job, data, tmp_path / f"{ranks}.parquet", model)
     assert (tmp_path / "1.parquet").read_bytes() == (tmp_path / "2.parquet").read_bytes()
     assert not list(tmp_path.glob("*.parts"))
+
+
+def rank_has_a_model_of_its_own(rank: int, data: Path, output: Path, models: list[Path]) -> str:
+    os.environ["RANK"] = str(rank)
+    with pytest.raises(RecipeError) as error:
+        run_job(data, output, models[rank], backend="megatron")
+    return str(error.value)
+
+
+def test_other_weights_on_one_rank_are_an_error_on_both(tiny_llama: Path, tmp_path: Path) -> None:
+    """A node with an old copy would score its share of the rows with another policy."""
+    data = write_jsonl(tmp_path / "in.jsonl", rows_of_ids(8))
+    models = [without_tokenizer(tiny_llama, tmp_path / str(rank)) for rank in range(2)]
+    file = models[1] / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    for said in run_ranks(2, rank_has_a_model_of_its_own, data, tmp_path / "out.parquet", models):
+        assert "differs from rank 0: weights in --model" in said
+    assert not (tmp_path / "out.parquet").exists()
 
 
 def rank_meets_bad_data(rank: int, data: Path, output: Path, model: Path) -> str:
