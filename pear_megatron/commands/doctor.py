@@ -24,10 +24,8 @@ def doctor() -> None:
         mark = "!" if finding.fault else " "
         print(f"{mark} {finding.name:<{width}}  {finding.value}")
     faults = [finding.fault for finding in found if finding.fault]
-    print(
-        "\n".join(["", f"faults: {len(faults)}", *(f"! {fault}" for fault in faults)])
-        if faults
-        else "\nno faults"
-    )
-    if faults:
-        raise typer.Exit(1)
+    if not faults:
+        print("\nno faults")
+        return
+    print("\n".join(["", f"faults: {len(faults)}", *(f"! {fault}" for fault in faults)]))
+    raise typer.Exit(1)

@@ -49,17 +49,11 @@ def _facts(outcome: Outcome) -> list[tuple[str, str]]:
     recipe = outcome.recipe
     grpo = outcome.results[0].cell.rl.grpo
     before = outcome.results[0].before
-    complete = len(outcome.seeds)
+    seeds = _count(complete := len(outcome.seeds))
+    if complete < len(recipe.seeds):
+        seeds += f", of {len(recipe.seeds)}: the others are not finished"
     return [
-        (
-            "arms",
-            f"{len(recipe.arms)} on {_count(complete)}"
-            + (
-                ""
-                if complete == len(recipe.seeds)
-                else f", of {len(recipe.seeds)}: the others are not finished"
-            ),
-        ),
+        ("arms", f"{len(recipe.arms)} on {seeds}"),
         ("offline phase", recipe.offline.recipe.rpartition("/")[2]),
         (
             "RL",

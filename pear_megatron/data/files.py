@@ -120,11 +120,9 @@ def _read_jsonl(path: Path, problems: Problems, skip: Collection[str]) -> Iterat
     with raw:
         start = raw.peek(2)[:2]
         if start and (start == _GZIP) != (path.suffix == ".gz"):
-            what = (
-                "is no gzip data; name it .jsonl"
-                if path.suffix == ".gz"
-                else "is gzip data; name it .jsonl.gz"
-            )
+            what = "is gzip data; name it .jsonl.gz"
+            if path.suffix == ".gz":
+                what = "is no gzip data; name it .jsonl"
             problems.add(str(path), f"{what}, or copy it again")
             return
         stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,10 +94,7 @@ def examine_build(build: Build, gpus: Sequence[Gpu], driver_gpus: int) -> list[F
 def examine_gpus(gpus: Sequence[Gpu], driver_gpus: int, torch_cuda: str | None) -> Finding:
     """The GPUs; at fault where the driver has some and a torch with CUDA cannot use them."""
     if gpus:
-        listed = (f"{gpu.name} ({gpu.capability[0]}.{gpu.capability[1]})" for gpu in gpus)
-        counted: dict[str, int] = {}
-        for name in listed:
-            counted[name] = counted.get(name, 0) + 1
+        counted = Counter(f"{gpu.name} ({gpu.capability[0]}.{gpu.capability[1]})" for gpu in gpus)
         return Finding("system", "GPUs", ", ".join(f"{count} x {name}" for name, count in counted.items()))
     if driver_gpus and torch_cuda is not None:
         fault = (

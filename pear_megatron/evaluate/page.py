@@ -122,11 +122,8 @@ def _some(samples: Sequence[dict[str, Any]], right_at: float) -> list[dict[str, 
     for why, fits in kinds:
         if row := next(filter(fits, samples), None):
             text = row["response"]
-            more = (
-                f" … {len(text) - _SHOWN_CHARACTERS:,} more characters"
-                if len(text) > _SHOWN_CHARACTERS
-                else ""
-            )
+            left_out = len(text) - _SHOWN_CHARACTERS
+            more = f" … {left_out:,} more characters" if left_out > 0 else ""
             found.append(
                 {
                     "why": why,

@@ -165,15 +165,11 @@ def _needs(has_policy: bool, has_behavior: bool, has_reference: bool) -> Verdict
 
 def _facts(sample: Sample, policy: str, config: PearConfig | None) -> list[tuple[str, str]]:
     seen, total = len(sample.trajectories), len(sample.lengths)
-    chosen = (
-        "all"
-        if seen == total
-        else f"{seen:,}, drawn at random (seed {sample.seed}); all that follows is theirs"
-    )
+    drawn = f"{seen:,}, drawn at random (seed {sample.seed}); all that follows is theirs"
     facts = [
         ("data", ", ".join(sample.files)),
         ("trajectories", f"{total:,} with {int(sample.num_decisions.sum()):,} decisions"),
-        ("looked at", chosen),
+        ("looked at", "all" if seen == total else drawn),
         ("rewards", _rewards(sample.rewards)),
         ("policy", policy),
     ]

@@ -23,23 +23,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pear_megatron.plan.parameters import expert_parameters, layer_matrices
 from pear_megatron.recipe import ModelConfig
-from pear_megatron.recipe.sections import expert_size, head_size, query_groups
+from pear_megatron.recipe.sections import head_size
 
 
 def flops_per_token(model: ModelConfig, *, frozen: bool = False) -> int:
     """Training FLOPs of one token in all matrix products with weights, which may be frozen (LoRA)."""
-    h, head = model.hidden_size, head_size(model)
-    q, k = model.num_attention_heads * head, query_groups(model) * head
-    width, router = model.ffn_hidden_size, 0
-    if model.num_moe_experts is not None:
-        width = (model.moe_router_topk or 0) * expert_size(model) + (
-            model.moe_shared_expert_intermediate_size or 0
-        )
-        router = h * (model.num_moe_experts + model.moe_shared_expert_gate)
-    mlp = (3 if model.activation == "swiglu" else 2) * h * width + router
+    routed = (model.moe_router_topk or 0) * expert_parameters(model) // (model.num_moe_experts or 1)
+    layers = model.num_layers * (layer_matrices(model, 1) + routed)
     passes = 2 if frozen else 3
-    return passes * 2 * (model.num_layers * (h * (q + 2 * k) + q * h + mlp) + h * model.vocab_size)
+    return passes * 2 * (layers + model.hidden_size * model.vocab_size)
 
 
 def training_flops(model: ModelConfig, lengths: Iterable[int], *, frozen: bool = False) -> int:

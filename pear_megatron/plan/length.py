@@ -62,14 +62,13 @@ def length_from_data(recipe: Recipe, *, progress: bool = False) -> RunLength:
     steps = train.max_steps or batches.first_step(train.num_epochs)
     epoch = [i for step in range(per_epoch) for row in batches.rows(step)[1] for i in row]
     lengths = np.asarray(dataset.lengths, dtype=np.int64)[epoch]
+    # The model sees all tokens of a trajectory but the last.
+    flops = training_flops(recipe.model, (lengths - 1).tolist(), frozen=recipe.lora is not None)
     return RunLength(
         tokens=int(lengths.sum()),
         steps_per_epoch=per_epoch,
         steps=steps,
-        # The model sees all tokens of a trajectory but the last.
-        flops=training_flops(recipe.model, (lengths - 1).tolist(), frozen=recipe.lora is not None)
-        * steps
-        / per_epoch,
+        flops=flops * steps / per_epoch,
         trajectories=len(epoch),
         decisions=int(dataset.num_decisions[epoch].sum()),
     )
@@ -83,12 +82,5 @@ def length_from_tokens(recipe: Recipe, tokens: int) -> RunLength:
     per_epoch = -(-tokens // (recipe.data.seq_length * recipe.train.global_batch_size))
     steps = recipe.train.max_steps or per_epoch * recipe.train.num_epochs
     rows = tokens / recipe.data.seq_length
-    return RunLength(
-        tokens=tokens,
-        steps_per_epoch=per_epoch,
-        steps=steps,
-        flops=training_flops(recipe.model, [recipe.data.seq_length], frozen=recipe.lora is not None)
-        * rows
-        * steps
-        / per_epoch,
-    )
+    row = training_flops(recipe.model, [recipe.data.seq_length], frozen=recipe.lora is not None)
+    return RunLength(tokens, per_epoch, steps, flops=row * rows * steps / per_epoch)

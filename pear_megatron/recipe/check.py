@@ -95,13 +95,10 @@ def _check_experts(model: ModelConfig, parallel: ParallelConfig, world_size: int
         )
     if expert_size(model) % etp:
         key = "moe_ffn_hidden_size" if model.moe_ffn_hidden_size else "ffn_hidden_size"
+        given = parallel.expert_tensor_parallel_size is not None
         raise RecipeError(
             f"model.{key} {expert_size(model)} is not divisible by parallel.expert_tensor_parallel_size {etp}"
-            + (
-                ""
-                if parallel.expert_tensor_parallel_size
-                else " (which is tensor_model_parallel_size's; set it to 1)"
-            )
+            + ("" if given else " (which is tensor_model_parallel_size's; set it to 1)")
         )
     shared = model.moe_shared_expert_intermediate_size or 0
     if shared % tp:

@@ -35,7 +35,7 @@ _ROLES = {
     "system": "system",
 }
 _CONTENTS = ("text", "parts", "value", "message", "body")  # what other programs call the content
-_TEXT_PARTS = ("text", "input_text", "output_text")
+TEXT_PARTS = ("text", "input_text", "output_text")
 _PARTS = {
     **dict.fromkeys(("thinking", "reasoning"), "write it into the message's 'reasoning_content'"),
     "tool_use": "write it into the message's 'tool_calls'",
@@ -215,7 +215,7 @@ def _read_message(value: Any, where: str) -> Message:
     if thinking := _thinking(message, where):
         if value["role"] != "assistant":
             raise RowProblem(f"{where} has thinking and is no assistant's: it would be left out; take it out")
-        if value["role"] == "assistant" and message["content"].lstrip().startswith("<think>"):
+        if message["content"].lstrip().startswith("<think>"):
             raise RowProblem(f"{where} has thinking both in its content, as <think>, and beside it; keep one")
         message["reasoning_content"] = thinking
     if calls:
@@ -281,7 +281,7 @@ def _text(value: Any, where: str, *, needed: bool) -> str:
     for i, part in enumerate(value):
         text = part.get("text") if isinstance(part, dict) else part
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if not isinstance(text, str) or kind not in _TEXT_PARTS:
+        if not isinstance(text, str) or kind not in TEXT_PARTS:
             way_out = _PARTS.get(kind, "only text can be trained on; drop the row")
             raise RowProblem(f"{where}[{i}] = {short(part)} is no text part; {way_out}")
         for name, beside in part.items() if isinstance(part, dict) else ():

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pear_megatron.data.chat import Conversation
+from pear_megatron.data.chat.messages import TEXT_PARTS
 from pear_megatron.data.errors import RowProblem
 from pear_megatron.data.fields import FUNCTIONS, SYSTEM, get_integers, get_system, short
 from pear_megatron.data.text import tools_of
@@ -23,7 +24,6 @@ _OF_TEMPLATE = {
 TEMPLATE_FIELDS = ("reasoning_effort", *_OF_TEMPLATE)
 _ID_FIELDS = ("prompt_token_ids", "prompt_ids")
 _DAY = 24 * 3600  # seconds; smaller numbers are no time
-_TEXT_PARTS = ("text", "input_text", "output_text")
 # Parts whose tokens are text's.
 _TEXT_LIKE = ("thinking", "reasoning", "refusal", "tool_use", "tool_call", "tool_result")
 
@@ -113,7 +113,7 @@ def refuse_images(messages: Any, name: str = "messages") -> None:
         content = message.get("content") if isinstance(message, Mapping) else None
         for j, part in enumerate(content if isinstance(content, list) else []):
             kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-            if kind not in (*_TEXT_PARTS, *_TEXT_LIKE):
+            if kind not in (*TEXT_PARTS, *_TEXT_LIKE):
                 raise RowProblem(
                     f"{name}[{k}].content[{j}] = {short(part)} is no text, and its token ids would be placeholders "
                     "that training cannot fill; drop the row"
@@ -211,6 +211,6 @@ def _texts(content: Any, place: str) -> list[str]:
         raise RowProblem(f"{place}.content = {short(content)}; it must be text or a list of text parts")
     for k, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+        if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
             raise RowProblem(f"{place}.content[{k}] = {short(part)} is no text; drop the row")
     return [part["text"] for part in content]
