@@ -99,6 +99,14 @@ def test_a_misspelt_key_is_named_before_torch_is_imported(command: str, tmp_path
     assert not {"torch", "megatron", "transformers", "matplotlib"} & modules
 
 
+def test_a_plan_needs_no_torch() -> None:
+    """It is made on a login node, and in every job before the training starts."""
+    plan = "sys.argv = ['pear-megatron', 'plan', '--config', 'pear:tiny.yaml']"
+    modules = modules_after(f"{plan}\nfrom pear_megatron.cli import app\napp()")
+    assert "pear_megatron.plan.estimate" in modules
+    assert not {"torch", "megatron", "transformers", "matplotlib"} & modules
+
+
 def test_the_public_names_are_there_without_being_imported_first() -> None:
     import pear_megatron
 

@@ -80,7 +80,7 @@ def test_ctrl_c_saves_and_ends_with_the_code_for_going_on(data: Path, tmp_path: 
 
 
 def test_a_second_ctrl_c_ends_at_once(data: Path, tmp_path: Path) -> None:
-    a_long_step = "train.global_batch_size=2048"
+    a_long_step = "train.global_batch_size=1024"
     terminal = Terminal(*training(data, tmp_path, 1, a_long_step))
     terminal.read_until("tokens/s")
     terminal.press(CTRL_C)

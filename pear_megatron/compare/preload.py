@@ -16,12 +16,13 @@ _TRAINING = (
     "megatron.core.models.gpt",
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.optimizer",
-    "megatron.core.dist_checkpointing",
+    "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.pipeline_parallel",
     "torch._dynamo",  # which torch's optimizers import
     "torch.utils.tensorboard",
     "hydra._internal.config_loader_impl",
     "pear_megatron.train.trainer",
+    "pear_megatron.megatron.core_attention",
     "pear_megatron.megatron.checkpoint.export",
 )
 # Of extras that may be missing. transformers and trl import by name only what is asked for.

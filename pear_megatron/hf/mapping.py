@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pear_megatron.recipe import ModelConfig
 from pear_megatron.recipe.hf_config import family_of
 from pear_megatron.recipe.sections import expert_size, head_size, query_groups
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Parameters of the local layer specification -> names in checkpoints and of Transformer Engine's layers.
 LOCAL_NAMES = {

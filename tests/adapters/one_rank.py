@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,19 @@ def expected(
     pear: PearConfig,
     *,
     seq_length: int,
-    batch: int,
-    steps: int,
     learning_rate: float,
+    batch: int = 1,
+    steps: int = 0,
     seed: int = 0,
     multiple: int = 1,
+    batches: tuple[tuple[int, ...], ...] = (),
+    betas: tuple[float, float] = (0.9, 0.95),
     attention: bool = True,
 ) -> tuple[list[dict[str, float]], Any]:
-    """Of every step: loss, gradient norm and report; and the model, which was folder/model, on folder/data.jsonl."""
+    """Of every step: loss, gradient norm and report; and the model, which was folder/model, on folder/data.jsonl.
+
+    Steps take ``batches`` of trajectories, or ``steps`` of our plan's of ``batch`` rows.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -36,12 +42,12 @@ def expected(
     if not attention:
         for layer in model.model.layers:
             layer.self_attn.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=betas, weight_decay=0.0)
     rows = trajectories(folder / "data.jsonl", model.config.vocab_size, seq_length)
     plan = BatchPlan(rows.lengths, seq_length, batch, seed=seed, multiple=multiple)
     found = []
-    for step in range(steps):
-        loss, decisions, report = loss_of(model, rows, [i for row in plan.rows(step)[1] for i in row], pear)
+    for own in batches or [[i for row in plan.rows(step)[1] for i in row] for step in range(steps)]:
+        loss, decisions, report = loss_of(model, rows, own, pear)
         optimizer.zero_grad()
         (loss / decisions).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -56,7 +62,7 @@ def trajectories(file: Path, vocab_size: int, seq_length: int) -> TrajectoryData
     )
 
 
-def loss_of(model: Any, rows: TrajectoryDataset, own: list[int], pear: PearConfig) -> Any:
+def loss_of(model: Any, rows: TrajectoryDataset, own: Sequence[int], pear: PearConfig) -> Any:
     """Of the trajectories ``own``: pear_loss's three."""
     batch = collate(rows, [own], int(sum(rows.lengths[i] - 1 for i in own)))
     logits = [model(torch.as_tensor(rows[i].input_ids[:-1].astype("int64"))[None]).logits[0] for i in own]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.megatron.runs import train, write_trajectories
+from tests.adapters.torchrun import torchrun
+from tests.megatron.runs import launch, run_program, train, write_trajectories
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "examples" / "megatron_lm" / "pretrain_pear.py"
@@ -49,24 +49,16 @@ OURS = [
 ]  # fmt: skip
 
 
+def settings(output: Path, *arguments: str) -> list[str]:
+    """Options of a run that logs into ``output``."""
+    return [*f"{MODEL} {TRAINING} {ON_CPU} --tensorboard-dir {output / 'tensorboard'}".split(), *arguments]
+
+
 def pretrain(processes: int, output: Path, *arguments: str, program: Path = PROGRAM) -> tuple[int, str]:
-    """Runs the example's program under torchrun -> its exit code and what it said."""
-    torchrun = f"-W ignore -m torch.distributed.run --standalone --nproc-per-node={processes}".split()
-    settings = f"{MODEL} {TRAINING} {ON_CPU} --tensorboard-dir {output / 'tensorboard'}".split()
-    done = subprocess.run(
-        [sys.executable, *torchrun, str(program), *settings, *arguments],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    return done.returncode, done.stdout
+    """Runs the example's program on some ranks -> its exit code and what it said."""
+    target = partial(run_program, str(program))
+    done = launch(processes, *settings(output, *arguments), check=False, config=None, target=target)
+    return done.returncode, done.stderr
 
 
 def finish(processes: int, output: Path, *arguments: str, program: Path = PROGRAM) -> str:
@@ -74,6 +66,13 @@ def finish(processes: int, output: Path, *arguments: str, program: Path = PROGRA
     code, said = pretrain(processes, output, *arguments, program=program)
     assert code == 0, "\n".join(re.findall(r"^.*(?:Error|error|File).*$", said, re.M)[:40])
     return said
+
+
+def under_torchrun(processes: int, output: Path, *arguments: str) -> None:
+    """The same, as a user starts it."""
+    program, threads = "examples.megatron_lm.pretrain_pear", {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    done = torchrun(processes, program, settings(output, *arguments), folder=ROOT, **threads)
+    assert done.returncode == 0, done.stdout[-6000:]
 
 
 def from_weights(start: Path) -> list[str]:
@@ -107,19 +106,19 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("processes", "layout"),
+    ("run", "layout"),
     [
-        (2, "--tensor-model-parallel-size 2"),
-        (2, "--pipeline-model-parallel-size 2"),
-        (2, ""),
+        (under_torchrun, "--tensor-model-parallel-size 2"),
+        (finish, "--pipeline-model-parallel-size 2"),
+        (finish, ""),
     ],
     ids=["TP 2", "PP 2", "DP 2"],
 )
 def test_losses_and_gradient_norms_are_those_of_our_trainer(
-    processes: int, layout: str, ours: dict[str, Any], tmp_path: Path
+    run: Callable[..., object], layout: str, ours: dict[str, Any], tmp_path: Path
 ) -> None:
-    finish(
-        processes, tmp_path, "--pear-data", str(ours["data"]), "--eval-iters", "0", *layout.split(),
+    run(
+        2, tmp_path, "--pear-data", str(ours["data"]), "--eval-iters", "0", *layout.split(),
         *from_weights(ours["start"]),
     )  # fmt: skip
     compare(tmp_path, ours["rows"])

@@ -113,8 +113,11 @@ def test_it_trains_evaluates_and_saves_what_the_loss_says(folder: Path) -> None:
     saved = AutoModelForCausalLM.from_pretrained(
         folder / "out-0" / f"checkpoint-{STEPS}", dtype=torch.float32
     )
-    for name, parameter in model.state_dict().items():
-        torch.testing.assert_close(saved.state_dict()[name], parameter, rtol=1e-4, atol=1e-6)
+    for (
+        name,
+        parameter,
+    ) in model.state_dict().items():  # within a tenth of Adam's step, where a gradient is rounding
+        torch.testing.assert_close(saved.state_dict()[name], parameter, rtol=1e-4, atol=LEARNING_RATE / 10)
 
 
 def test_two_data_parallel_ranks_train_as_one_and_say_that_weights_collapse(folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ import pytest
 import torch
 
 from pear_megatron import PearConfig, pear_loss
-from pear_megatron.data import DataConfig, TrajectoryDataset, collate, prepare
+from pear_megatron.data import DataConfig
 from pear_megatron.errors import RecipeError
+from tests.adapters import one_rank
+from tests.adapters.one_rank import loss_of, means
 from tests.adapters.tiny_llama import VOCABULARY, save_tiny_llama
-from tests.megatron.runs import write_trajectories
+from tests.adapters.torchrun import REPOSITORY, torchrun
+from tests.megatron.runs import launch, run_program, write_trajectories
 
 pytest.importorskip("transformers")
 
-REPOSITORY = Path(__file__).parents[2]
 ROWS, STEPS, LEARNING_RATE = 8, 3, 1e-3
 PACKED_ROWS, PACKED = 4, ("--seq_length=94", "--packing=True")  # what ROWS come to in rows of 94 positions
 # Bounds that keep the weights small, so that they do not multiply rounding.
@@ -38,19 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def program(
-    folder: Path,
-    output: Path,
-    *options: str,
-    processes: int = 1,
-    rows: int = ROWS,
-    module: str = "examples.transformers.sft_pear",
-) -> subprocess.CompletedProcess[str]:
-    """The example on some processes; every step sees all rows, whatever their order."""
-    start = [sys.executable, "-W", "ignore"]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    settings = {
+def settings(folder: Path, output: Path, processes: int, rows: int) -> list[str]:
+    """Options of the example: every step sees all rows, whatever their order."""
+    given = {
         "model": folder / "model",
         "data": folder / "data.jsonl",
         "pear": folder / "pear.json",
@@ -67,48 +60,53 @@ def program(
         "use_cpu": True,
         "report_to": "none",
     }
-    given = [f"--{name}={value}" for name, value in settings.items()]
-    return subprocess.run(
-        [*start, "-m", module, *given, *options],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+def program(
+    folder: Path,
+    output: Path,
+    *options: str,
+    processes: int = 1,
+    rows: int = ROWS,
+    module: str = "examples.transformers.sft_pear",
+    as_a_user: bool = False,
+) -> tuple[int, str]:
+    """The example on some processes -> its exit code and what it said.
+
+    They are forked from a server, which is quicker than ``as_a_user``: by Python or torchrun.
+    """
+    given = [*settings(folder, output, processes, rows), *options]
+    if not as_a_user:
+        target = partial(run_program, module, by_torchrun=processes > 1)
+        done = launch(processes, *given, check=False, config=None, target=target)
+    elif processes > 1:
+        done = torchrun(processes, module, given, folder=REPOSITORY)
+    else:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", module, *given],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    return done.returncode, done.stdout + (done.stderr or "")
 
 
 def train(folder: Path, output: Path, *options: str, **started: Any) -> list[dict[str, float]]:
     """The same -> the Trainer's log: a dict a step, and one of each evaluation."""
-    done = program(folder, output, *options, **started)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    code, said = program(folder, output, *options, **started)
+    assert code == 0, said[-8000:]
     return json.loads((output / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
 
 
-def expected(folder: Path, pear: PearConfig = PEAR) -> list[dict[str, float]]:
-    """Of every step: loss, gradient norm and report of the one-rank loss on the same model, trained by AdamW."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    rows = TrajectoryDataset.open(
-        prepare(DataConfig(train=[str(folder / "data.jsonl")], seq_length=63), vocab_size=VOCABULARY)
-    )
-    batch = collate(rows, [range(ROWS)], int(sum(rows.lengths - 1)))
-    steps = []
-    for _ in range(STEPS):
-        tokens = [torch.as_tensor(rows[i].input_ids[:-1].astype("int64"))[None] for i in range(ROWS)]
-        loss, decisions, report = pear_loss(
-            torch.cat([model(ids).logits[0] for ids in tokens]), batch.labels.flatten(),
-            batch.behavior_logprobs.flatten(), batch.loss_mask.flatten(), batch.cu_seqlens, pear, reward=batch.reward,
-        )  # fmt: skip
-        optimizer.zero_grad()
-        (loss / decisions).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        means = {key: float(total / count) for key, (total, count) in report.items()}
-        steps.append({**means, "grad_norm": float(norm)})
-    return steps
+def expected(folder: Path) -> list[dict[str, float]]:
+    """Of every step, which takes all rows: loss, gradient norm and report of the one-rank loss."""
+    return one_rank.expected(
+        folder, PEAR, seq_length=63, learning_rate=LEARNING_RATE, batches=(tuple(range(ROWS)),) * STEPS,
+        betas=(0.9, 0.999),
+    )[0]  # fmt: skip
 
 
 def assert_same(log: list[dict[str, float]], wanted: list[dict[str, float]], within: float = 1e-4) -> None:
@@ -119,11 +117,11 @@ def assert_same(log: list[dict[str, float]], wanted: list[dict[str, float]], wit
 
 
 def test_it_trains_as_the_loss_says(folder: Path, tmp_path: Path) -> None:
-    assert_same(train(folder, tmp_path / "run"), expected(folder))
+    assert_same(train(folder, tmp_path / "run", as_a_user=True), expected(folder))
 
 
 def test_packed_rows_on_two_processes_train_as_the_loss_says(folder: Path, tmp_path: Path) -> None:
-    log = train(folder, tmp_path / "run", *PACKED, processes=2, rows=PACKED_ROWS)
+    log = train(folder, tmp_path / "run", *PACKED, processes=2, rows=PACKED_ROWS, as_a_user=True)
     assert_same(log, expected(folder))
 
 
@@ -144,11 +142,12 @@ def test_fsdp_trains_as_the_loss_says_and_resumes(folder: Path, tmp_path: Path) 
 def test_deepspeed_trains_as_the_loss_says_and_resumes(folder: Path, tmp_path: Path, stage: int) -> None:
     pytest.importorskip("deepspeed")
     (tmp_path / "zero.json").write_text(json.dumps(ZERO | {"zero_optimization": {"stage": stage}}))
-    assert_sharded(folder, tmp_path, f"--deepspeed={tmp_path / 'zero.json'}")
+    assert_sharded(folder, tmp_path, f"--deepspeed={tmp_path / 'zero.json'}", as_a_user=True)
 
 
-def assert_sharded(folder: Path, tmp_path: Path, *options: str) -> None:
-    sharded = {"processes": 2, "rows": PACKED_ROWS, "module": "tests.adapters.sharded_on_cpu"}
+def assert_sharded(folder: Path, tmp_path: Path, *options: str, as_a_user: bool = False) -> None:
+    module = "tests.adapters.sharded_on_cpu"
+    sharded = {"processes": 2, "rows": PACKED_ROWS, "module": module, "as_a_user": as_a_user}
     output = tmp_path / "run"
     whole = train(folder, output, *PACKED, *options, **sharded)
     assert_same(whole, expected(folder))
@@ -188,31 +187,20 @@ def test_plain_sft_is_the_trainers_own_loss(folder: Path, tmp_path: Path) -> Non
 
 
 def test_evaluations_are_ratios_of_sums_and_leave_training_as_it_is(folder: Path, tmp_path: Path) -> None:
-    heldout = f"--validation_data={folder / 'heldout.jsonl'}"
-    options = [heldout, "--eval_strategy=steps", "--eval_steps=1", "--per_device_eval_batch_size=2"]
+    from transformers import AutoModelForCausalLM
+
+    given = f"--validation_data={folder / 'heldout.jsonl'}"
+    options = [given, "--eval_strategy=steps", "--eval_steps=1", "--per_device_eval_batch_size=2"]
     log = train(folder, tmp_path / "run", *options)
     assert_same(log, expected(folder))
     evaluations = [entry for entry in log if "eval_nll" in entry]
     assert len(evaluations) == STEPS
-    final = _reported(tmp_path / "run", folder / "heldout.jsonl")
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
+    heldout = one_rank.trajectories(folder / "heldout.jsonl", VOCABULARY, 63)
+    with torch.no_grad():
+        final = means(loss_of(trained, heldout, range(len(heldout)), PEAR)[2])
     assert evaluations[-1]["eval_nll"] == pytest.approx(final["nll"], rel=1e-5)
     assert evaluations[-1]["eval_pear/weight"] == pytest.approx(final["pear/weight"], rel=1e-4)
-
-
-def _reported(model: Path, file: Path) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM
-
-    trained = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    rows = TrajectoryDataset.open(
-        prepare(DataConfig(train=[str(file)], seq_length=63), vocab_size=VOCABULARY)
-    )
-    batch = collate(rows, [[i] for i in range(len(rows))], 63)
-    with torch.no_grad():
-        _, _, report = pear_loss(
-            trained(batch.tokens, attention_mask=(~batch.padding_mask).long()).logits, batch.labels,
-            batch.behavior_logprobs, batch.loss_mask, batch.cu_seqlens, PEAR,
-        )  # fmt: skip
-    return {key: float(total / count) for key, (total, count) in report.items()}
 
 
 def test_a_run_resumes_under_its_own_loss_alone(folder: Path, tmp_path: Path) -> None:
@@ -224,11 +212,9 @@ def test_a_run_resumes_under_its_own_loss_alone(folder: Path, tmp_path: Path) ->
         f"--pear={tmp_path / 'other.json'}",
         f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-2'}",
     ]
-    refused = program(folder, tmp_path / "run", *other)
-    assert refused.returncode == 1
-    assert (
-        "the checkpoint was trained with pear {'gamma': 0.999}, this run has {'gamma': 0.9}" in refused.stderr
-    )
+    code, said = program(folder, tmp_path / "run", *other)
+    assert code == 1
+    assert "the checkpoint was trained with pear {'gamma': 0.999}, this run has {'gamma': 0.9}" in said
 
 
 @pytest.fixture
@@ -285,26 +271,26 @@ def test_a_model_that_reads_over_the_trajectories_of_a_row_is_refused(folder: Pa
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         (["--label_smoothing_factor=0.1"], "label_smoothing_factor is no part of PEAR's loss"),
         (["--seq_length=20"], "data.jsonl:"),
     ],
 )
 def test_what_would_train_otherwise_is_refused_in_a_sentence(
-    folder: Path, tmp_path: Path, options: list[str], said: str
+    folder: Path, tmp_path: Path, options: list[str], expected: str
 ) -> None:
-    done = program(folder, tmp_path / "run", *options)
-    assert done.returncode == 1
-    assert "error: " in done.stderr
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    code, said = program(folder, tmp_path / "run", *options)
+    assert code == 1
+    assert "error: " in said
+    assert expected in said
+    assert "Traceback" not in said
 
 
 def test_processes_that_would_count_alike_are_refused(folder: Path, tmp_path: Path) -> None:
-    done = program(folder, tmp_path / "run", "--average_tokens_across_devices=False", processes=2)
-    assert done.returncode
-    assert "however few decisions it has" in done.stderr
+    code, said = program(folder, tmp_path / "run", "--average_tokens_across_devices=False", processes=2)
+    assert code
+    assert "however few decisions it has" in said
 
 
 def test_a_mixtures_router_loss_is_a_mean_over_accumulated_micro_batches(

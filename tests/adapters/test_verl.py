@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from pear_megatron import PearConfig
-from pear_megatron.data import DataConfig, TrajectoryDataset, collate, prepare
-from pear_megatron.loss import pear_loss
+from tests.adapters import one_rank
 from tests.adapters.checkouts import needs_checkout
-from tests.adapters.tiny_llama import VOCABULARY, save_tiny_llama
+from tests.adapters.one_rank import assert_same
+from tests.adapters.tiny_llama import save_tiny_llama
 from tests.adapters.torchrun import torchrun
 from tests.adapters.verl_bridge import NO_ATTENTION
 from tests.megatron.runs import write_trajectories
@@ -95,48 +94,22 @@ def train(
     return steps, done.stdout
 
 
-@cache
 def expected(folder: Path, pear: PearConfig = PEAR, *, attention: bool = True) -> list[dict[str, float]]:
-    """Of every step: loss, gradient norm and report of the one-rank loss on Hugging Face's model, trained by AdamW."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=torch.float32, attn_implementation="eager"
-    )
-    if not attention:
-        for layer in model.model.layers:
-            layer.self_attn.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    rows = TrajectoryDataset.open(
-        prepare(DataConfig(train=[str(folder / "data.jsonl")], seq_length=63), vocab_size=VOCABULARY)
-    )
+    """Of every step: loss, gradient norm, report and decisions of the one-rank loss, as verl calls them."""
     # DistributedSampler's order of the first epoch; a batch of two ranks is the same eight rows.
     order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(0)).tolist()
-    steps = []
-    for step in range(STEPS):
-        own = order[step * BATCH :][:BATCH]
-        batch = collate(rows, [own], int(sum(rows.lengths[i] - 1 for i in own)))
-        logits = [model(torch.as_tensor(rows[i].input_ids[:-1].astype("int64"))[None]).logits[0] for i in own]
-        loss, decisions, report = pear_loss(
-            torch.cat(logits), batch.labels.flatten(), batch.behavior_logprobs.flatten(),
-            batch.loss_mask.flatten().bool(), batch.cu_seqlens, pear, reward=batch.reward,
-        )  # fmt: skip
-        optimizer.zero_grad()
-        (loss / decisions).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        means = {key: float(total / count) for key, (total, count) in report.items()}
-        steps.append({
-            "train/loss": means.pop("loss"), "train/nll": means.pop("nll"), "train/grad_norm": float(norm),
-            "train/decisions": float(decisions), **means,
-        })  # fmt: skip
-    return steps
-
-
-def assert_same(steps: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
-    assert len(steps) == STEPS
-    for step, want in zip(steps, wanted, strict=True):
-        assert {name: step[name] for name in want} == pytest.approx(want, rel=1e-5, abs=1e-6)
+    batches = tuple(tuple(order[step * BATCH :][:BATCH]) for step in range(STEPS))
+    steps, _ = one_rank.expected(
+        folder, pear, seq_length=63, learning_rate=LEARNING_RATE, batches=batches, betas=(0.9, 0.999),
+        attention=attention,
+    )  # fmt: skip
+    masks = [json.loads(line)["loss_mask"] for line in (folder / "data.jsonl").read_text().splitlines()]
+    of_training = ("loss", "nll", "grad_norm")
+    return [
+        {f"train/{name}" if name in of_training else name: value for name, value in step.items()}
+        | {"train/decisions": sum(sum(masks[i]) for i in own)}
+        for step, own in zip(steps, batches, strict=True)
+    ]
 
 
 def test_fsdp_trains_as_the_loss_says(folder: Path) -> None:

@@ -18,7 +18,7 @@ def test_twenty_steps_on_a_real_model_lower_its_loss_and_the_export_generates(tm
     from examples.puzzles.demo import demo
 
     (tmp_path / "smollm2").symlink_to(smollm2_folder())
-    small = ("train.global_batch_size=2", "data.seq_length=96")  # one or two dialogues a row
+    small = ("train.global_batch_size=1", "data.seq_length=96")  # one or two dialogues a step
     demo(tmp_path, num_puzzles=16, num_held_out=4, steps=20, overrides=small)
 
     rows = metrics(tmp_path / "run")

@@ -6,11 +6,13 @@ import json
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -47,13 +49,16 @@ def write_trajectories(
 
 
 class Started:
-    """``python -m pear_megatron.train`` on some ranks: as torchrun starts it, in a fraction of the time."""
+    """``python -m pear_megatron.train`` on some ranks: as torchrun starts it, in a fraction of the time.
+
+    ``config=None`` leaves out --config; ``target`` is another program (``run_program``).
+    """
 
     def __init__(
         self,
         processes: int,
         *overrides: str,
-        config: Path = TINY,
+        config: Path | None = TINY,
         target: Callable[[int, int, int, Connection, list[str]], None] | None = None,
     ) -> None:
         # Through pipes: a limit on the size of files, or a full disk, must not cut what a test reads.
@@ -65,7 +70,7 @@ class Started:
         ]
         # Held open here, as torchrun holds it: a port that is only known to be free may be somebody else's soon.
         self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        arguments = ["--config", str(config), *overrides]
+        arguments = [*(["--config", str(config)] if config else []), *overrides]
         self.ranks = [
             _FORKSERVER.Process(
                 target=target or run_entry_point,
@@ -122,9 +127,44 @@ def run_entry_point(
     local_rank: int | None = None,
 ) -> None:
     """What a rank of ``Started`` does, unless ``target`` says otherwise; all are of one node."""
+    _say_into(output)
+    _set_torchruns_environment(rank, world, port, local_rank)
+    from pear_megatron.train.__main__ import main
+
+    main(arguments)
+
+
+def run_program(
+    program: str,
+    rank: int,
+    world: int,
+    port: int,
+    output: Connection,
+    arguments: list[str],
+    *,
+    by_torchrun: bool = True,
+) -> None:
+    """The same for another program, a module or a file: ``partial(run_program, program)`` is a ``target``."""
+    _say_into(output)
+    if by_torchrun:
+        _set_torchruns_environment(rank, world, port)
+    os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1"}
+    warnings.simplefilter("ignore")
+    sys.argv = [program, *arguments]
+    if program.endswith(".py"):
+        runpy.run_path(program, run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
+def _say_into(output: Connection) -> None:
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     output.close()
+    torch.set_num_threads(1)
+
+
+def _set_torchruns_environment(rank: int, world: int, port: int, local_rank: int | None = None) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank if local_rank is None else local_rank),
@@ -133,17 +173,13 @@ def run_entry_point(
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    torch.set_num_threads(1)
-    from pear_megatron.train.__main__ import main
-
-    main(arguments)
 
 
 def launch(
-    processes: int, *overrides: str, config: Path = TINY, check: bool = True
+    processes: int, *overrides: str, check: bool = True, **started: Any
 ) -> subprocess.CompletedProcess[str]:
     """A run to its end -> the first exit code that is not 0, and what all ranks said, rank 0 first."""
-    run = Started(processes, *overrides, config=config)
+    run = Started(processes, *overrides, **started)
     codes = run.wait()
     output = "".join(run.output(rank) for rank in range(processes))
     code = next((code for code in codes if code != 0), 0)

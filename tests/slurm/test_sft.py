@@ -48,7 +48,7 @@ def test_a_job_that_loses_a_node_goes_on_from_its_last_checkpoint(
     workspace.cluster.run("scontrol", "update", "nodename=n2", "state=resume")
     fields = workspace.finish(job, "COMPLETED")
     assert fields["Restarts"] == "1"
-    first, second = sorted(map(int, re.findall(r"steps (\d+) to 16", workspace.node_logs(job))))
+    first, second = sorted(map(int, re.findall(r"steps (\d+) to 12", workspace.node_logs(job))))
     assert first == 0
     assert second >= 4
     assert workspace.steps() == without_slurm

@@ -15,7 +15,7 @@ from tests.megatron.runs import REPOSITORY, TINY, write_trajectories
 from tests.slurm.cluster import PATIENCE, SlurmCluster, wait_until
 
 # Steps slow enough that there is time to stop a run in its middle.
-OVERRIDES = [*SMALL, "train.global_batch_size=96", "train.max_steps=16", "optimizer.lr_decay_style=constant"]
+OVERRIDES = [*SMALL, "train.global_batch_size=96", "train.max_steps=12", "optimizer.lr_decay_style=constant"]
 _CLUSTER = ["cluster.num_nodes=2", "cluster.gpus_per_node=1", "cluster.gpu=cpu"]
 Steps = list[tuple[int, float, float]]
 
