@@ -45,7 +45,10 @@ def announce(trainer: Trainer) -> None:
     if trainer.evaluation is not None:
         log.info("evaluations on %d held-out trajectories", len(trainer.evaluation.dataset))
     if step == 0 and not (recipe.model.hf or recipe.checkpoint.pretrained):
-        log.info("weights are fresh: neither model.hf nor checkpoint.pretrained is given")
+        log.warning(
+            "the model starts from random weights: neither model.hf nor checkpoint.pretrained is given; to train a "
+            "model that you have, add model.hf=FOLDER"
+        )
     _announce_checkpoints(recipe, trainer.saver.folder, step)
 
 

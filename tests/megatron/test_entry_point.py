@@ -88,7 +88,7 @@ def test_data_errors_name_file_and_line_on_one_rank_and_stop_all(tmp_path: Path)
     assert "behavior_logprobs" in done.stderr
 
 
-def test_collapse_to_the_floor_is_said_loudly(tmp_path: Path) -> None:
+def test_collapse_to_the_floor_and_random_weights_are_said_loudly(tmp_path: Path) -> None:
     surer_than_the_model = write_trajectories(tmp_path / "data.jsonl", count=8, logprob=-1.0)
     done = launch(
         1,
@@ -99,6 +99,7 @@ def test_collapse_to_the_floor_is_said_loudly(tmp_path: Path) -> None:
     )
     assert "of the weights are at their floor" in done.stderr
     assert "pear.baseline=sequence_mean" in done.stderr
+    assert "the model starts from random weights" in done.stderr
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_trajectories(
