@@ -176,17 +176,19 @@ void forward_rows(const Tensor& logits, const Tensor& target, const OptionalTens
         continue;
       }
       const T* row = x + t * stride;
-      const auto logit = [&](int64_t id) {
+      const auto column_of = [&](int64_t id) {  // -1 where another rank, or none, holds it
         const int64_t column = id - shard.start;
-        const bool here = id >= 0 && 0 <= column && column < shard.columns;
-        return here ? static_cast<float>(row[column]) : kNegativeInfinity;
+        return id >= 0 && 0 <= column && column < shard.columns ? column : -1;
       };
-      out[kTargetLogit] = logit(targets[t]);
+      const auto logit = [&](int64_t column) {
+        return column < 0 ? kNegativeInfinity : static_cast<float>(row[column]);
+      };
+      out[kTargetLogit] = logit(column_of(targets[t]));
       entries.clear();
       for (int64_t j = 0; j < k; ++j) {
-        const int64_t id = ids[t * k + j], column = id - shard.start;
-        out[width - k + j] = logit(id);
-        if (id >= 0 && 0 <= column && column < shard.columns) entries.push_back(column);
+        const int64_t column = column_of(ids[t * k + j]);
+        out[width - k + j] = logit(column);
+        if (column >= 0) entries.push_back(column);
       }
       std::sort(entries.begin(), entries.end());
       entries.push_back(shard.columns);

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pear_megatron.ops.arguments import require_tensors
-from pear_megatron.ops.library import ops
+from pear_megatron.ops.library import TOKEN_STATISTICS, ops
 from pear_megatron.ops.rows import checked_logits, gather_ranks
 
 Tail = Literal["none", "bucket"]
@@ -53,7 +53,7 @@ class TokenPass(NamedTuple):
     @property
     def width(self) -> int:
         """Float32 numbers that forward gives for a token."""
-        return 3 + self.entropy + (0 if self.topk is None else self.topk[0].shape[1])
+        return TOKEN_STATISTICS + self.entropy + (0 if self.topk is None else self.topk[0].shape[1])
 
     def tensors(self) -> list[Tensor | None]:
         """To be saved for backward, so that a change in between is an error."""
@@ -88,11 +88,10 @@ class TokenPass(NamedTuple):
         """The gradient of these rows' logits, written over them if ``inplace``; grad, kl_grad [T] float32."""
         of_rows = [self.target, self.mask, kept[0], grad]
         of_topk = [] if self.topk is None else [*self.topk, *kept[1:], kl_grad]
-        of_rows, of_topk = ([_rows(x, rows) for x in of] for of in (of_rows, of_topk))
-        args = (logits, *of_rows, *self.vocab, *of_topk)
+        args = [*(_rows(x, rows) for x in of_rows), *self.vocab, *(_rows(x, rows) for x in of_topk)]
         if not inplace:
-            return ops.statistics_backward(*args)
-        ops.statistics_backward_(*args)
+            return ops.statistics_backward(logits, *args)
+        ops.statistics_backward_(logits, *args)
         return logits
 
 
