@@ -1,7 +1,8 @@
-"""VllmEngine: vLLM on all GPUs of this machine. Not tested: no machine with vLLM has run it yet."""
+"""VllmEngine: vLLM on the GPUs of this machine, or on its CPU."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,13 +13,14 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 class VllmEngine:
-    """An Engine on vLLM, tensor-parallel over all GPUs: see ``engines.load_engine``."""
+    """An Engine on vLLM, tensor-parallel over as many GPUs as divide the heads: see ``engines.load_engine``."""
 
     def __init__(
         self, model: Path, end_ids: list[int], sampling: Sampling, dtype: str, batch_size: int
     ) -> None:
         try:
             import torch
+            from transformers import AutoConfig
             from vllm import LLM
         except ImportError as error:
             raise EvalError(
@@ -26,12 +28,19 @@ class VllmEngine:
             ) from error
         self.batch_size = batch_size
         self._end_ids, self._sampling = end_ids, sampling
-        self._llm = LLM(
-            model=str(model),
-            dtype=_DTYPES[dtype],
-            tensor_parallel_size=max(1, torch.cuda.device_count()),
-            generation_config="vllm",  # no top-k or penalties from generation_config.json
-        )
+        heads = AutoConfig.from_pretrained(model).get_text_config().num_attention_heads
+        try:
+            self._llm = LLM(
+                model=str(model),
+                dtype=_DTYPES[dtype],
+                tensor_parallel_size=math.gcd(heads, torch.cuda.device_count() or 1),
+                generation_config="vllm",  # no top-k or penalties from generation_config.json
+            )
+        except Exception as error:  # whatever vLLM, or what reads the files for it, raises
+            raise EvalError(
+                f"vLLM cannot load {model}: {error} (what vLLM wrote above has the cause); mend it, or use --engine "
+                "transformers"
+            ) from error
 
     def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion]:
         """See Engine."""

@@ -19,6 +19,7 @@ from tests.score.recorded_cases import (
     LOGPROBS,
     MESSAGES,
     RESPONSE,
+    TEXT,
     case,
     check_tokens,
     prompt_ids,
@@ -444,3 +445,101 @@ def test_calls_of_a_stream_are_joined() -> None:
     assert message["tool_calls"] == [
         {"type": "function", "function": {"name": "find", "arguments": '{"a": 1}'}}
     ]
+
+
+def completion(**beside: Any) -> dict[str, Any]:
+    """A completion of "2+2=" as vLLM answers it: "4" and its end."""
+    logprobs = {"tokens": ["4", "<|im_end|>"], "token_logprobs": [-0.5, -0.25]}
+    choice = {"index": 0, "text": "4", "logprobs": logprobs, "finish_reason": "stop"}
+    choice |= {"token_ids": [36, 2], "prompt_token_ids": [34, 27, 34, 45]}
+    body = {"id": "cmpl-1", "object": "text_completion", "choices": [choice], "usage": {"prompt_tokens": 4}}
+    return {"prompt": "2+2=", "response": body, **beside}
+
+
+def echoed(with_ids: bool) -> dict[str, Any]:
+    row = completion()
+    (choice,) = row["response"]["choices"]
+    choice["logprobs"]["tokens"] = ["2", "+", "2", "=", *choice["logprobs"]["tokens"]]
+    choice["logprobs"]["token_logprobs"] = [None, -7.0, -2.0, -5.0, *choice["logprobs"]["token_logprobs"]]
+    if not with_ids:
+        del choice["token_ids"], choice["prompt_token_ids"]
+        choice["text"] = "2+2=4"  # vLLM leaves the prompt out of the text where it returns ids
+    return row
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_a_completion_with_echo_is_read_from_its_response_on(with_ids: bool) -> None:
+    (expected,), (found,) = read(completion()), read(echoed(with_ids))
+    assert expected.trajectory.input_ids.tolist() == [34, 27, 34, 45, 36, 2]
+    assert found.trajectory.input_ids.tolist() == expected.trajectory.input_ids.tolist()
+    np.testing.assert_array_equal(found.trajectory.behavior_logprobs, [0, 0, 0, 0, -0.5, -0.25])
+    row = echoed(with_ids)
+    (choice,) = row["response"]["choices"]
+    choice["logprobs"] = {name: values[:4] for name, values in choice["logprobs"].items()}
+    refuses(r"begins with the prompt \(echo\), and nothing follows: .* where its response begins", row)
+    row = echoed(False)
+    del row["response"]["usage"]
+    refuses("nothing says how long it is: keep the answer's usage", row)
+
+
+def test_the_chunks_of_a_completion_are_joined() -> None:
+    row = completion()
+    (choice,) = row["response"]["choices"]
+    parts = [
+        {
+            "index": 0,
+            "text": text,
+            "token_ids": [choice["token_ids"][i]],
+            "logprobs": {name: [values[i]] for name, values in choice["logprobs"].items()},
+            "prompt_token_ids": choice["prompt_token_ids"] if i == 0 else None,
+            "finish_reason": "stop" if i == 1 else None,
+        }
+        for i, text in enumerate(["4", ""])
+    ]
+    chunks = [{"id": "cmpl-1", "object": "text_completion", "choices": [part]} for part in parts]
+    (expected,), (found,) = read(row), read({**row, "response": chunks})
+    assert found.trajectory.input_ids.tolist() == expected.trajectory.input_ids.tolist()
+    np.testing.assert_array_equal(found.trajectory.behavior_logprobs, expected.trajectory.behavior_logprobs)
+    assert found.truncated is None
+    chunks[1]["id"] = "cmpl-2"
+    refuses("response is a list of 2, .* one answer per row", {**row, "response": chunks})
+
+
+def test_vllms_answers_in_tokens_are_read() -> None:
+    content = [{"token_id": 36, "logprob": -0.5, "rank": 1}, {"token_id": 2, "logprob": -0.25, "rank": 1}]
+    choice = {"index": 0, "finish_reason": "stop", "token_ids": [36, 2], "logprobs": {"content": content}}
+    row = {"request": {"token_ids": [34, 27, 34, 45]}, "response": {"request_id": "r", "choices": [choice]}}
+    (found,) = read(row)
+    assert found.trajectory.input_ids.tolist() == [34, 27, 34, 45, 36, 2]
+    np.testing.assert_array_equal(found.trajectory.behavior_logprobs, [0, 0, 0, 0, -0.5, -0.25])
+    content[1]["token_id"] = 3
+    refuses("token_id:3.*but the token there is id 2", row)
+
+
+def test_a_scored_chat_may_go_on_after_its_last_turn() -> None:
+    chat = [*MESSAGES, {"role": "assistant", "content": TEXT}]
+    ids = [*prompt_ids(), *RESPONSE, 198]  # the template's line break after the end of turn
+    entries = [None, *({str(token): {"logprob": -0.01 * i}} for i, token in enumerate(ids[1:], 1))]
+    row = {"messages": chat, "response": {"choices": [{"text": "."}], "prompt_logprobs": entries}}
+    (found,) = read(row)
+    assert found.trajectory.input_ids.tolist() == ids[:-1]
+    np.testing.assert_allclose(
+        found.trajectory.behavior_logprobs[-len(RESPONSE) :],
+        [-0.01 * i for i in range(len(prompt_ids()), len(ids) - 1)],
+        rtol=1e-6,
+    )
+    refuses(
+        "entries and the trajectory",
+        {**row, "response": {**row["response"], "prompt_logprobs": entries[:-2]}},
+    )
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ({"prompt": ["a", "b"]}, "prompt is a list of 2 prompts; write a row for each"),
+        ({"messages": [MESSAGES, MESSAGES]}, "messages is a list of 2 conversations; write a row for each"),
+    ],
+)
+def test_a_batch_in_one_request_is_named(request_: dict[str, Any], said: str) -> None:
+    refuses(said, {**completion(prompt=None), **request_})

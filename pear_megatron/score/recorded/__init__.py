@@ -138,11 +138,11 @@ def _form(fields: Mapping[str, Any], body: Any) -> Any:
 def _body(fields: Mapping[str, Any]) -> Any:
     """The answer: in ``response``, as it is or as a batch job writes it, or the row itself."""
     body = fields.get("response")
-    if isinstance(body, list) and any(stream.is_chunk(one) for one in body):
+    if isinstance(body, list) and stream.are_chunks(body):
         return stream.joined(body)
     if isinstance(body, list) and body and not sglang.is_answer(body):
         raise RowProblem(
-            f"response is a list of {len(body)}, and neither the chunks of a streamed chat nor answers of SGLang's "
+            f"response is a list of {len(body)}, and neither the chunks of one stream nor answers of SGLang's "
             "/generate; write one answer per row, as it came"
         )
     if stream.is_chunk(body) or stream.is_chunk(fields):

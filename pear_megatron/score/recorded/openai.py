@@ -1,4 +1,4 @@
-"""Answers of vLLM, SGLang and other OpenAI-compatible servers: chat and completions, as they came.
+"""Answers of vLLM, SGLang and other OpenAI-compatible servers: chat, completions and vLLM's /inference/v1/generate.
 
 The log-probs of a generated response stand in each choice's ``logprobs``; those of a whole given trajectory in
 ``prompt_logprobs`` (vLLM), or in the ``logprobs`` of a completion with ``echo``.
@@ -24,7 +24,7 @@ from pear_megatron.score.recorded.answers import (
 from pear_megatron.score.recorded.beside import check_inside
 from pear_megatron.score.recorded.nemo_gym import IDS, LOGPROBS
 from pear_megatron.score.recorded.request import Request
-from pear_megatron.score.recorded.tokens import Tokens
+from pear_megatron.score.recorded.tokens import ID_PREFIX, Tokens
 from pear_megatron.score.recorded.top import of_pairs
 from pear_megatron.score.recorded.vllm import prompt_logprobs
 
@@ -54,11 +54,22 @@ def read(fields: Mapping[str, Any], body: Mapping[str, Any], tokens: Tokens) -> 
         return [whole_row(fields, ids, mask, _whole(ids, fields, body, choices[0]), tokens)]
     for k, choice in enumerate(choices):
         check_inside(choice, f"choices[{k}]", ("reward",))
-    answers = [_answer(body, choice, f"choices[{k}]", len(choices)) for k, choice in enumerate(choices)]
-    return rows_of(fields, request, answers, tokens, identity=body.get("id"), generator=body.get("model"))
+    answers = [
+        _answer(request, body, choice, f"choices[{k}]", len(choices)) for k, choice in enumerate(choices)
+    ]
+    return rows_of(
+        fields,
+        request,
+        answers,
+        tokens,
+        identity=body.get("id", body.get("request_id")),
+        generator=body.get("model"),
+    )
 
 
-def _answer(body: Mapping[str, Any], choice: Mapping[str, Any], name: str, count: int) -> Answer:
+def _answer(
+    request: Request, body: Mapping[str, Any], choice: Mapping[str, Any], name: str, count: int
+) -> Answer:
     message = choice.get("message")
     if message is not None and not isinstance(message, Mapping):
         raise RowProblem(f"{name}.message = {short(message)}; it must be the assistant's message")
@@ -67,13 +78,17 @@ def _answer(body: Mapping[str, Any], choice: Mapping[str, Any], name: str, count
     said = message or {}  # NeMo-Gym writes the tokens there
     places = (choice, body, said)
     context = next((p["prompt_token_ids"] for p in places if p.get("prompt_token_ids")), None)
+    ids, text = _ids(choice, "token_ids") or _ids(said, "generation_token_ids"), choice.get("text")
+    echoed = _echoed(values, usage.get("prompt_tokens") if context is None else len(context), place)
+    if echoed and ids is None and isinstance(text, str) and request.prompt is not None:
+        text = text.removeprefix(request.prompt)
     return Answer(
         place=place,
-        logprobs=values,
-        tokens=texts,
-        ids=_ids(choice, "token_ids") or _ids(said, "generation_token_ids"),
+        logprobs=values[echoed:],
+        tokens=texts if texts is None else texts[echoed:],
+        ids=ids,
         message=message,
-        text=choice.get("text"),
+        text=text,
         finish_reason=choice.get("finish_reason"),
         stop=choice.get("stop_reason", choice.get("matched_stop")),  # vLLM's name and SGLang's
         context_ids=None if context is None else _ids({"prompt_token_ids": context}, "prompt_token_ids"),
@@ -84,8 +99,24 @@ def _answer(body: Mapping[str, Any], choice: Mapping[str, Any], name: str, count
         ),
         reasoning_count=(usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0,
         reward=choice.get("reward"),
-        entries=None if texts is None else lambda: _top(choice, name),
+        entries=None if texts is None else lambda: _top(choice, name)[echoed:],
     )
+
+
+def _echoed(values: list[float | None], prompt: Any, place: str) -> int:
+    """How many of a choice's log-probs are the prompt's, which ``echo`` puts first, the first of all being null."""
+    if not values or values[0] is not None:
+        return 0
+    if not isinstance(prompt, int):
+        why = "nothing says how long it is: keep the answer's usage, or ask for return_token_ids=true"
+    elif prompt >= len(values):
+        why = (
+            "nothing follows: where it is a given text, say where its response begins (messages that end with the "
+            "assistant's, or input_ids and loss_mask)"
+        )
+    else:
+        return prompt
+    raise RowProblem(f"{place} begins with the prompt (echo), and {why}")
 
 
 def _ids(place: Mapping[str, Any], name: str) -> list[int] | None:
@@ -110,7 +141,7 @@ def _top(choice: Mapping[str, Any], name: str) -> list[dict[int, float] | None]:
     logprobs = choice["logprobs"]
     if logprobs.get("content") is not None:
         tops = [entry.get("top_logprobs") for entry in logprobs["content"]]
-        pairs = [top and [(entry["token"], entry["logprob"]) for entry in top] for top in tops]
+        pairs = [top and [(_token(entry), entry["logprob"]) for entry in top] for top in tops]
     else:
         pairs = [top and list(top.items()) for top in logprobs.get("top_logprobs") or []]
     if not any(pairs):
@@ -152,8 +183,14 @@ def read_content(entries: Any, place: str) -> tuple[str, list[str], list[float |
         raise RowProblem(
             f"{place} = {short(entries)}; it must be a list of {{token, logprob}}, as the server wrote it"
         )
-    texts = _texts([entry.get("token") for entry in entries], place)
+    texts = _texts([_token(entry) for entry in entries], place)
     return place, texts, [number(entry.get("logprob"), f"{place}[{i}]") for i, entry in enumerate(entries)]
+
+
+def _token(entry: Mapping[str, Any]) -> Any:
+    """A token's text, or ``token_id:N`` where there is only its id, as in vLLM's answers in tokens."""
+    token, token_id = entry.get("token"), entry.get("token_id")
+    return token if token is not None or token_id is None else f"{ID_PREFIX}{token_id}"
 
 
 def _texts(texts: Any, place: str) -> list[str]:

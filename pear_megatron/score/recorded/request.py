@@ -70,12 +70,22 @@ class Request:
         if isinstance(prompt, list):
             if all(isinstance(message, Mapping) for message in prompt):
                 messages, prompt = messages or prompt, None
+            elif not isinstance(prompt[0], int):
+                raise RowProblem(
+                    f"prompt is a list of {len(prompt)} prompts; write a row for each, with its own answer"
+                )
             else:
                 ids, prompt = ids if ids is not None else get_integers({"prompt": prompt}, "prompt"), None
-        if ids is None:  # SGLang's name; in the row itself it is a whole trajectory
-            ids = _first(places[1:], ("input_ids",))
+        if (
+            ids is None
+        ):  # names of SGLang and of vLLM's /inference/v1/generate; in the row itself they are other things
+            ids = _first(places[1:], ("input_ids", "token_ids"))
         if messages is not None and not isinstance(messages, list):
             raise RowProblem(f"messages = {short(messages)}; it must be a list of {{role, content}}")
+        if messages and all(isinstance(one, list) for one in messages):
+            raise RowProblem(
+                f"messages is a list of {len(messages)} conversations; write a row for each, with its own answer"
+            )
         if prompt is not None and not isinstance(prompt, str):
             raise RowProblem(f"prompt = {short(prompt)}; it must be text, messages or token ids")
         return cls(

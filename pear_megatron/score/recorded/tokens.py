@@ -29,12 +29,12 @@ _OPENING = 8  # tokens that a chat template may open an answer with, such as <th
 _SPACE = "\u2581"  # how SentencePiece writes one
 _SHIFTED = "the log-probs are shifted or belong to other tokens"
 _TRIMMED = "a parser or a client has changed the text's white space; give it as it was sampled"
-_ID_PREFIX = "token_id:"  # vLLM's and SGLang's way to write an id where a token's text is expected
+ID_PREFIX = "token_id:"  # vLLM's and SGLang's way to write an id where a token's text is expected
 
 
 def id_in(token: str) -> int | None:
     """The id in ``token_id:123``; None for any other text."""
-    digits = token.removeprefix(_ID_PREFIX)
+    digits = token.removeprefix(ID_PREFIX)
     return int(digits) if digits != token and digits.isdecimal() else None
 
 

@@ -71,10 +71,17 @@ def _answer(output: Mapping[str, Any], context: list[int], name: str) -> Answer:
 
 
 def prompt_logprobs(ids: Sequence[int], entries: Any) -> Whole:
-    """The log-probs of a prompt's tokens, null for the first."""
+    """The log-probs of a prompt's tokens, null for the first.
+
+    The prompt may be longer than the trajectory, as chat templates write a line break after the last turn: what comes
+    later changes no log-prob.
+    """
     place = "prompt_logprobs"
+    listed = _from_flat(entries, place) if isinstance(entries, Mapping) else entries
+    if isinstance(listed, list) and all(isinstance(entry, Mapping) for entry in listed[len(ids) :]):
+        listed = listed[: len(ids)]  # each with its id, which of_ids compares
     return Whole(
-        place, of_ids(ids, entries, place, "the trajectory"), entries=lambda: entries_of(entries, place)
+        place, of_ids(ids, listed, place, "the trajectory"), entries=lambda: entries_of(listed, place)
     )
 
 
@@ -99,8 +106,8 @@ def of_ids(ids: Sequence[int], entries: Any, place: str, what: str) -> list[floa
         )
     if len(entries) != len(ids):
         raise RowProblem(
-            f"{place} has {len(entries)} entries and {what} {len(ids)} tokens; the log-probs are of other tokens, or "
-            "the row is damaged"
+            f"{place} has {len(entries)} entries and {what} {len(ids)} tokens; the log-probs are of other tokens "
+            "(of a text that was sent without the chat template, for one), or the row is damaged"
         )
     values = []
     for i, (token_id, entry) in enumerate(zip(ids, entries, strict=True)):
