@@ -37,6 +37,15 @@ __device__ __forceinline__ int64_t row_index() {
 #define PEAR_ROW_KERNEL \
   __global__ void __launch_bounds__(kBlock<kThreads>, kBlocksPerMultiprocessor<kThreads>)
 
+template <int kThreads>
+__device__ __forceinline__ void sync_row() {
+  if constexpr (kThreads == kWarp) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
 // The subtraction comes first, and not fused with the scaling: near the maximum it is exact, while
 // base * log2(e) rounds as coarsely as the logits are large.
 __device__ __forceinline__ float exp_difference(float x, float base) {
@@ -68,35 +77,26 @@ __device__ __forceinline__ Part merge_row(Part part) {
 // The top-k of a row, as columns of this rank.
 struct TopkColumns {
   const int32_t* ids;
-  int k;
   VocabShard shard;
 
   // -1 where another rank, or none, holds the j-th.
   __device__ __forceinline__ int operator()(int j) const {
-    const int64_t id = ids[j], column = id - shard.start;
-    return id >= 0 && column >= 0 && column < shard.columns ? static_cast<int>(column) : -1;
+    const int64_t column = ids[j] - shard.start;  // of no entry, id -1, below 0
+    return 0 <= column && column < shard.columns ? static_cast<int>(column) : -1;
   }
 };
 
-// Vectors of a row go to threads in turns: vector v is the (v / kThreads)-th of thread
-// v % kThreads. Which of its own hold a column of the top-k, the n-th as bit n % 32.
-template <typename T, int kThreads>
-__device__ __forceinline__ uint32_t vectors_with_topk(const TopkColumns& topk,
-                                                      const RowSplit& split, int i) {
-  uint32_t found = 0;
-  for (int j = 0; j < topk.k; ++j) {
-    const int in_body = topk(j) - split.head, vector = in_body / kPerVector<T>;
-    const bool mine = in_body >= 0 && vector < split.vectors && vector % kThreads == i;
-    if (mine) found |= 1u << vector / kThreads % 32;
-  }
-  return found;
-}
+// A thread's own entries of the top-k, those of its columns, are among [first, last]. They are few:
+// were all k looked at by every thread, forward would be bound by instructions.
+struct EntryRange {
+  int first, last;
+};
 
 // Takes the top-k's columns out of a thread's kUnroll vectors, of which v is the first.
 template <typename T, int kThreads>
 __device__ __forceinline__ void without_topk(uint4 (&raw)[kUnroll], int v, const TopkColumns& topk,
-                                             const RowSplit& split) {
-  for (int j = 0; j < topk.k; ++j) {
+                                             EntryRange own, const RowSplit& split) {
+  for (int j = own.first; j <= own.last; ++j) {
     const int in_body = topk(j) - split.head, vector = in_body / kPerVector<T>;
     if (in_body < 0) continue;
 #pragma unroll
@@ -139,16 +139,29 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
   const int single_at = i < split.head + split.tail ? single_column(split, columns, i) : -1;
   if (single_at >= 0) single = row[single_at];
 
-  const TopkColumns topk = {topk_ids + t * k, k, shard};
-  uint32_t with_topk = 0;
+  const TopkColumns topk = {topk_ids + t * k, shard};
+  __shared__ EntryRange ranges[kBlock<kThreads>];
+  uint32_t with_topk = 0;  // the turns of the loop that meet own entries, the n-th as bit n % 32
   if constexpr (kTopk) {
+    ranges[threadIdx.x] = {k, -1};
+    sync_row<kThreads>();
     for (int j = i; j < k; j += kThreads) {
-      out[kFirstEntry + j] = topk(j) < 0 ? kNegativeInfinity : static_cast<float>(row[topk(j)]);
+      const int column = topk(j);
+      out[kFirstEntry + j] = column < 0 ? kNegativeInfinity : static_cast<float>(row[column]);
+      if (column < 0) continue;
+      const int owner = column_thread<T>(split, columns, column, kThreads);
+      atomicMin(&ranges[threadIdx.x - i + owner].first, j);
+      atomicMax(&ranges[threadIdx.x - i + owner].last, j);
     }
-    for (int j = 0; j < k; ++j) {
-      if (single_at >= 0 && topk(j) == single_at) single = kNegativeInfinity;
+    sync_row<kThreads>();
+    const EntryRange own = ranges[threadIdx.x];
+    for (int j = own.first; j <= own.last; ++j) {
+      const int in_body = topk(j) - split.head, vector = in_body / kColumns;
+      if (topk(j) == single_at) single = kNegativeInfinity;
+      if (in_body >= 0 && vector % kThreads == i) {
+        with_topk |= 1u << vector / (kUnroll * kThreads) % 32;
+      }
     }
-    with_topk = vectors_with_topk<T, kThreads>(topk, split, i);
   }
 
   RowPart<kEntropy> part = row_part<kEntropy>(no_columns());
@@ -160,9 +173,8 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
       raw[u] = at < split.vectors ? load_streaming(body + at) : nothing(T(0.0f));
     }
     if constexpr (kTopk) {
-      static_assert(32 % kUnroll == 0);
-      if (with_topk >> v / kThreads % 32 & ((1u << kUnroll) - 1)) {
-        without_topk<T, kThreads>(raw, v, topk, split);
+      if (with_topk >> v / (kUnroll * kThreads) % 32 & 1) {
+        without_topk<T, kThreads>(raw, v, topk, ranges[threadIdx.x], split);
       }
     }
     float max = part.max;
@@ -218,15 +230,6 @@ struct TopkGradient {
     return grad[t] * terms[t * kKlTerms + kOutsideFactor];
   }
 };
-
-template <int kThreads>
-__device__ __forceinline__ void sync_row() {
-  if constexpr (kThreads == kWarp) {
-    __syncwarp();
-  } else {
-    __syncthreads();
-  }
-}
 
 // x may be y: a thread reads what it writes, before it writes it.
 template <typename T, int kThreads, bool kTopk>
@@ -291,12 +294,14 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
   if constexpr (kTopk) {
     sync_row<kThreads>();  // their columns are written by other threads before
     const float log_mass = topk.terms[row * kKlTerms + kLogMass];
+    const TopkColumns entries = {topk.ids + row * topk.k, shard};
     for (int j = i; j < topk.k; j += kThreads) {
-      const int64_t at = row * topk.k + j, id = topk.ids[at], column = id - shard.start;
-      if (id < 0 || column < 0 || column >= shard.columns) continue;
+      const int column = entries(j);
+      if (column < 0) continue;
+      const int64_t at = row * topk.k + j;
       const float q = expf(topk.logprobs[at] - log_mass);
-      y[row * y_stride + column] = static_cast<T>(
-          entry_gradient(topk.log_pi[at], q, grad[row], topk.grad[row], id == targets[row]));
+      y[row * y_stride + column] = static_cast<T>(entry_gradient(
+          topk.log_pi[at], q, grad[row], topk.grad[row], column + shard.start == targets[row]));
     }
   }
 }
