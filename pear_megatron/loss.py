@@ -433,13 +433,16 @@ def _loss(
         normalization,
         **tensors,
     )
+    cu = as_cu_seqlens(cu_seqlens, mask.device)
     if (source is None) != (not num_sources):
         raise ValueError(
             f"source and num_sources go together (source is {'None' if source is None else 'given'}, num_sources is "
             f"{num_sources}); give both, or none for a report that does not tell sources apart"
         )
     if source is not None:
-        _check_source(source, as_cu_seqlens(cu_seqlens, mask.device), num_sources)
+        _check_source(source, cu, num_sources)
+    cp_size = 1 if cp_group is None else cp_group.size()
+    _check_rows(mask, cu, cp_size)
     found = statistics()
     logprob = _masked(found.logprob, mask)  # [T]
     kl, entropy = (None if x is None else _masked(x, mask) for x in found[1:])
@@ -449,7 +452,7 @@ def _loss(
         logprob,
         behavior,
         decisions,
-        cu_seqlens,
+        cu,
         config,
         reference_logprobs=None if reference_logprobs is None else reference_logprobs.reshape(-1),
         reward=reward,
@@ -459,9 +462,6 @@ def _loss(
         num_sources=num_sources,
     )
 
-    cp_size = 1 if cp_group is None else cp_group.size()
-    cu = as_cu_seqlens(cu_seqlens, weights.device)
-    _check_rows(mask, cu, cp_size)
     coefficient = weights
     if reward is not None:
         r = reward_per_token(reward, cu, weights.numel(), cp_size).where(decisions, 0.0)
