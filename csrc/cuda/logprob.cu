@@ -77,6 +77,7 @@ __device__ __forceinline__ Part merge_row(Part part) {
 // The top-k of a row, as columns of this rank.
 struct TopkColumns {
   const int32_t* ids;
+  int k;
   VocabShard shard;
 
   // -1 where another rank, or none, holds the j-th.
@@ -84,26 +85,28 @@ struct TopkColumns {
     const int64_t column = ids[j] - shard.start;  // of no entry, id -1, below 0
     return 0 <= column && column < shard.columns ? static_cast<int>(column) : -1;
   }
-};
 
-// A thread's own entries of the top-k, those of its columns, are among [first, last]. They are few:
-// were all k looked at by every thread, forward would be bound by instructions.
-struct EntryRange {
-  int first, last;
+  // Calls visit(column) for some of the entries, the j-th where bit j % 32 is set.
+  template <typename Visit>
+  __device__ __forceinline__ void for_entries(uint32_t some, Visit&& visit) const {
+    for (; some != 0; some &= some - 1) {
+      for (int j = __ffs(some) - 1; j < k; j += 32) visit((*this)(j));
+    }
+  }
 };
 
 // Takes the top-k's columns out of a thread's kUnroll vectors, of which v is the first.
 template <typename T, int kThreads>
 __device__ __forceinline__ void without_topk(uint4 (&raw)[kUnroll], int v, const TopkColumns& topk,
-                                             EntryRange own, const RowSplit& split) {
-  for (int j = own.first; j <= own.last; ++j) {
-    const int in_body = topk(j) - split.head, vector = in_body / kPerVector<T>;
-    if (in_body < 0) continue;
+                                             uint32_t own, const RowSplit& split) {
+  topk.for_entries(own, [&](int column) {
+    const int in_body = column - split.head, ahead = in_body / kPerVector<T> - v;
+    if (in_body < 0 || ahead & ~((kUnroll - 1) * kThreads)) return;  // in none of them
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (vector == v + u * kThreads) raw[u] = without(raw[u], in_body % kPerVector<T>, T(0.0f));
+      if (ahead == u * kThreads) raw[u] = without(raw[u], in_body % kPerVector<T>, T(0.0f));
     }
-  }
+  });
 }
 
 template <typename T, int kThreads, bool kEntropy, bool kTopk>
@@ -139,29 +142,29 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
   const int single_at = i < split.head + split.tail ? single_column(split, columns, i) : -1;
   if (single_at >= 0) single = row[single_at];
 
-  const TopkColumns topk = {topk_ids + t * k, shard};
-  __shared__ EntryRange ranges[kBlock<kThreads>];
+  const TopkColumns topk = {topk_ids + t * k, k, shard};
+  // Each thread's own entries, those of its columns, the j-th as bit j % 32. Were all k looked at
+  // by every thread, instructions would bind, not memory (benchmarks/NOTES.md).
+  __shared__ uint32_t own_entries[kBlock<kThreads>];
   uint32_t with_topk = 0;  // the turns of the loop that meet own entries, the n-th as bit n % 32
   if constexpr (kTopk) {
-    ranges[threadIdx.x] = {k, -1};
+    own_entries[threadIdx.x] = 0;
     sync_row<kThreads>();
     for (int j = i; j < k; j += kThreads) {
       const int column = topk(j);
       out[kFirstEntry + j] = column < 0 ? kNegativeInfinity : static_cast<float>(row[column]);
       if (column < 0) continue;
       const int owner = column_thread<T>(split, columns, column, kThreads);
-      atomicMin(&ranges[threadIdx.x - i + owner].first, j);
-      atomicMax(&ranges[threadIdx.x - i + owner].last, j);
+      atomicOr(&own_entries[threadIdx.x - i + owner], 1u << j % 32);
     }
     sync_row<kThreads>();
-    const EntryRange own = ranges[threadIdx.x];
-    for (int j = own.first; j <= own.last; ++j) {
-      const int in_body = topk(j) - split.head, vector = in_body / kColumns;
-      if (topk(j) == single_at) single = kNegativeInfinity;
+    topk.for_entries(own_entries[threadIdx.x], [&](int column) {
+      const int in_body = column - split.head, vector = in_body / kColumns;
+      if (column == single_at) single = kNegativeInfinity;
       if (in_body >= 0 && vector % kThreads == i) {
         with_topk |= 1u << vector / (kUnroll * kThreads) % 32;
       }
-    }
+    });
   }
 
   RowPart<kEntropy> part = row_part<kEntropy>(no_columns());
@@ -174,7 +177,7 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
     }
     if constexpr (kTopk) {
       if (with_topk >> v / (kUnroll * kThreads) % 32 & 1) {
-        without_topk<T, kThreads>(raw, v, topk, ranges[threadIdx.x], split);
+        without_topk<T, kThreads>(raw, v, topk, own_entries[threadIdx.x], split);
       }
     }
     float max = part.max;
@@ -294,7 +297,7 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
   if constexpr (kTopk) {
     sync_row<kThreads>();  // their columns are written by other threads before
     const float log_mass = topk.terms[row * kKlTerms + kLogMass];
-    const TopkColumns entries = {topk.ids + row * topk.k, shard};
+    const TopkColumns entries = {topk.ids + row * topk.k, topk.k, shard};
     for (int j = i; j < topk.k; j += kThreads) {
       const int column = entries(j);
       if (column < 0) continue;
