@@ -74,30 +74,28 @@ __device__ __forceinline__ Part merge_row(Part part) {
   return merge_warp(threadIdx.x < kWarps ? by_warp[threadIdx.x] : row_part<kEntropy>(no_columns()));
 }
 
-// The top-k of a row, as columns of this rank.
-struct TopkColumns {
+// The top-k of a row.
+struct TopkIds {
   const int32_t* ids;
   int k;
   VocabShard shard;
 
-  // -1 where another rank, or none, holds the j-th.
-  __device__ __forceinline__ int operator()(int j) const {
-    const int64_t column = ids[j] - shard.start;  // of no entry, id -1, below 0
-    return 0 <= column && column < shard.columns ? static_cast<int>(column) : -1;
+  __device__ __forceinline__ int column(int j) const {
+    return static_cast<int>(shard.column(ids[j]));
   }
 
   // Calls visit(column) for some of the entries, the j-th where bit j % 32 is set.
   template <typename Visit>
   __device__ __forceinline__ void for_entries(uint32_t some, Visit&& visit) const {
     for (; some != 0; some &= some - 1) {
-      for (int j = __ffs(some) - 1; j < k; j += 32) visit((*this)(j));
+      for (int j = __ffs(some) - 1; j < k; j += 32) visit(column(j));
     }
   }
 };
 
 // Takes the top-k's columns out of a thread's kUnroll vectors, of which v is the first.
 template <typename T, int kThreads>
-__device__ __forceinline__ void without_topk(uint4 (&raw)[kUnroll], int v, const TopkColumns& topk,
+__device__ __forceinline__ void without_topk(uint4 (&raw)[kUnroll], int v, const TopkIds& topk,
                                              uint32_t own, const RowSplit& split) {
   topk.for_entries(own, [&](int column) {
     const int in_body = column - split.head, ahead = in_body / kPerVector<T> - v;
@@ -130,10 +128,9 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
   const T* row = logits + t * stride;
   const int columns = static_cast<int>(shard.columns);
   if (i == 0) {
-    const int64_t target = targets[t], column = target - shard.start;
+    const int64_t target = targets[t], column = shard.column(target);
     CUDA_KERNEL_ASSERT(0 <= target && target < vocab_size && "a target is outside the vocabulary");
-    const bool here = 0 <= column && column < columns;
-    out[kTargetLogit] = here ? static_cast<float>(row[column]) : kNegativeInfinity;
+    out[kTargetLogit] = column < 0 ? kNegativeInfinity : static_cast<float>(row[column]);
   }
 
   const RowSplit split = split_row(row, columns);
@@ -142,7 +139,7 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
   const int single_at = i < split.head + split.tail ? single_column(split, columns, i) : -1;
   if (single_at >= 0) single = row[single_at];
 
-  const TopkColumns topk = {topk_ids + t * k, k, shard};
+  const TopkIds topk = {topk_ids + t * k, k, shard};
   // Each thread's own entries, those of its columns, the j-th as bit j % 32. Were all k looked at
   // by every thread, instructions would bind, not memory (benchmarks/NOTES.md).
   __shared__ uint32_t own_entries[kBlock<kThreads>];
@@ -151,7 +148,7 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
     own_entries[threadIdx.x] = 0;
     sync_row<kThreads>();
     for (int j = i; j < k; j += kThreads) {
-      const int column = topk(j);
+      const int column = topk.column(j);
       out[kFirstEntry + j] = column < 0 ? kNegativeInfinity : static_cast<float>(row[column]);
       if (column < 0) continue;
       const int owner = column_thread<T>(split, columns, column, kThreads);
@@ -248,8 +245,7 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
   if (mask && !mask[t]) return zero_columns(out, 0, V, i, kThreads);
 
   const int columns = static_cast<int>(shard.columns);
-  const int64_t shifted = targets[t] - shard.start;
-  const int target = 0 <= shifted && shifted < columns ? static_cast<int>(shifted) : -1;
+  const int target = static_cast<int>(shard.column(targets[t]));
   const float scale = kTopk ? topk.outside(t) - grad[t] : -grad[t];
   const float max = normalizers[t].max, log2_sum = normalizers[t].log_sum * kLog2e;
   const auto gradient = [&](float logit) {
@@ -297,14 +293,12 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
   if constexpr (kTopk) {
     sync_row<kThreads>();  // their columns are written by other threads before
     const float log_mass = topk.terms[row * kKlTerms + kLogMass];
-    const TopkColumns entries = {topk.ids + row * topk.k, topk.k, shard};
     for (int j = i; j < topk.k; j += kThreads) {
-      const int column = entries(j);
+      const int64_t at = row * topk.k + j, id = topk.ids[at], column = shard.column(id);
       if (column < 0) continue;
-      const int64_t at = row * topk.k + j;
       const float q = expf(topk.logprobs[at] - log_mass);
-      y[row * y_stride + column] = static_cast<T>(entry_gradient(
-          topk.log_pi[at], q, grad[row], topk.grad[row], column + shard.start == targets[row]));
+      y[row * y_stride + column] = static_cast<T>(
+          entry_gradient(topk.log_pi[at], q, grad[row], topk.grad[row], id == targets[row]));
     }
   }
 }
