@@ -15,6 +15,12 @@ namespace pear {
 struct VocabShard {
   int64_t start;    // global id of column 0
   int64_t columns;  // columns that are tokens; the rest is padding
+
+  // That of a global id; -1 where another rank holds it, or none, as of -1.
+  PEAR_HOST_DEVICE int64_t column(int64_t id) const {
+    const int64_t at = id - start;
+    return 0 <= at && at < columns ? at : -1;
+  }
 };
 
 inline VocabShard vocab_shard(int64_t V, int64_t vocab_start, int64_t vocab_size) {

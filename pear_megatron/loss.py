@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -23,7 +24,7 @@ from pear_megatron.ops.arguments import (
     require_tensors,
 )
 from pear_megatron.ops.output_layer import linear_statistics
-from pear_megatron.ops.statistics import TopK, vocab_parallel_statistics
+from pear_megatron.ops.statistics import TokenStatistics, TopK, vocab_parallel_statistics
 from pear_megatron.ops.suffix_sum import as_cu_seqlens
 from pear_megatron.weights import dft_factor, reward_per_token, statistic_names, weights_and_statistics
 
@@ -256,36 +257,23 @@ def pear_loss(
             token_weights that do not fit the tokens, token_weights that are not finite on a decision (on CUDA
             a device-side assertion).
     """
-    _check_arguments(
-        config,
-        behavior_logprobs,
-        reference_logprobs,
-        reward,
-        token_weights,
-        mask,
-        normalization,
-        logits=logits,
-        target=target,
-    )
-    found = vocab_parallel_statistics(
-        logits,
-        target,
-        topk=topk_of(config, behavior_topk, mask=mask),
-        tail=config.kl_tail,
-        entropy=config.needs_entropy,
-        mask=mask,
-        tp_group=tp_group,
-        vocab_size=vocab_size,
-        inplace_backward=inplace_backward,
-    )
-    return loss_of_logprobs(
-        found.logprob,
+    return _loss(
+        lambda: vocab_parallel_statistics(
+            logits,
+            target,
+            topk=topk_of(config, behavior_topk, mask=mask),
+            tail=config.kl_tail,
+            entropy=config.needs_entropy,
+            mask=mask,
+            tp_group=tp_group,
+            vocab_size=vocab_size,
+            inplace_backward=inplace_backward,
+        ),
+        {"logits": logits, "target": target},
         behavior_logprobs,
         mask,
         cu_seqlens,
         config,
-        kl=found.kl,
-        entropy=found.entropy,
         reward=reward,
         token_weights=token_weights,
         reference_logprobs=reference_logprobs,
@@ -334,39 +322,25 @@ def pear_linear_loss(
     Raises:
         ValueError, TypeError, IndexError: see linear_logprob and pear_loss.
     """
-    _check_arguments(
-        config,
-        behavior_logprobs,
-        reference_logprobs,
-        reward,
-        token_weights,
-        mask,
-        normalization,
-        hidden=hidden,
-        weight=weight,
-        target=target,
-    )
-    found = linear_statistics(
-        hidden,
-        weight,
-        target,
-        chunk_tokens=chunk_tokens,
-        topk=topk_of(config, behavior_topk, mask=mask),
-        tail=config.kl_tail,
-        entropy=config.needs_entropy,
-        mask=mask,
-        tp_group=tp_group,
-        vocab_size=vocab_size,
-        reduce_hidden_gradient=reduce_hidden_gradient,
-    )
-    return loss_of_logprobs(
-        found.logprob,
+    return _loss(
+        lambda: linear_statistics(
+            hidden,
+            weight,
+            target,
+            chunk_tokens=chunk_tokens,
+            topk=topk_of(config, behavior_topk, mask=mask),
+            tail=config.kl_tail,
+            entropy=config.needs_entropy,
+            mask=mask,
+            tp_group=tp_group,
+            vocab_size=vocab_size,
+            reduce_hidden_gradient=reduce_hidden_gradient,
+        ),
+        {"hidden": hidden, "weight": weight, "target": target},
         behavior_logprobs,
         mask,
         cu_seqlens,
         config,
-        kl=found.kl,
-        entropy=found.entropy,
         reward=reward,
         token_weights=token_weights,
         reference_logprobs=reference_logprobs,
@@ -410,6 +384,45 @@ def loss_of_logprobs(
         ValueError, TypeError: as pear_loss; log-probabilities of 16 bits, or positive on a decision; a kl or an
             entropy that the config does not ask for, or none where it does.
     """
+
+    def given() -> TokenStatistics:
+        _check_statistics(config, mask, logprob, kl, entropy)
+        return TokenStatistics(logprob, kl, entropy)
+
+    return _loss(
+        given,
+        {"logprob": logprob},
+        behavior_logprobs,
+        mask,
+        cu_seqlens,
+        config,
+        reward=reward,
+        token_weights=token_weights,
+        reference_logprobs=reference_logprobs,
+        normalization=normalization,
+        source=source,
+        num_sources=num_sources,
+        cp_group=cp_group,
+    )
+
+
+def _loss(
+    statistics: Callable[[], TokenStatistics],
+    tensors: dict[str, Tensor],
+    behavior_logprobs: Tensor | None,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    config: PearConfig,
+    *,
+    reward: Tensor | None,
+    token_weights: Tensor | None,
+    reference_logprobs: Tensor | None,
+    normalization: Normalization,
+    source: Tensor | None,
+    num_sources: int,
+    cp_group: torch.distributed.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The loss of ``statistics()``, which are taken of ``tensors`` once the call is known to be right."""
     _check_arguments(
         config,
         behavior_logprobs,
@@ -418,26 +431,28 @@ def loss_of_logprobs(
         token_weights,
         mask,
         normalization,
-        logprob=logprob,
+        **tensors,
     )
-    _check_statistics(config, mask, logprob, kl, entropy)
+    cu = as_cu_seqlens(cu_seqlens, mask.device)
     if (source is None) != (not num_sources):
         raise ValueError(
             f"source and num_sources go together (source is {'None' if source is None else 'given'}, num_sources is "
             f"{num_sources}); give both, or none for a report that does not tell sources apart"
         )
     if source is not None:
-        _check_source(source, as_cu_seqlens(cu_seqlens, mask.device), num_sources)
-    logprob = _masked(logprob, mask)  # [T]
-    kl = None if kl is None else _masked(kl, mask)
-    entropy = None if entropy is None else _masked(entropy, mask)
+        _check_source(source, cu, num_sources)
+    cp_size = 1 if cp_group is None else cp_group.size()
+    _check_rows(mask, cu, cp_size)
+    found = statistics()
+    logprob = _masked(found.logprob, mask)  # [T]
+    kl, entropy = (None if x is None else _masked(x, mask) for x in found[1:])
     behavior = None if behavior_logprobs is None else behavior_logprobs.reshape(-1)
     decisions = mask.reshape(-1)
     weights, stats, stats_by_source = weights_and_statistics(
         logprob,
         behavior,
         decisions,
-        cu_seqlens,
+        cu,
         config,
         reference_logprobs=None if reference_logprobs is None else reference_logprobs.reshape(-1),
         reward=reward,
@@ -447,9 +462,6 @@ def loss_of_logprobs(
         num_sources=num_sources,
     )
 
-    cp_size = 1 if cp_group is None else cp_group.size()
-    cu = as_cu_seqlens(cu_seqlens, weights.device)
-    _check_rows(mask, cu, cp_size)
     coefficient = weights
     if reward is not None:
         r = reward_per_token(reward, cu, weights.numel(), cp_size).where(decisions, 0.0)

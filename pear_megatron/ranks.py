@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pear_megatron.errors import CheckpointError, PearError, RecipeError, one_sentence
 from pear_megatron.storage import describe_changes
@@ -230,6 +230,25 @@ def check_same_on_every_rank(settings: Mapping[str, Any], *, may_differ: tuple[s
             )
 
     together(compare)
+
+
+def same_on_every_node(name: str, work: Callable[[], _T]) -> _T:
+    """What ``work``, a look at what each node has a copy of, returns on rank 0; called by one rank of each node.
+
+    Where no local ranks are known, every rank calls it.
+
+    Args:
+        name: of what it returns.
+
+    Raises:
+        RecipeError: on every rank: on some node it returns something else; names a rank of that node.
+        PearError: on every rank, what it raised on the first that failed.
+    """
+    looks = is_main() or os.environ.get("LOCAL_RANK", "0") == "0"
+    found = together(lambda: work() if looks else None)
+    first = from_main(lambda: found)
+    check_same_on_every_rank({name: found if looks else first})
+    return cast(_T, first)
 
 
 def check_shared(folder: Path, key: str) -> None:

@@ -169,8 +169,10 @@ def test_rewards_that_are_none_are_refused(reward: Tensor, said: str) -> None:
     ],
 )
 def test_sources_that_are_none_are_refused(source: Any, kind: type[Exception], said: str) -> None:
+    call = Call()
+    call.target[0, 2] = -1  # an error too, which is found with the log-probs, after these
     with pytest.raises(kind, match=said):
-        Call().loss(source=source, num_sources=2)
+        call.loss(source=source, num_sources=2)
 
 
 def test_a_word_for_no_log_probability_is_no_log_probability() -> None:

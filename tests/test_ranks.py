@@ -9,6 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from pear_megatron.errors import RecipeError
+from pear_megatron.ranks import same_on_every_node
+from tests.distributed import run_ranks
 from tests.megatron.runs import REPOSITORY
 
 _SLEEPER = """
@@ -88,3 +93,34 @@ def test_a_rank_that_was_killed_is_named_though_the_others_fail_for_it(tmp_path:
     )
     assert done.returncode == 128 + signal.SIGKILL
     assert "error: rank 1: Signal 9 (SIGKILL)" in done.stderr
+
+
+def looks(rank: int, of_node: list[str]) -> tuple[str, bool]:
+    """What a rank of nodes of two says, and whether it has looked itself."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)}
+    looked = []
+
+    def look() -> str:
+        looked.append(rank)
+        if not of_node[rank // 2]:
+            raise RecipeError(f"rank {rank} finds nothing")
+        return of_node[rank // 2]
+
+    try:
+        return same_on_every_node("the weights", look), bool(looked)
+    except RecipeError as error:
+        return str(error), bool(looked)
+
+
+def test_one_rank_of_each_node_looks_for_all() -> None:
+    assert run_ranks(4, looks, ["a", "a"]) == [("a", True), ("a", False)] * 2
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [("b", 'differs from rank 0: the weights "a" -> "b"'), ("", "rank 2 finds nothing")],
+)
+def test_what_is_otherwise_on_one_node_is_an_error_on_every_rank(second: str, message: str) -> None:
+    for said, _ in run_ranks(4, looks, ["a", second]):
+        assert message in said
+        assert "rank 2" in said

@@ -358,6 +358,7 @@ def test_behaviour_logprobs_that_require_a_gradient_are_refused():
         ({"behavior_logprobs": torch.zeros(9).long()}, "behavior_logprobs are int64, which is too coarse"),
         ({"cu_seqlens": torch.tensor([0.0, 9.0])}, "cu_seqlens must be integers of shape"),
         ({"cu_seqlens": torch.tensor([False, True])}, "cu_seqlens must be integers of shape"),
+        ({"cu_seqlens": torch.tensor([0, 2**32 + 9])}, "cu_seqlens: beyond the .* tokens of a pack"),
         ({"cu_seqlens": torch.tensor([0, 8])}, "cu_seqlens must end at the number of tokens 9, got 8"),
         ({"cu_seqlens": torch.tensor([1, 9])}, "cu_seqlens must start at 0, got 1"),
         ({"cu_seqlens": torch.tensor([0, 5, 4, 9])}, "cu_seqlens must not decrease, got 5 then 4"),

@@ -109,8 +109,8 @@ void backward_rows(const Tensor& logits, Tensor& out, const Tensor& target,
         std::fill(out_row, out_row + V, T(0));
         continue;
       }
-      const int64_t column = targets[t] - shard.start;
-      const bool here = 0 <= column && column < shard.columns;
+      const int64_t column = shard.column(targets[t]);
+      const bool here = column >= 0;
       const float logprob = here ? normalizers[t].logprob(static_cast<float>(row[column])) : 0.0f;
       const float outside = topk.outside(t);
       kernels.scaled_softmax(row, out_row, shard.columns, normalizers[t],
@@ -122,8 +122,8 @@ void backward_rows(const Tensor& logits, Tensor& out, const Tensor& target,
         out_row[column] = static_cast<T>(of_logprob + of_kl);
       }
       for (int64_t j = 0; j < topk.k; ++j) {
-        const int64_t id = topk.ids[t * topk.k + j], entry = id - shard.start;
-        if (id < 0 || entry < 0 || entry >= shard.columns) continue;
+        const int64_t id = topk.ids[t * topk.k + j], entry = shard.column(id);
+        if (entry < 0) continue;
         out_row[entry] = static_cast<T>(entry_gradient(topk.log_pi[t * topk.k + j], topk.q(t, j),
                                                        grads[t], topk.grad[t], id == targets[t]));
       }
@@ -176,17 +176,13 @@ void forward_rows(const Tensor& logits, const Tensor& target, const OptionalTens
         continue;
       }
       const T* row = x + t * stride;
-      const auto column_of = [&](int64_t id) {  // -1 where another rank, or none, holds it
-        const int64_t column = id - shard.start;
-        return id >= 0 && 0 <= column && column < shard.columns ? column : -1;
-      };
       const auto logit = [&](int64_t column) {
         return column < 0 ? kNegativeInfinity : static_cast<float>(row[column]);
       };
-      out[kTargetLogit] = logit(column_of(targets[t]));
+      out[kTargetLogit] = logit(shard.column(targets[t]));
       entries.clear();
       for (int64_t j = 0; j < k; ++j) {
-        const int64_t column = column_of(ids[t * k + j]);
+        const int64_t column = shard.column(ids[t * k + j]);
         out[width - k + j] = logit(column);
         if (column >= 0) entries.push_back(column);
       }

@@ -37,6 +37,15 @@ __device__ __forceinline__ int64_t row_index() {
 #define PEAR_ROW_KERNEL \
   __global__ void __launch_bounds__(kBlock<kThreads>, kBlocksPerMultiprocessor<kThreads>)
 
+template <int kThreads>
+__device__ __forceinline__ void sync_row() {
+  if constexpr (kThreads == kWarp) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
 // The subtraction comes first, and not fused with the scaling: near the maximum it is exact, while
 // base * log2(e) rounds as coarsely as the logits are large.
 __device__ __forceinline__ float exp_difference(float x, float base) {
@@ -65,45 +74,37 @@ __device__ __forceinline__ Part merge_row(Part part) {
   return merge_warp(threadIdx.x < kWarps ? by_warp[threadIdx.x] : row_part<kEntropy>(no_columns()));
 }
 
-// The top-k of a row, as columns of this rank.
-struct TopkColumns {
+// The top-k of a row.
+struct TopkIds {
   const int32_t* ids;
   int k;
   VocabShard shard;
 
-  // -1 where another rank, or none, holds the j-th.
-  __device__ __forceinline__ int operator()(int j) const {
-    const int64_t id = ids[j], column = id - shard.start;
-    return id >= 0 && column >= 0 && column < shard.columns ? static_cast<int>(column) : -1;
+  __device__ __forceinline__ int column(int j) const {
+    return static_cast<int>(shard.column(ids[j]));
+  }
+
+  // Calls visit(column) for some of the entries, the j-th where bit j % 32 is set.
+  template <typename Visit>
+  __device__ __forceinline__ void for_entries(uint32_t some, Visit&& visit) const {
+    for (; some != 0; some &= some - 1) {
+      for (int j = __ffs(some) - 1; j < k; j += 32) visit(column(j));
+    }
   }
 };
 
-// Vectors of a row go to threads in turns: vector v is the (v / kThreads)-th of thread
-// v % kThreads. Which of its own hold a column of the top-k, the n-th as bit n % 32.
-template <typename T, int kThreads>
-__device__ __forceinline__ uint32_t vectors_with_topk(const TopkColumns& topk,
-                                                      const RowSplit& split, int i) {
-  uint32_t found = 0;
-  for (int j = 0; j < topk.k; ++j) {
-    const int in_body = topk(j) - split.head, vector = in_body / kPerVector<T>;
-    const bool mine = in_body >= 0 && vector < split.vectors && vector % kThreads == i;
-    if (mine) found |= 1u << vector / kThreads % 32;
-  }
-  return found;
-}
-
 // Takes the top-k's columns out of a thread's kUnroll vectors, of which v is the first.
 template <typename T, int kThreads>
-__device__ __forceinline__ void without_topk(uint4 (&raw)[kUnroll], int v, const TopkColumns& topk,
-                                             const RowSplit& split) {
-  for (int j = 0; j < topk.k; ++j) {
-    const int in_body = topk(j) - split.head, vector = in_body / kPerVector<T>;
-    if (in_body < 0) continue;
+__device__ __forceinline__ void without_topk(uint4 (&raw)[kUnroll], int v, const TopkIds& topk,
+                                             uint32_t own, const RowSplit& split) {
+  topk.for_entries(own, [&](int column) {
+    const int in_body = column - split.head, ahead = in_body / kPerVector<T> - v;
+    if (in_body < 0 || ahead & ~((kUnroll - 1) * kThreads)) return;  // in none of them
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (vector == v + u * kThreads) raw[u] = without(raw[u], in_body % kPerVector<T>, T(0.0f));
+      if (ahead == u * kThreads) raw[u] = without(raw[u], in_body % kPerVector<T>, T(0.0f));
     }
-  }
+  });
 }
 
 template <typename T, int kThreads, bool kEntropy, bool kTopk>
@@ -127,10 +128,9 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
   const T* row = logits + t * stride;
   const int columns = static_cast<int>(shard.columns);
   if (i == 0) {
-    const int64_t target = targets[t], column = target - shard.start;
+    const int64_t target = targets[t], column = shard.column(target);
     CUDA_KERNEL_ASSERT(0 <= target && target < vocab_size && "a target is outside the vocabulary");
-    const bool here = 0 <= column && column < columns;
-    out[kTargetLogit] = here ? static_cast<float>(row[column]) : kNegativeInfinity;
+    out[kTargetLogit] = column < 0 ? kNegativeInfinity : static_cast<float>(row[column]);
   }
 
   const RowSplit split = split_row(row, columns);
@@ -139,16 +139,29 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
   const int single_at = i < split.head + split.tail ? single_column(split, columns, i) : -1;
   if (single_at >= 0) single = row[single_at];
 
-  const TopkColumns topk = {topk_ids + t * k, k, shard};
-  uint32_t with_topk = 0;
+  const TopkIds topk = {topk_ids + t * k, k, shard};
+  // Each thread's own entries, those of its columns, the j-th as bit j % 32. Were all k looked at
+  // by every thread, instructions would bind, not memory (benchmarks/NOTES.md).
+  __shared__ uint32_t own_entries[kBlock<kThreads>];
+  uint32_t with_topk = 0;  // the turns of the loop that meet own entries, the n-th as bit n % 32
   if constexpr (kTopk) {
+    own_entries[threadIdx.x] = 0;
+    sync_row<kThreads>();
     for (int j = i; j < k; j += kThreads) {
-      out[kFirstEntry + j] = topk(j) < 0 ? kNegativeInfinity : static_cast<float>(row[topk(j)]);
+      const int column = topk.column(j);
+      out[kFirstEntry + j] = column < 0 ? kNegativeInfinity : static_cast<float>(row[column]);
+      if (column < 0) continue;
+      const int owner = column_thread<T>(split, columns, column, kThreads);
+      atomicOr(&own_entries[threadIdx.x - i + owner], 1u << j % 32);
     }
-    for (int j = 0; j < k; ++j) {
-      if (single_at >= 0 && topk(j) == single_at) single = kNegativeInfinity;
-    }
-    with_topk = vectors_with_topk<T, kThreads>(topk, split, i);
+    sync_row<kThreads>();
+    topk.for_entries(own_entries[threadIdx.x], [&](int column) {
+      const int in_body = column - split.head, vector = in_body / kColumns;
+      if (column == single_at) single = kNegativeInfinity;
+      if (in_body >= 0 && vector % kThreads == i) {
+        with_topk |= 1u << vector / (kUnroll * kThreads) % 32;
+      }
+    });
   }
 
   RowPart<kEntropy> part = row_part<kEntropy>(no_columns());
@@ -160,9 +173,8 @@ PEAR_ROW_KERNEL forward_rows(const T* logits, int64_t stride, int64_t rows, Voca
       raw[u] = at < split.vectors ? load_streaming(body + at) : nothing(T(0.0f));
     }
     if constexpr (kTopk) {
-      static_assert(32 % kUnroll == 0);
-      if (with_topk >> v / kThreads % 32 & ((1u << kUnroll) - 1)) {
-        without_topk<T, kThreads>(raw, v, topk, split);
+      if (with_topk >> v / (kUnroll * kThreads) % 32 & 1) {
+        without_topk<T, kThreads>(raw, v, topk, own_entries[threadIdx.x], split);
       }
     }
     float max = part.max;
@@ -219,15 +231,6 @@ struct TopkGradient {
   }
 };
 
-template <int kThreads>
-__device__ __forceinline__ void sync_row() {
-  if constexpr (kThreads == kWarp) {
-    __syncwarp();
-  } else {
-    __syncthreads();
-  }
-}
-
 // x may be y: a thread reads what it writes, before it writes it.
 template <typename T, int kThreads, bool kTopk>
 PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows,
@@ -242,8 +245,7 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
   if (mask && !mask[t]) return zero_columns(out, 0, V, i, kThreads);
 
   const int columns = static_cast<int>(shard.columns);
-  const int64_t shifted = targets[t] - shard.start;
-  const int target = 0 <= shifted && shifted < columns ? static_cast<int>(shifted) : -1;
+  const int target = static_cast<int>(shard.column(targets[t]));
   const float scale = kTopk ? topk.outside(t) - grad[t] : -grad[t];
   const float max = normalizers[t].max, log2_sum = normalizers[t].log_sum * kLog2e;
   const auto gradient = [&](float logit) {
@@ -292,8 +294,8 @@ PEAR_ROW_KERNEL backward_rows(const T* x, int64_t x_stride, T* y, int64_t y_stri
     sync_row<kThreads>();  // their columns are written by other threads before
     const float log_mass = topk.terms[row * kKlTerms + kLogMass];
     for (int j = i; j < topk.k; j += kThreads) {
-      const int64_t at = row * topk.k + j, id = topk.ids[at], column = id - shard.start;
-      if (id < 0 || column < 0 || column >= shard.columns) continue;
+      const int64_t at = row * topk.k + j, id = topk.ids[at], column = shard.column(id);
+      if (column < 0) continue;
       const float q = expf(topk.logprobs[at] - log_mass);
       y[row * y_stride + column] = static_cast<T>(
           entry_gradient(topk.log_pi[at], q, grad[row], topk.grad[row], id == targets[row]));

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pear_megatron.ops.arguments import require_tensors
+from pear_megatron.ops.arguments import require_everywhere, require_tensors
 from pear_megatron.ops.context_parallel import (
     Layout,
     all_gather,
@@ -25,7 +25,10 @@ def as_cu_seqlens(cu_seqlens: Tensor, device: torch.device) -> Tensor:
             "cu_seqlens must be integers of shape [segments + 1], got "
             f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
-    return cu_seqlens.to(device=device, dtype=torch.int32).contiguous()
+    cu = cu_seqlens.to(torch.int32)
+    if cu_seqlens.element_size() > cu.element_size():
+        require_everywhere(cu == cu_seqlens.long(), "cu_seqlens", "beyond the 2^31 - 1 tokens of a pack")
+    return cu.to(device).contiguous()
 
 
 def segmented_suffix_sum(

@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from pear_megatron.data.trajectory import Trajectory
 from pear_megatron.errors import ScoreError
 from pear_megatron.megatron.checkpoint.model_folder import read_model_facts
 from pear_megatron.progress import token_progress
-from pear_megatron.ranks import check_same_on_every_rank, check_shared, is_main
+from pear_megatron.ranks import check_same_on_every_rank, check_shared, is_main, same_on_every_node
 from pear_megatron.score.backends import Scorer, load_scorer
 from pear_megatron.score.chunks import WorkFolder, read_finished, trajectories_of
 from pear_megatron.score.manifest import refuse_other, same_identity
@@ -36,6 +35,7 @@ class ScoreJob:
     def __init__(self, settings: ScoreSettings) -> None:
         self.settings = settings
         self._work = WorkFolder(settings.output)
+        self._weights: str | None = None  # their digest, of the rank that has read it
 
     def prepare(self) -> bool:
         """On rank 0: checks and tokenises all rows, unless that is done -> whether the output is finished already."""
@@ -46,6 +46,7 @@ class ScoreJob:
             )
         source = Source(settings)
         identity = source.identity
+        self._weights = source.weights
         if settings.output.exists() and not settings.overwrite:
             finished = read_finished(settings.output)
             if finished is None:
@@ -88,7 +89,9 @@ class ScoreJob:
     def score(self, ranks: Ranks) -> None:
         """On every rank: scores the missing chunks, on all replicas, and joins them into the output."""
         if ranks.size > 1:
-            check_same_on_every_rank(self._given(), may_differ=("data", "model", "output", "tokenizer"))
+            lie_elsewhere = ("data", "model", "output", "tokenizer")
+            check_same_on_every_rank(asdict(self.settings), may_differ=lie_elsewhere)
+            same_on_every_node("weights in --model", self._read_weights)
             check_shared(self._work.path, "--output's work folder")
         chunks, counts = self._work.read_index()
         tokens = [chunk.tokens for chunk in chunks]
@@ -109,11 +112,9 @@ class ScoreJob:
             log.info("wrote %s: %s", self.settings.output, _said(counts))
         ranks.wait()
 
-    def _given(self) -> dict[str, Any]:
-        """The command, with a digest of the model in place of where it lies."""
+    def _read_weights(self) -> str | None:
         model = self.settings.model
-        digest = read_model_facts(model).digest if model else None
-        return asdict(self.settings) | {"weights in --model": digest}
+        return self._weights or (read_model_facts(model).digest if model else None)
 
     def _score(self, missing: list[int], tokens: list[int]) -> None:
         settings = self.settings

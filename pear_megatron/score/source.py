@@ -83,12 +83,14 @@ class Source:
 
     Attributes:
         identity: what decides the numbers that are written (see manifest).
+        weights: digest of the model's; None without one.
     """
 
     def __init__(self, settings: ScoreSettings) -> None:
         self._settings = settings
         facts = read_model_facts(settings.model) if settings.model else None
         self._model_name = settings.model and Path(settings.model).resolve().name
+        self.weights = facts.digest if facts else None
         self._vocab_size = facts.vocab_size if facts else None
         self._max_length = settings.max_length or (facts.max_length if facts else None)
         self._tokenizer = _tokenizer(settings.tokenizer or (facts.tokenizer if facts else None))
@@ -99,7 +101,7 @@ class Source:
             "format_version": FORMAT_VERSION,
             "backend": settings.backend,
             "as": settings.write_as,
-            "model": {"name": self._model_name, "digest": facts.digest} if facts else None,
+            "model": {"name": self._model_name, "digest": self.weights} if facts else None,
             "dtype": None if settings.backend == "import" else settings.dtype,
             "tokenizer_hash": self._reader(Counter()).tokenizer_hash,
             "multi_turn": settings.multi_turn,

@@ -24,7 +24,7 @@ from pear_megatron.megatron.checkpoint.paths import resolve
 from pear_megatron.megatron.hf_weights import load_weights
 from pear_megatron.megatron.initialize import initialize_weights
 from pear_megatron.megatron.layout import Layout
-from pear_megatron.ranks import check_same_on_every_rank, from_main, together
+from pear_megatron.ranks import from_main, same_on_every_node, together
 from pear_megatron.recipe import Recipe, RecipeError
 
 log = logging.getLogger("pear_megatron")
@@ -44,11 +44,10 @@ def start_model(recipe: Recipe, layout: Layout, model: Any) -> None:
         RecipeError, CheckpointError, DataError: on every rank: the weights cannot be read, they are of another
             model (of a LoRA run that goes on: other weights), or output_dir cannot be written.
     """
-    source = None
+    source = digest = None
     if recipe.model.hf:
-        source = Path(recipe.model.hf)
-        facts = together(partial(read_model_facts, source))
-        check_same_on_every_rank({"weights in model.hf": facts.digest})
+        source = folder = Path(recipe.model.hf)
+        digest = same_on_every_node("weights in model.hf", lambda: read_model_facts(folder).digest)
         together(partial(_load_from_hf, source, recipe, layout, model))
     elif recipe.checkpoint.pretrained:
         folder = resolve(recipe.checkpoint.pretrained)
@@ -62,9 +61,8 @@ def start_model(recipe: Recipe, layout: Layout, model: Any) -> None:
 
     def write() -> None:
         if recipe.lora is not None:
-            frozen = Path(recipe.model.hf) if recipe.model.hf else folder
-            digest = read_model_facts(frozen).digest
-            write_lora_file(Path(recipe.output_dir), LoraBase(str(frozen.absolute()), digest, recipe.lora))
+            base = LoraBase(str(folder.absolute()), digest or read_model_facts(folder).digest, recipe.lora)
+            write_lora_file(Path(recipe.output_dir), base)
         own = recipe.data.tokenizer if recipe.data.tokenizer != recipe.model.hf else None
         write_model_files(
             Path(recipe.output_dir),

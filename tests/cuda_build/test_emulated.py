@@ -163,6 +163,39 @@ def test_kl_and_entropy_at_every_width_and_alignment(ops, dtype, columns, k, off
         assert wide[:, :offset].isnan().all()
 
 
+# A warp, 256 and 512 threads a row; of the widest a thread has more turns than a word has bits.
+@pytest.mark.parametrize(("columns", "threads"), [(50, 32), (1500, 32), (8200, 256), (300_000, 512)])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_the_top_ks_columns_are_left_out_wherever_they_lie(ops, columns, threads, entropy):
+    """One thread's alone, neighbours, those of both ends, and any; ids of other ranks and none among them."""
+    turns = torch.arange(3, columns, 4 * threads)  # vectors of four are dealt to the threads in turns
+    ends = torch.cat([torch.arange(7), torch.arange(columns - 6, columns)])
+    anywhere = torch.randperm(columns)[: columns // 3][:400]
+    of_others = torch.tensor([columns, -1, columns + 7])
+    start = 1000
+    for held in (turns, turns.flip(0), ends, anywhere):
+        ids = torch.cat([held, of_others])[torch.randperm(len(held) + 3)]
+        wide = torch.randn(1, columns + 1)
+        logits = wide[:, 1:]  # the first vector begins after three columns
+        logits[0, held] += 60
+        stats = ops.statistics_forward(
+            logits,
+            torch.tensor([start]),
+            None,
+            start,
+            10**6,
+            torch.where(ids < 0, -1, ids + start)[None].int(),
+            entropy,
+        )
+        rest = logits[0].double().index_fill(0, held, -INF)
+        weights = (rest - rest.max()).exp()
+        wanted = [rest.max(), weights.sum(), logits[0, 0]]
+        wanted += [(weights * (rest - rest.max()).clamp_min(-1e3)).sum()] * entropy
+        inside = (ids >= 0) & (ids < columns)
+        wanted += logits[0, ids.where(inside, 0)].where(inside, -INF)
+        torch.testing.assert_close(stats[0].double(), torch.stack(wanted).double(), rtol=1e-5, atol=1e-5)
+
+
 def test_kl_and_entropy_of_shards_of_the_vocabulary_one_of_them_only_padding(ops):
     problem = Problem.random(4, 60, 9)
     lp, expected, entropy, exact = problem.exact("bucket")

@@ -43,7 +43,7 @@ def test_every_row_kernel_has_a_loop_of_wide_loads(loops):
 def test_memory_is_the_limit(loops, request):
     # B200 has too few schedulers and exponential units for its bandwidth to leave as much room as the others; the
     # fullest is a top-k beside an entropy.
-    most = 0.92 if "sm_100" in request.node.name else 0.6
+    most = 0.9 if "sm_100" in request.node.name else 0.6
     busiest = {
         f"{loop.kernel} {loop.dtype} {loop.threads} {loop.more}": shares
         for loop in loops

@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 from safetensors.torch import load_file, save_file
 
+from pear_megatron.megatron.checkpoint.model_folder import ModelFacts
 from tests.hf.models import save_model
 from tests.megatron.runs import REPOSITORY, TINY, Started, run_entry_point
 from tests.megatron.test_resume import wait_until
@@ -37,6 +38,23 @@ def node(
         os.chdir(folder / str(rank))
     more = [] if overrides is None else overrides(rank)
     run_entry_point(rank, world, port, output, [*arguments, *more], local_rank=0)
+
+
+def rank_of_two(
+    folder: Path, rank: int, world: int, port: int, output: Connection, arguments: list[str]
+) -> None:
+    """One of two ranks of a node, which says when it takes the digest of the node's weights."""
+    from pear_megatron.train import start
+
+    read = start.read_model_facts
+
+    def reads(folder: Path) -> ModelFacts:
+        print("reads the weights", flush=True)
+        return read(folder)
+
+    start.read_model_facts = reads
+    arguments = [*arguments, *weights_of_its_own(folder, rank // 2)]
+    run_entry_point(rank, world, port, output, arguments, local_rank=rank % 2)
 
 
 def outputs(*arguments: str, config: Path = TINY, **of_node: Callable[[int], list[str]] | Path) -> list[str]:
@@ -82,13 +100,17 @@ def test_other_weights_on_one_node_are_an_error_on_both_and_a_copy_is_none(
         "output_dir": str(tmp_path / "run"),
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    overrides = partial(weights_of_its_own, tmp_path)
-    target = partial(node, overrides, None)
-    assert Started(2, *SHORT, config=tmp_path / "recipe.yaml", target=target).wait() == [0, 0]
+    adapters = Started(
+        4, *SHORT, "+lora.rank=2", config=tmp_path / "recipe.yaml", target=partial(rank_of_two, tmp_path)
+    )
+    assert adapters.wait() == [0] * 4
+    read = [adapters.output(rank).count("reads the weights") for rank in range(4)]
+    assert read == [1, 0, 1, 0]  # once per node, also where lora.yaml names them
     shutil.rmtree(tmp_path / "run")
 
     file = tmp_path / "1" / "model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    overrides = partial(weights_of_its_own, tmp_path)
     for said in outputs(config=tmp_path / "recipe.yaml", overrides=overrides):
         assert "differs from rank 0: weights in model.hf" in said
 

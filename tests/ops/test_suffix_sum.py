@@ -115,6 +115,8 @@ def test_ranks_together_equal_one(ranks):
         (torch.tensor([1, 3, 6]), "cu_seqlens must start at 0, got 1"),
         (torch.tensor([0, 4, 3, 6]), "cu_seqlens must not decrease, got 4 then 3 at segment 1"),
         (torch.tensor([0, 3, 5]), "cu_seqlens must end at the number of tokens 6, got 5; a padded tail"),
+        (torch.tensor([0, 2**32 + 6]), r"beyond the 2\^31 - 1 tokens of a pack \(1 of 2\)"),
+        (torch.tensor([-(2**32), 6]), "beyond the"),
         (torch.tensor([0.0, 6.0]), "cu_seqlens must be integers"),
         (torch.tensor([[0, 6]]), r"cu_seqlens must be integers of shape \[segments \+ 1\]"),
         (torch.tensor([], dtype=torch.int32), r"got torch.int32 \(0,\)"),

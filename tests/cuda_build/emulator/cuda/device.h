@@ -205,6 +205,7 @@ inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst
 inline unsigned atomicAdd(unsigned* p, unsigned x) {
   return std::atomic_ref<unsigned>(*p).fetch_add(x);
 }
+inline void atomicOr(unsigned* p, unsigned x) { std::atomic_ref<unsigned>(*p).fetch_or(x); }
 
 inline int lane() { return threadIdx.x % kWarp; }
 template <typename T>
