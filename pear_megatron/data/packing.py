@@ -14,6 +14,11 @@ _OPEN_ROWS = 128  # rows still being filled; beyond that the fullest is closed
 Rows = list[list[int]]
 
 
+def padding_multiple(cp_size: int) -> int:
+    """What a trajectory's positions are padded to a multiple of: a rank holds two of 2n equal chunks of it."""
+    return 2 * cp_size if cp_size > 1 else 1
+
+
 def plan_epoch(
     lengths: Sequence[int] | np.ndarray,
     seq_length: int,

@@ -106,6 +106,13 @@ def read_policy_logprobs(sample: Sample) -> list[np.ndarray]:
                 found[i] = _policy_logprobs(row.fields, sample.trajectories[i].loss_mask)
             except RowProblem as problem:
                 problems.add(row.where, problem)
+    for name, i in place.items() if not problems.total else ():
+        if i not in found:
+            problems.add(
+                name,
+                f"its row is split into turns, and --scored needs {_FIELD} for each of them: write them with "
+                "`pear-megatron score --as policy`, or give the policy itself: --model DIR",
+            )
     problems.raise_if_any()
     return [found[i] for i in range(len(place))]
 
