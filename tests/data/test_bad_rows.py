@@ -378,7 +378,8 @@ def test_plain_sft_needs_no_log_probs_and_no_temperature(tmp_path: Path, config:
 def test_log_probs_rounded_to_half_precision_are_warned_about(
     tmp_path: Path, config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
-    exact = -(10.0 ** np.random.default_rng(0).uniform(-7, 0, 40)).astype(np.float32)  # most tokens are nearly certain
+    nats = 10.0 ** np.random.default_rng(0).uniform(-7, 0, 40)  # most tokens are nearly certain
+    exact = -nats.astype(np.float32)
     kinds = {
         "float32": exact,
         "float16": exact.astype(np.float16),

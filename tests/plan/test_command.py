@@ -83,7 +83,7 @@ def test_data_are_counted_as_training_counts_them(tmp_path: Path) -> None:
 
 
 def test_rows_are_counted_as_context_parallelism_pads_them(tmp_path: Path) -> None:
-    """26 tokens are 25 positions, five times in a row of 128; two ranks' halves of a half make 28 of them, four times."""
+    """26 tokens are 25 positions, five times in a row of 128; for two ranks they are padded to 28, and fit four times."""
     row = {"input_ids": [1] * 26, "loss_mask": [0] + [1] * 25, "behavior_logprobs": [-1.0] * 26}
     data = tmp_path / "data.jsonl"
     data.write_text(f"{json.dumps(row)}\n" * 20)
