@@ -83,13 +83,17 @@ def test_data_are_counted_as_training_counts_them(tmp_path: Path) -> None:
 
 
 def test_rows_are_counted_as_context_parallelism_pads_them(tmp_path: Path) -> None:
-    """26 tokens are 25 positions, five times in a row of 128; for two ranks they are padded to 28, and fit four times."""
+    """26 tokens are 25 positions, five times in a row of 128; padded to 28 for two ranks, four times."""
     row = {"input_ids": [1] * 26, "loss_mask": [0] + [1] * 25, "behavior_logprobs": [-1.0] * 26}
     data = tmp_path / "data.jsonl"
     data.write_text(f"{json.dumps(row)}\n" * 20)
     steps = {}
     for cp in (1, 2):
-        sizes = [f"parallel.context_parallel_size={cp}", f"cluster.gpus_per_node={cp}", "train.global_batch_size=2"]
+        sizes = [
+            f"parallel.context_parallel_size={cp}",
+            f"cluster.gpus_per_node={cp}",
+            "train.global_batch_size=2",
+        ]
         done = plan("--config", TINY, f"data.train={data}", f"output_dir={tmp_path}/run", *sizes, "--json")
         assert done.exit_code == 0, done.stderr
         steps[cp] = json.loads(done.stdout)["run"]["steps_per_epoch"]
