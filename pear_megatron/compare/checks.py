@@ -31,9 +31,7 @@ def check_packages() -> None:
 def check_recipe(recipe: CompareRecipe, *, prepared: bool) -> None:
     """Every mistake in any arm's recipes that can be found before hours are spent.
 
-    Args:
-        recipe: the comparison.
-        prepared: whether ``prepare`` has run: a model.hf that it makes says what the model is.
+    Once they are ``prepared``, a model.hf that ``prepare`` makes says what the model is.
     """
     later = prepare_makes_the_model(recipe)
     if prepared and not later:

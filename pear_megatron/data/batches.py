@@ -204,12 +204,7 @@ def collate(
 
 
 class _OptionalColumns:
-    """The columns of a batch that all trajectories of a data set have, or none: padding alone has them too.
-
-    Args:
-        trajectories: the data set.
-        shape: (B, S).
-    """
+    """The columns [B, S] of a batch that all trajectories of a data set have, or none: padding alone has them too."""
 
     def __init__(self, trajectories: Trajectories, shape: tuple[int, int]) -> None:
         first = trajectories[0] if len(trajectories) else None

@@ -149,11 +149,9 @@ class BatchPlan:
         return epoch, rows + [[] for _ in range(self.global_batch_size - len(rows))]
 
     def drawn(self, step: int, offsets: np.ndarray) -> np.ndarray:
-        """int64 [sources]: trajectories of each source in the steps before this one.
+        """int64 [sources]: trajectories of each source in the steps before this one, counted from 0.
 
-        Args:
-            step: counted from 0.
-            offsets: int64 [sources + 1], where each source's indices begin; the same in every call.
+        ``offsets``, int64 [sources + 1], where each source's indices begin, are the same in every call.
         """
         if step == 0:
             return np.zeros(len(offsets) - 1, dtype=np.int64)

@@ -21,12 +21,7 @@ _MOVED = 8  # problems
 
 
 def page_of_one(results: Results, samples: Sequence[dict[str, Any]] = ()) -> str:
-    """The page of one evaluation.
-
-    Args:
-        results: its outcome.
-        samples: rows of samples.jsonl, of which a few are shown.
-    """
+    """The page of one evaluation, with a few of the rows of samples.jsonl."""
     name = Path(str(results.settings["model"])).name
     return render(
         "eval.html",

@@ -28,14 +28,6 @@ def pass_at_k(num_samples: int, num_right: np.ndarray, k: int) -> np.ndarray:
     That is the chance that k of the n samples, drawn without replacement, hold a right one (Chen et al. 2021,
     arXiv 2107.03374). Its mean over problems is an unbiased estimate of pass@k for every k <= n.
 
-    Args:
-        num_samples: n.
-        num_right: c, integers [...].
-        k: 1 to n.
-
-    Returns:
-        float64 [...], in [0, 1].
-
     Raises:
         ValueError: k or a count is out of range.
     """
@@ -86,14 +78,9 @@ def interval(values: np.ndarray, *, bounds: tuple[float, float]) -> Estimate:
 
 
 def over_runs(values: np.ndarray, *, bounds: tuple[float, float]) -> Estimate:
-    """The mean of one number a run and its Student's interval; of a single run the interval is all of ``bounds``.
+    """The mean of one number a run [R] and its Student's interval, in the ``bounds`` of a value.
 
-    Args:
-        values: [R].
-        bounds: what a value can be at least and at most.
-
-    Raises:
-        EvalError: scipy is missing.
+    Of a single run the interval is all of ``bounds``.
     """
     values = np.asarray(values, dtype=np.float64)
     mean = float(values.mean())
@@ -106,14 +93,10 @@ def over_runs(values: np.ndarray, *, bounds: tuple[float, float]) -> Estimate:
 def p_value(values: np.ndarray) -> float:
     """Two-sided p-value of a mean of 0 over several runs, of the test that ``interval`` and ``over_runs`` invert.
 
+    Where all runs agree, so that their scatter is unknown, the sign test's: 2^(1 - R), or 1 where they agree on 0.
+
     Args:
         values: [R], one a run, or [R, P], a row a run and a column a problem; R >= 2.
-
-    Returns:
-        Where all runs agree, so that their scatter is unknown, the sign test's: 2^(1 - R), or 1 where they agree on 0.
-
-    Raises:
-        EvalError: scipy is missing.
     """
     values = np.asarray(values, dtype=np.float64)
     error, degrees = _standard_error(values if values.ndim == 2 else values[:, None])

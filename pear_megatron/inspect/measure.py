@@ -115,12 +115,9 @@ class Weights:
 def make_pack(
     trajectories: Sequence[Trajectory], policy_logprobs: Sequence[np.ndarray] | None, ratio: str = "behavior"
 ) -> Pack:
-    """Collates trajectories and the policy's log-probs alike.
+    """Collates trajectories, at least one, and the policy's log-probs alike.
 
-    Args:
-        trajectories: at least one.
-        policy_logprobs: a float32 [n] each, aligned with ``input_ids``; None = those of the behaviour policy.
-        ratio: PearConfig.ratio.
+    ``policy_logprobs`` are a float32 [n] each, aligned with ``input_ids``; None = those of the behaviour policy.
     """
     parts = []
     for start in range(0, len(trajectories), _PACK):

@@ -109,10 +109,8 @@ class Plan:
 def make_plan(recipe: Recipe, *, length: RunLength | None = None, mfu: float = 0.4) -> Plan:
     """Plans a run on the recipe's ``cluster``; needs no GPU, no weights and no data.
 
-    Args:
-        recipe: what is to be trained.
-        length: of its data, where known; steps are taken to be full rows otherwise.
-        mfu: model-FLOPs utilisation to expect, as training reports it.
+    Where the length of its data is not known, steps are taken to be full rows. ``mfu`` is the model-FLOPs utilisation
+    to expect, as training reports it.
 
     Raises:
         RecipeError: its sizes do not fit together or not the cluster; names what would fit.

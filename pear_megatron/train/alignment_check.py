@@ -55,18 +55,12 @@ class AlignmentStep(PearForwardStep):
 
 
 def check_alignment(recipe: Recipe, layout: Layout, chunks: list[Any], passes: Passes) -> None:
-    """Compares the model's log-probs of the first step with those in the data, by forward passes alone.
+    """Compares the model's log-probs of the first step with those in the data, by forward passes with an AlignmentStep.
 
     Changes nothing: no gradients, no random numbers. A reference that is another model than this is warned of. Does
     nothing where the loss reads no log-probs of the data, as plain SFT, where
     train.check_alignment is false, for fresh weights, which know nothing of the data, and under context
     parallelism, where a rank's neighbouring tokens are not neighbours. Every rank calls it.
-
-    Args:
-        recipe: of the run.
-        layout: where this rank stands.
-        chunks: this rank's model chunks, in DDP.
-        passes: the run's batches, with an AlignmentStep.
 
     Raises:
         DataError: on every rank, if the log-probs in the data conclusively fit better when moved by a token

@@ -18,14 +18,8 @@ from pear_megatron.train.reports import ReportSums
 class Evaluation:
     """Forward passes over every held-out trajectory, once each; every rank calls it.
 
-    Nothing that training depends on is touched: no gradient, no random number, no state of the optimizer.
-
-    Args:
-        recipe: of the run.
-        layout: where this rank stands.
-        dataset: the held-out trajectories.
-        forward_step: counts as training's does, and tells the sources of ``dataset`` apart.
-        multiple: see BatchPlan.
+    Nothing that training depends on is touched: no gradient, no random number, no state of the optimizer. The forward
+    step counts as training's does, and tells the sources of these trajectories apart.
     """
 
     def __init__(

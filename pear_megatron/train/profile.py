@@ -24,11 +24,6 @@ class StepProfile:
     Under ``nsys profile --capture-range=cudaProfilerApi`` the steps are marked for that instead, with NVTX ranges:
     a GPU has one profiler at a time.
 
-    Args:
-        recipe: of the run.
-        layout: where this rank stands.
-        total_steps: of the run.
-
     Raises:
         RecipeError: there is no such rank or step.
     """

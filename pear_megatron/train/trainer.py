@@ -49,12 +49,7 @@ from pear_megatron.watch import now
 
 
 class Trainer:
-    """One run on this rank.
-
-    Args:
-        recipe: what to train.
-        layout: where this rank stands.
-        stop: tells this rank to stop early; one rank's is enough. None = nothing does.
+    """One run on this rank; it is enough that one rank's ``stop`` asks it to stop early.
 
     Raises:
         RecipeError, DataError, CheckpointError: before the first step, on every rank.
@@ -148,8 +143,7 @@ class Trainer:
     def train(self) -> bool:
         """Trains to the last step, or to the step at which a rank is asked to stop; saves there.
 
-        Returns:
-            False if the run was asked to stop, and waits in output_dir for going on.
+        False if the run was asked to stop, and waits in output_dir for going on.
 
         Raises:
             DataError, TrainingError, CheckpointError: on every rank.
