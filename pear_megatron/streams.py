@@ -39,8 +39,8 @@ class _Output(io.TextIOWrapper):
             super().flush()
 
 
-def log_lines(level: int = logging.WARNING) -> None:
-    """This package's log lines of a level and above on standard error; no warnings that Python shows of libraries."""
+def log_lines(level: int = logging.NOTSET) -> None:
+    """Has standard error get warnings, this package's log lines from a level on, and none of Python's of libraries."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("pear_megatron").setLevel(level)
     for category in (UserWarning, FutureWarning, DeprecationWarning):

@@ -95,9 +95,8 @@ class UnreadFields:
         }
 
 
-def form_of(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """The one of FORMS that the row uses; RowProblem if none, several, or half of one."""
-    unread = unread_names(fields)
+def form_of(fields: Mapping[str, Any], unread: Collection[str]) -> tuple[str, ...]:
+    """The one of FORMS that the row uses, besides ``unread`` names; RowProblem if none, several, or half of one."""
     used = [form for form in FORMS if any(name in fields and name not in unread for name in form)]
     if len(used) != 1:
         found = " and ".join("+".join(form) for form in used) or "none of them"

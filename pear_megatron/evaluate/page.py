@@ -45,7 +45,10 @@ def page_of_two(names: tuple[str, str], arms: tuple[list[Results], list[Results]
     return render(
         "eval.html",
         heading=f"{short[1]} against {short[0]}",
-        facts=[("first", names[0]), ("second", names[1]), ("runs", f"{runs} of each"), *_facts(arms[0])[1:]],
+        facts=[
+            ("first", names[0]), ("second", names[1]), ("runs", f"{runs} of each"),
+            *_facts([*arms[0], *arms[1]])[1:],
+        ],  # fmt: skip
         verdicts=about_two(short, arms, comparison),
         words=f" over {'problems' if runs == 1 else 'runs and problems'}. Differences: second minus first, paired by "
         f"problem{'' if runs == 1 else ' and run'}; an interval in bold does not contain 0",
@@ -68,9 +71,10 @@ def _short(names: tuple[str, str]) -> tuple[str, str]:
 
 def _facts(runs: Sequence[Results]) -> list[tuple[str, str]]:
     s = runs[0].settings
+    drawn = " or ".join(map(str, sorted({results.num_samples for results in runs})))
     return [
         ("model", str(s["model"])),
-        ("problems", f"{len(runs[0].problems):,}, {runs[0].num_samples} responses to each"),
+        ("problems", f"{len(runs[0].problems):,}, {drawn} responses to each"),
         ("sampling", ", ".join(
             f"{name} {s[key]:g}"
             for key, name in (("temperature", "temperature"), ("top_p", "top-p"), ("max_new_tokens", "at most"))
