@@ -42,13 +42,11 @@ def page_of_two(names: tuple[str, str], arms: tuple[list[Results], list[Results]
     """The page of a comparison: the second arm against the first."""
     runs = len(arms[0])
     short = _short(names)
+    facts = [("first", names[0]), ("second", names[1]), ("runs", f"{runs} of each")]
     return render(
         "eval.html",
         heading=f"{short[1]} against {short[0]}",
-        facts=[
-            ("first", names[0]), ("second", names[1]), ("runs", f"{runs} of each"),
-            *_facts([*arms[0], *arms[1]])[1:],
-        ],  # fmt: skip
+        facts=[*facts, *_facts([*arms[0], *arms[1]])[1:]],
         verdicts=about_two(short, arms, comparison),
         words=f" over {'problems' if runs == 1 else 'runs and problems'}. Differences: second minus first, paired by "
         f"problem{'' if runs == 1 else ' and run'}; an interval in bold does not contain 0",

@@ -33,15 +33,8 @@ class Alternative:
     """
 
     COLUMNS: ClassVar = (
-        "mean weight",
-        "ESS",
-        "content",
-        "floor",
-        "ceiling",
-        "low clip",
-        "first 1/4",
-        "last 1/4",
-    )
+        "mean weight", "ESS", "content", "floor", "ceiling", "low clip", "first 1/4", "last 1/4"
+    )  # fmt: skip
 
     overrides: str
     statistics: dict[str, float]
