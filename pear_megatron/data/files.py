@@ -266,10 +266,11 @@ def _value(scalar: Any) -> Any:
     import pyarrow.types as types
 
     values = getattr(scalar, "values", None) if scalar.is_valid else None
-    kind = values.type if isinstance(values, pa.Array) else None
-    if kind is not None and (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
-        # Lists of numbers stay arrays: building a Python object for every token is the slow part.
-        return scalar.as_py() if values.null_count else values.to_numpy(zero_copy_only=False)
+    if isinstance(values, pa.Array):
+        kind = values.type
+        if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind):
+            # Lists of numbers stay arrays: building a Python object for every token is the slow part.
+            return scalar.as_py() if values.null_count else values.to_numpy(zero_copy_only=False)
     return _plain(scalar.as_py(maps_as_pydicts="strict"), scalar.type)
 
 

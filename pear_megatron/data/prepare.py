@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from pear_megatron.data.columns import NO_COLUMNS, Columns
+from pear_megatron.config import PearConfig
+from pear_megatron.data.columns import NO_COLUMNS, Columns, needs_behavior_logprobs
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import DataError, Problems, RowProblem
 from pear_megatron.data.files import expand_files, read_rows
@@ -37,6 +38,15 @@ class Reading(TypedDict, total=False):
     require_behavior_logprobs: bool
     columns: Columns
     vocab_size: int | None
+
+
+def reading_of(pear: PearConfig, vocab_size: int) -> Reading:
+    """What training with a loss asks for."""
+    return {
+        "require_behavior_logprobs": needs_behavior_logprobs(pear),
+        "columns": Columns.of(pear),
+        "vocab_size": vocab_size,
+    }
 
 
 def prepare(config: DataConfig, *, progress: bool = False, **reading: Unpack[Reading]) -> Path:

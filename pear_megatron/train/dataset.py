@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from pear_megatron.data import AnyDataset, DataSource, as_sources, prepare_everywhere
-from pear_megatron.data.columns import REFERENCE, Columns, needs_behavior_logprobs
+from pear_megatron.data.columns import REFERENCE
 from pear_megatron.data.errors import DataError
 from pear_megatron.data.options import in_options
+from pear_megatron.data.prepare import reading_of
 from pear_megatron.ranks import is_main
 from pear_megatron.recipe import Recipe
 
@@ -83,13 +84,5 @@ def _warn_of_shared(train: AnyDataset, held_out: AnyDataset) -> None:
 
 
 def _open(recipe: Recipe, sources: Sequence[DataSource]) -> AnyDataset:
-    data = recipe.data
-    if data.cache_dir is None:
-        data = data.model_copy(update={"cache_dir": str(Path(recipe.output_dir) / "data_cache")})
-    return prepare_everywhere(
-        data,
-        sources,
-        require_behavior_logprobs=needs_behavior_logprobs(recipe.pear),
-        columns=Columns.of(recipe.pear),
-        vocab_size=recipe.model.vocab_size,
-    )
+    reading = reading_of(recipe.pear, recipe.model.vocab_size)
+    return prepare_everywhere(recipe.data.in_run(recipe.output_dir), sources, **reading)
