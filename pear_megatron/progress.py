@@ -46,16 +46,8 @@ def token_progress(total: int, *, replicas: int, show: bool) -> Iterator[Callabl
 
 @contextmanager
 def _bar(total: int, replicas: int) -> Iterator[Callable[[int], None]]:
-    from rich import progress as rich
-    from rich.console import Console
-
-    columns = [
-        rich.TextColumn("scoring"),
-        rich.BarColumn(),
-        rich.TextColumn("{task.fields[said]}"),
-        rich.TimeRemainingColumn(),
-    ]
-    with rich.Progress(*columns, console=Console(stderr=True)) as bar:
+    columns = (TextColumn("scoring"), BarColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=total, said="")
         started, done = time.monotonic(), 0
 
@@ -172,18 +164,13 @@ _REPORTS = 20  # lines of progress where there is no terminal
 @contextmanager
 def sampling_progress(done: int, total: int) -> Iterator[Any]:
     """A function to call after each batch: a bar on a terminal, now and then a line elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     console = Console(stderr=True)
+    status_column = TextColumn("{task.fields[status]}")
     columns = (
-        TextColumn("[bold]eval"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-    )
+        TextColumn("[bold]eval"), BarColumn(), MofNCompleteColumn(), status_column, TimeRemainingColumn()
+    )  # fmt: skip
     count, score = done, 0.0
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("eval", total=total, completed=done, status="")
 
         def advance(number: int, rows: list[dict[str, Any]]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,14 @@ class _Output(io.TextIOWrapper):
     def flush(self) -> None:
         with naming(Path("standard output")):
             super().flush()
+
+
+def log_lines(level: int = logging.NOTSET) -> None:
+    """Has standard error get warnings, this package's log lines from a level on, and none of Python's of libraries."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pear_megatron").setLevel(level)
+    for category in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
 
 
 def steady() -> None:

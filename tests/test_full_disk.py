@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,7 +128,15 @@ def test_a_stage_of_a_comparison(small_disk: Path) -> None:
     from pear_megatron.compare.workers import StageError, run_stage
 
     with pytest.raises(StageError, match=rf"stage failed .*\n.*\(the disk of {small_disk} is full\)"):
-        run_stage(_fill, small_disk, log=small_disk / "stage.log", threads=1)
+        run_stage(
+            _fill,
+            small_disk,
+            log=small_disk / "stage.log",
+            threads=1,
+            ranks=None,
+            running=set(),
+            stopped=threading.Event(),
+        )
 
 
 def test_grpo(word_model: Path, tmp_path: Path) -> None:

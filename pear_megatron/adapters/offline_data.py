@@ -16,6 +16,7 @@ from pear_megatron.data import (
     PackedBatch,
     TrajectoryDataset,
     micro_batches,
+    padding_multiple,
     prepare_everywhere,
     require_files,
 )
@@ -107,7 +108,7 @@ class OfflineBatches(Iterator[PackedBatch]):
                 f"a global batch of {global_batch_size} rows does not divide into micro-batches of "
                 f"{micro_batch_size} on {dp_size} data-parallel ranks; change one of them"
             )
-        multiple = 2 * cp_size if cp_size > 1 else 1
+        multiple = padding_multiple(cp_size)
         self.plan = BatchPlan(
             dataset.lengths, seq_length, global_batch_size, seed=seed, packing=packing, multiple=multiple
         )

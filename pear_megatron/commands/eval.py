@@ -57,10 +57,11 @@ def evaluate(
     """Sample responses to problems, grade them, and estimate pass@k; eval-compare compares two evaluations."""
     from rich.console import Console
 
-    from pear_megatron.evaluate.figures import draw_pass_at_k, results_table
+    from pear_megatron.evaluate.figures import pass_at_k, results_table
     from pear_megatron.evaluate.page import page_of_one
     from pear_megatron.evaluate.run import evaluate as run
     from pear_megatron.evaluate.samples import read_samples
+    from pear_megatron.pages.figures import write_png
     from pear_megatron.problems.load import load_problems, read_problems_config
     from pear_megatron.storage import write_atomically
 
@@ -81,7 +82,7 @@ def evaluate(
         **settings,
     )
     write_atomically(output / "index.html", page_of_one(results, read_samples(output)))
-    draw_pass_at_k(output / "pass_at_k.png", {Path(model).name: [results]})
+    write_png(pass_at_k({Path(model).name: [results]}), output / "pass_at_k.png")
     Console().print(results_table(results))
     print(f"responses and results: {output}; open {output / 'index.html'} in a browser")
 

@@ -25,9 +25,10 @@ def eval_compare(
     """Compare two evaluations of the same problems: second - first, paired by problem and run."""
     from rich.console import Console
 
-    from pear_megatron.evaluate.figures import comparison_table, draw_pass_at_k
+    from pear_megatron.evaluate.figures import comparison_table, pass_at_k
     from pear_megatron.evaluate.page import page_of_two
     from pear_megatron.evaluate.paired import compare, read_arm, write_comparison
+    from pear_megatron.pages.figures import write_png
     from pear_megatron.storage import write_atomically
 
     names, arms = (first, second), (read_arm(first), read_arm(second))
@@ -36,5 +37,5 @@ def eval_compare(
     if output is not None:
         write_comparison(output / "comparison.json", names, comparison)
         write_atomically(output / "index.html", page_of_two(names, arms, comparison))
-        draw_pass_at_k(output / "pass_at_k.png", dict(zip(names, arms, strict=True)))
+        write_png(pass_at_k(dict(zip(names, arms, strict=True))), output / "pass_at_k.png")
         print(f"the same as a page: {output / 'index.html'}")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +14,7 @@ from pear_megatron.commands.text_options import (
     MultiTurnOption,
     text_settings,
 )
+from pear_megatron.streams import log_lines
 
 EPILOG = (
     "Example: pear-megatron inspect data/train.parquet --model path/to/student "
@@ -69,9 +67,7 @@ def inspect(
     """
     from pear_megatron.errors import RecipeError
 
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for category in (UserWarning, FutureWarning, DeprecationWarning):  # of libraries
-        warnings.filterwarnings("ignore", category=category)
+    log_lines()
     words = arguments or []
     overrides = [word for word in words if _OVERRIDE.match(word) and not Path(word).exists()]
     if model is not None and scored:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,6 +15,7 @@ from pear_megatron.commands.text_options import (
     MultiTurnOption,
     text_settings,
 )
+from pear_megatron.streams import log_lines
 
 if TYPE_CHECKING:
     from pear_megatron.score.run import ScoreJob
@@ -98,7 +97,7 @@ def score(
     from pear_megatron.errors import ScoreError
     from pear_megatron.ranks import is_main
 
-    _speak(is_main())
+    log_lines(logging.INFO if is_main() else logging.ERROR)
     from pear_megatron.score.source import ScoreSettings
 
     chosen, why = _backend(model, backend, write_as)
@@ -188,11 +187,3 @@ def _copies(settings: ScoreSettings, job: ScoreJob, alone: bool) -> int:
         return 1
     size = settings.tensor_parallel * settings.pipeline_parallel
     return max(1, min(torch.cuda.device_count() // size, job.num_missing()))
-
-
-def _speak(is_main: bool) -> None:
-    """Log lines of this package on standard error; no warnings of libraries."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("pear_megatron").setLevel(logging.INFO if is_main else logging.ERROR)
-    for category in (UserWarning, FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category)

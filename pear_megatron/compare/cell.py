@@ -138,6 +138,12 @@ def cells_of(recipe: CompareRecipe, chosen: dict[str, tuple[str, ...]]) -> list[
     ]
 
 
+def all_cells(recipe: CompareRecipe) -> list[Cell]:
+    """All that is run, the cells of tuning last; those before have the settings that they have without it."""
+    tried = [cell for by_value in tuning_cells(recipe).values() for cell in by_value.values()]
+    return [*cells_of(recipe, {}), *tried]
+
+
 def tuning_cells(recipe: CompareRecipe) -> dict[str, dict[float, Cell]]:
     """For each arm with an offline phase, the value tried -> its cell; empty without ``tune``."""
     tune, root = recipe.tune, Path(recipe.output_dir) / "tune"

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from pear_megatron.compare import stages
-from pear_megatron.compare.cell import Cell, cells_of, tuning_cells
+from pear_megatron.compare.cell import Cell, all_cells
 from pear_megatron.compare.outcome import CellResult, read_metrics
 from pear_megatron.compare.recipe import CompareRecipe
 from pear_megatron.config import PearConfig
@@ -31,15 +31,12 @@ def check_packages() -> None:
 def check_recipe(recipe: CompareRecipe, *, prepared: bool) -> None:
     """Every mistake in any arm's recipes that can be found before hours are spent.
 
-    Args:
-        recipe: the comparison.
-        prepared: whether ``prepare`` has run: a model.hf that it makes says what the model is.
+    Once they are ``prepared``, a model.hf that ``prepare`` makes says what the model is.
     """
     later = prepare_makes_the_model(recipe)
     if prepared and not later:
         return
-    tried = [cell for by_value in tuning_cells(recipe).values() for cell in by_value.values()]
-    for cell in [*cells_of(recipe, {}), *tried]:
+    for cell in all_cells(recipe):
         if cell.rl.data.validation is None:
             raise RecipeError(
                 f"{recipe.rl.recipe} has no data.validation; add the problems that before and after ask"

@@ -33,10 +33,7 @@ def shows_seeds(outcome: Outcome) -> bool:
 def learning_curves(outcome: Outcome, narrow: bool = False, width: float = BROAD) -> Figure:
     """Reward over RL steps: a thick line per arm (mean over seeds), thin ones for its seeds where they are few.
 
-    Args:
-        outcome: of the comparison.
-        narrow: for a telephone: as wide as it is, and the legend above instead of beside.
-        width: in inches, where it is not narrow.
+    ``narrow`` is for a telephone: as wide as it is, and the legend above instead of beside.
     """
     arms = list(outcome.recipe.arms)
     columns = 2 if max(map(len, arms)) <= 18 else 1  # of the legend above a narrow one
@@ -64,9 +61,7 @@ def learning_curves(outcome: Outcome, narrow: bool = False, width: float = BROAD
 def every_seed(outcome: Outcome, narrow: bool = False) -> Figure:
     """A dot for each seed of each arm: steps to take-off, mean reward, and pass@k after RL.
 
-    Args:
-        outcome: of the comparison.
-        narrow: for a telephone: the panels below each other.
+    ``narrow`` is for a telephone: the panels below each other.
     """
     measures = [m for m in outcome.measures if not m.key.startswith("before/")]
     columns = 1 if narrow else min(_IN_A_ROW, len(measures))

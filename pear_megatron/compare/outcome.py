@@ -201,20 +201,19 @@ class Outcome:
 
     def as_json(self) -> dict[str, Any]:
         """Everything the page shows, and each seed's curve."""
-        arms = {}
+        arms, baseline = {}, self.recipe.baseline
         for arm in self.recipe.arms:
+            differences = p_values = None
+            if arm != baseline:
+                differences = {m.key: asdict(m.difference(arm, baseline)) for m in self.measures}
+                if len(self.seeds) > 1:
+                    p_values = {m.key: m.p_value(arm, baseline) for m in self.measures}
             arms[arm] = {
                 "overrides": self.recipe.arms[arm],
                 "tuned": list(self.chosen.get(arm, ())),
                 "measures": {m.key: asdict(m.estimate(arm)) for m in self.measures},
-                "against_baseline": {
-                    m.key: asdict(m.difference(arm, self.recipe.baseline)) for m in self.measures
-                }
-                if arm != self.recipe.baseline
-                else None,
-                "p_against_baseline": {m.key: m.p_value(arm, self.recipe.baseline) for m in self.measures}
-                if arm != self.recipe.baseline and len(self.seeds) > 1
-                else None,
+                "against_baseline": differences,
+                "p_against_baseline": p_values,
                 "take_off": self.take_offs(arm),
                 "rewards": np.round(self.curves(arm), 6).tolist(),
             }

@@ -15,13 +15,7 @@ from pear_megatron.pages.page import Section, render
 
 
 def page(outcome: Outcome, first: Sequence[Section] = (), last: Sequence[Section] = ()) -> str:
-    """The whole page.
-
-    Args:
-        outcome: of the comparison.
-        first: what its maker wants to say before the verdicts.
-        last: the same after the results.
-    """
+    """The whole page; its maker's own sections come ``first``, before the verdicts, and ``last``, after the results."""
     table, tune = make_table(outcome.as_json()), outcome.recipe.tune
     thin = "; thin lines are seeds" if figures.shows_seeds(outcome) else ""
     return render(

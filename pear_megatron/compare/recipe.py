@@ -143,6 +143,10 @@ class CompareRecipe(StrictModel):
                 f"tune.seed {self.tune.seed} is one of seeds: what was chosen on it would look better there; "
                 "take another"
             )
+        if self.eval.temperature == 0 and self.eval.num_samples > 1:
+            raise ValueError(
+                f"eval.temperature 0 gives one response {self.eval.num_samples} times; set num_samples to 1"
+            )
         wrong = [k for k in self.eval.k if not 1 <= k <= self.eval.num_samples]
         if wrong or not self.eval.k:
             raise ValueError(

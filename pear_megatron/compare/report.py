@@ -23,21 +23,18 @@ def run_and_report(recipe: CompareRecipe, jobs: int | None = None) -> Outcome:
     """Runs what is missing, and writes results.json, index.html and the pictures each time a seed is done."""
     root = Path(recipe.output_dir)
     root.mkdir(parents=True, exist_ok=True)
-    with lock(root, "pear-megatron compare", other="output_dir", patience=0.0):
-        return _run_and_report(recipe, root, jobs)
+    outcomes: list[Outcome] = []
 
-
-def _run_and_report(recipe: CompareRecipe, root: Path, jobs: int | None) -> Outcome:
-    def write(results: list[CellResult], chosen: dict[str, tuple[str, ...]]) -> Outcome:
+    def write(results: list[CellResult], chosen: dict[str, tuple[str, ...]]) -> None:
         outcome = Outcome(recipe, chosen, results, _tuning(recipe))
         write_atomically(root / "results.json", json.dumps(outcome.as_json(), indent=1) + "\n")
         write_atomically(root / "index.html", page(outcome))
         write_png(figures.learning_curves(outcome, width=8.4), root / "curves.png")
         write_png(figures.every_seed(outcome), root / "seeds.png")
-        return outcome
+        outcomes.append(outcome)
 
-    outcomes: list[Outcome] = []
-    Comparison(recipe, jobs, on_seed=lambda results, chosen: outcomes.append(write(results, chosen))).run()
+    with lock(root, "pear-megatron compare", other="output_dir", patience=0.0):
+        Comparison(recipe, jobs, on_seed=write).run()
     return outcomes[-1]  # the last cell completes the last seed
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pear_megatron.compare import stages, workers
-from pear_megatron.compare.cell import Cell, cells_of, fill, tuning_cells
+from pear_megatron.compare.cell import Cell, all_cells, cells_of, fill, tuning_cells
 from pear_megatron.compare.checks import (
     check_data,
     check_packages,
@@ -66,19 +66,18 @@ class Comparison:
         check_recipe(self.recipe, prepared=False)
         self._count_cores()
         workers.preload()
-        tuning = tuning_cells(self.recipe)
-        tried = [cell for by_value in tuning.values() for cell in by_value.values()]
         later = prepare_makes_the_model(self.recipe)
         if not later:
-            self._check_disk(tried)
+            self._check_disk()
         seeds = [*self.recipe.seeds, *([self.recipe.tune.seed] if self.recipe.tune else [])]
         if self.recipe.prepare:
             self._in_parallel("prepare", seeds, self._prepare, lambda seed: f"seed {seed}")
             check_recipe(self.recipe, prepared=True)
-        check_data(self._unfinished(tried))
+        check_data(self._unfinished())
         if later:
-            self._check_disk(tried)
-        if tuning:
+            self._check_disk()
+        if tuning := tuning_cells(self.recipe):
+            tried = [cell for by_value in tuning.values() for cell in by_value.values()]
             self._in_parallel("tune", tried, self._run_cell, lambda cell: cell.name)
             self.chosen = self._choose(tuning)
         cells = cells_of(self.recipe, self.chosen)
@@ -91,12 +90,12 @@ class Comparison:
             )
         return results
 
-    def _check_disk(self, tried: list[Cell]) -> None:
-        if cells := self._unfinished(tried):
+    def _check_disk(self) -> None:
+        if cells := self._unfinished():
             print(check_disk(cells, Path(self.recipe.output_dir), self.jobs or 1), file=sys.stderr)
 
-    def _unfinished(self, tried: list[Cell]) -> list[Cell]:
-        return [cell for cell in [*tried, *cells_of(self.recipe, {})] if not (cell.folder / _DONE).is_file()]
+    def _unfinished(self) -> list[Cell]:
+        return [cell for cell in all_cells(self.recipe) if not (cell.folder / _DONE).is_file()]
 
     def _count_cores(self) -> None:
         import torch

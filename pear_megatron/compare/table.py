@@ -82,14 +82,7 @@ def make_table(results: dict[str, Any]) -> Table:
 
 
 def show(estimate: Estimate, key: str, *, signed: bool, known: bool) -> Entry:
-    """A measure's estimate as text.
-
-    Args:
-        estimate: of a mean, or of a difference.
-        key: the measure's.
-        signed: it is a difference.
-        known: whether there is an interval.
-    """
+    """A measure's estimate as text; ``signed`` is a difference, ``known`` says whether there is an interval."""
     digits = 1 if key == "take_off" else 3
     mean, low, high = (
         f"{value:{'+' if signed else ''}.{digits}f}" for value in (estimate.mean, estimate.low, estimate.high)

@@ -44,9 +44,9 @@ def run_stage(
     *arguments: Any,
     log: Path,
     threads: int,
-    ranks: int | None = None,
-    running: set[ForkServerProcess] | None = None,
-    stopped: threading.Event | None = None,
+    ranks: int | None,
+    running: set[ForkServerProcess],
+    stopped: threading.Event,
 ) -> None:
     """Runs ``function(*arguments)`` and waits for it.
 
@@ -75,15 +75,14 @@ def run_stage(
         for rank in range(ranks or 1)
     ]
     started: list[ForkServerProcess] = []
-    running = running if running is not None else set()
     try:
         for process in processes:
-            if stopped is not None and stopped.is_set():
+            if stopped.is_set():
                 raise StageError(f"{log.stem} was stopped")
             process.start()
             started.append(process)
             running.add(process)
-        if stopped is not None and stopped.is_set():  # set before `running` held the last one
+        if stopped.is_set():  # set before `running` held the last one
             raise StageError(f"{log.stem} was stopped")
         _wait(processes)
     finally:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pear_megatron.data.blend import AnyDataset, TrajectoryBlend
 from pear_megatron.data.config import DataConfig, DataSource, as_sources
 from pear_megatron.data.errors import DataError
-from pear_megatron.data.packing import BatchPlan, plan_epoch
+from pear_megatron.data.packing import BatchPlan, padding_multiple, plan_epoch
 from pear_megatron.data.prepare import cache_path, prepare
 from pear_megatron.data.sources import (
     open_sources,
@@ -47,6 +47,7 @@ __all__ = [
     "micro_batches",
     "num_micro_batches",
     "open_sources",
+    "padding_multiple",
     "plan_batches",
     "plan_epoch",
     "prepare",

@@ -142,13 +142,14 @@ def collate(
     behavior = np.zeros(shape, dtype=np.float32)
     position_ids = np.zeros(shape, dtype=np.int64)
     padding_mask = np.ones(shape, dtype=bool)
-    token_weights: np.ndarray | None = None
+    chosen = [[trajectories[index] for index in row] for row in rows]
+    weighted = any(trajectory.token_weights is not None for row in chosen for trajectory in row)
+    token_weights = np.zeros(shape, dtype=np.float32) if weighted else None
     optional = _OptionalColumns(trajectories, shape)
     lengths, rewards, indices, sources = [], [], [], []
     for r, row in enumerate(rows):
         start = 0
-        for index in row:
-            trajectory = trajectories[index]
+        for index, trajectory in zip(row, chosen[r], strict=True):
             n = len(trajectory.input_ids) - 1
             for name in ("loss_mask", "behavior_logprobs"):
                 if len(getattr(trajectory, name)) != n + 1:
@@ -166,12 +167,9 @@ def collate(
             loss_mask[here] = decisions
             padding_mask[here] = False
             behavior[here] = np.where(decisions, trajectory.behavior_logprobs[1:], 0.0)
-            if trajectory.token_weights is not None:
-                if token_weights is None:
-                    token_weights = loss_mask.astype(np.float32)  # 1 on the decisions so far
-                token_weights[here] = np.where(decisions, trajectory.token_weights[1:], 0.0)
-            elif token_weights is not None:
-                token_weights[here] = decisions
+            if token_weights is not None:
+                own = 1.0 if trajectory.token_weights is None else trajectory.token_weights[1:]
+                token_weights[here] = np.where(decisions, own, 0.0)
             optional.fill(here, decisions, trajectory)
             position_ids[r, start : start + padded] = np.arange(padded)
             lengths.append(padded)
@@ -204,12 +202,7 @@ def collate(
 
 
 class _OptionalColumns:
-    """The columns of a batch that all trajectories of a data set have, or none: padding alone has them too.
-
-    Args:
-        trajectories: the data set.
-        shape: (B, S).
-    """
+    """The columns [B, S] of a batch that all trajectories of a data set have, or none: padding alone has them too."""
 
     def __init__(self, trajectories: Trajectories, shape: tuple[int, int]) -> None:
         first = trajectories[0] if len(trajectories) else None

@@ -94,6 +94,7 @@ def looks_half(decisions: np.ndarray) -> bool:
     """Whether float32 values [k] are all such that float16 or bfloat16 holds them; False if k is small."""
     if len(np.unique(decisions)) < _MIN_VALUES_TO_SUSPECT_HALF:
         return False
+    if not (decisions.view(np.uint32) & 0xFFFF).any():  # the bits that bfloat16 does not have
+        return True
     with np.errstate(over="ignore"):
-        # bfloat16 has fewer bits than float16, so what came from it survives the round trip as well.
         return bool(np.array_equal(decisions, decisions.astype(np.float16).astype(np.float32)))

@@ -17,10 +17,6 @@ from pear_megatron.data.trajectory import Trajectory
 class TrajectoryBlend:
     """The trajectories of several sources, one source after the other.
 
-    Args:
-        datasets: each source's.
-        names: each source's.
-
     Attributes:
         meta, lengths, num_decisions, rewards: as TrajectoryDataset has them, joined.
         offsets: int64 [sources + 1], where each source begins.

@@ -51,10 +51,7 @@ ALL_COLUMNS = Columns(behavior_topk="if_there", reference_logprobs="if_there")
 def require_supported(pear: PearConfig, loop: str, *, carries: tuple[str, ...] = ()) -> None:
     """Refuses what a loss cannot have in a loop that gives it log-probs, for want of the data's columns or of logits.
 
-    Args:
-        pear: how the loss is reweighted.
-        loop: as its users call it.
-        carries: columns that come through from the data to the loss.
+    ``loop`` is called as its users call it; ``carries`` are the columns that come through from the data to the loss.
     """
     columns = Columns.of(pear)
     reference = "ratio reference" if pear.ratio == "reference" else "dft_policy reference"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -114,6 +115,10 @@ class DataConfig(StrictModel):
     def train_files(self) -> list[str]:
         """Files and globs of all sources."""
         return [file for source in self.train_sources for file in source.path]
+
+    def in_run(self, output_dir: str) -> Self:
+        """The section of the run in a folder: what is prepared goes there, unless ``cache_dir`` says where."""
+        return self.model_copy(update={"cache_dir": self.cache_dir or str(Path(output_dir) / "data_cache")})
 
 
 def as_sources(given: list[str] | list[DataSource]) -> list[DataSource]:

@@ -29,16 +29,15 @@ class Stretch:
     left_out: int = 0
 
 
-def stretches(trajectory: Trajectory, tokenizer: Any, *, shown: int = _SHOWN) -> Iterator[Stretch]:
-    """The trajectory from its beginning to its end; of more than ``shown`` tokens, the middle is left out."""
-    n = len(trajectory.input_ids)
-    if n <= shown:
+def stretches(trajectory: Trajectory, tokenizer: Any) -> Iterator[Stretch]:
+    """The trajectory from its beginning to its end; of a long one the middle is left out."""
+    n, half = len(trajectory.input_ids), _SHOWN // 2
+    if n <= _SHOWN:
         yield from _decoded(trajectory, 0, n, tokenizer)
         return
-    head = shown // 2
-    yield from _decoded(trajectory, 0, head, tokenizer)
-    yield Stretch("", False, n - shown)
-    yield from _decoded(trajectory, n - (shown - head), n, tokenizer)
+    yield from _decoded(trajectory, 0, half, tokenizer)
+    yield Stretch("", False, n - _SHOWN)
+    yield from _decoded(trajectory, n - half, n, tokenizer)
 
 
 def in_brackets(trajectory: Trajectory, tokenizer: Any) -> str:

@@ -7,7 +7,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -224,7 +224,7 @@ def _read_parquet(path: Path, problems: Problems, strict: bool, skip: Collection
                 return
             size = path.stat().st_size / max(file.metadata.num_rows, 1)
             wanted = [name for name in schema.names if name not in skip]
-            values_of = {name: _reader(name, schema.field(name).type) for name in wanted}
+            values_of = {name: _ragged if name in _TOPK else _value for name in wanted}
             rows = _TOPK_BATCH if any(name in wanted for name in _TOPK) else _PARQUET_BATCH
             for batch in file.iter_batches(batch_size=rows, columns=wanted if skip else None):
                 columns = dict(zip(wanted, batch.columns, strict=True))
@@ -260,18 +260,21 @@ def _refuse_half(schema: Any) -> None:
             raise RowProblem(f"column {name} is {kind}: float16, {HALF_WAY_OUT}")
 
 
-def _reader(name: str, kind: Any) -> Callable[[Any], Any]:
-    """What makes a row's value of a column's scalar."""
-    if name in _TOPK:
-        return _ragged
-    return _json_value if "arrow.json" in str(kind) else _value
+def _value(scalar: Any) -> Any:
+    """A row's value of a column; what is nested has no null keys: a struct has every key of every row."""
+    import pyarrow as pa
+    import pyarrow.types as types
+
+    values = getattr(scalar, "values", None) if scalar.is_valid else None
+    if isinstance(values, pa.Array):
+        kind = values.type
+        if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind):
+            # Lists of numbers stay arrays: building a Python object for every token is the slow part.
+            return scalar.as_py() if values.null_count else values.to_numpy(zero_copy_only=False)
+    return _plain(scalar.as_py(maps_as_pydicts="strict"), scalar.type)
 
 
-def _json_value(scalar: Any) -> Any:
-    return _from_json(scalar.as_py(maps_as_pydicts="strict"), scalar.type)
-
-
-def _from_json(value: Any, kind: Any) -> Any:
+def _plain(value: Any, kind: Any) -> Any:
     """Columns of Parquet's type JSON hold it as text, also within lists and structs; nulls in it stay, as in JSONL."""
     if value is None:
         return None
@@ -281,27 +284,11 @@ def _from_json(value: Any, kind: Any) -> Any:
         except ValueError as error:
             raise RowProblem(f"a column of type JSON holds {short(value)}, which is none ({error})") from None
     if isinstance(value, list):
-        return [_from_json(inner, kind.value_type) for inner in value]
+        return [_plain(inner, kind.value_type) for inner in value]
     if isinstance(value, dict):
         types = {key: getattr(kind, "item_type", None) or kind.field(key).type for key in value}
-        return {key: _from_json(inner, types[key]) for key, inner in value.items() if inner is not None}
+        return {key: _plain(inner, types[key]) for key, inner in value.items() if inner is not None}
     return value
-
-
-def _value(scalar: Any) -> Any:
-    # Lists of numbers stay arrays: building a Python object for every token is the slow part.
-    import pyarrow as pa
-
-    values = getattr(scalar, "values", None) if scalar.is_valid else None
-    if isinstance(values, pa.Array) and values.null_count == 0:
-        kind = values.type
-        if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-            return values.to_numpy(zero_copy_only=False)
-    if not pa.types.is_nested(scalar.type):
-        return scalar.as_py()
-    value = scalar.as_py(maps_as_pydicts="strict")
-    of_numbers = isinstance(values, pa.Array) and not pa.types.is_nested(values.type)
-    return value if of_numbers else _without_null_keys(value)
 
 
 def _ragged(scalar: Any) -> Any:
@@ -316,12 +303,3 @@ def _ragged(scalar: Any) -> Any:
             lengths = pc.fill_null(pc.list_value_length(lists), 0)
             return Ragged(values.to_numpy(), lengths.to_numpy(zero_copy_only=False).astype("int64"))
     return _value(scalar)
-
-
-def _without_null_keys(value: Any) -> Any:
-    """A Parquet struct has every key of every row, null where a row had none."""
-    if isinstance(value, dict):
-        return {key: _without_null_keys(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [_without_null_keys(inner) for inner in value]
-    return value

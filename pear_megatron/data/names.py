@@ -50,21 +50,12 @@ _WAYS_OUT_OF_PROMPTS = {
 }
 _NO_FORM = {
     "response": (
-        "completion",
-        "output",
-        "answer",
-        "generation",
-        "generated_text",
-        "response_text",
-        "model_output",
-        "solution",
-        "generated_solution",
-        "target",
-        "targets",
+        "completion", "output", "answer", "generation", "generated_text", "response_text", "model_output",
+        "solution", "generated_solution", "target", "targets",
     ),
     "prompt": ("instruction", "question", "query", "problem", "input", "inputs"),
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns", "trajectory", "items", "contents"),
-}
+}  # fmt: skip
 _PREFERENCES = ("chosen", "rejected", "preferred_output", "non_preferred_output", "rejected_response")
 _PAGE = "docs/datasets.md has the lines that convert rows of published data sets"
 _SETTINGS = ("on", "off", "true", "false", "yes", "no", "none", "low", "medium", "high")
@@ -95,9 +86,8 @@ class UnreadFields:
         }
 
 
-def form_of(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """The one of FORMS that the row uses; RowProblem if none, several, or half of one."""
-    unread = unread_names(fields)
+def form_of(fields: Mapping[str, Any], unread: Collection[str]) -> tuple[str, ...]:
+    """The one of FORMS that the row uses, besides ``unread`` names; RowProblem if none, several, or half of one."""
     used = [form for form in FORMS if any(name in fields and name not in unread for name in form)]
     if len(used) != 1:
         found = " and ".join("+".join(form) for form in used) or "none of them"

@@ -14,6 +14,11 @@ _OPEN_ROWS = 128  # rows still being filled; beyond that the fullest is closed
 Rows = list[list[int]]
 
 
+def padding_multiple(cp_size: int) -> int:
+    """What a trajectory's positions are padded to a multiple of: a rank holds two of 2n equal chunks of it."""
+    return 2 * cp_size if cp_size > 1 else 1
+
+
 def plan_epoch(
     lengths: Sequence[int] | np.ndarray,
     seq_length: int,
@@ -144,11 +149,9 @@ class BatchPlan:
         return epoch, rows + [[] for _ in range(self.global_batch_size - len(rows))]
 
     def drawn(self, step: int, offsets: np.ndarray) -> np.ndarray:
-        """int64 [sources]: trajectories of each source in the steps before this one.
+        """int64 [sources]: trajectories of each source in the steps before this one, counted from 0.
 
-        Args:
-            step: counted from 0.
-            offsets: int64 [sources + 1], where each source's indices begin; the same in every call.
+        ``offsets``, int64 [sources + 1], where each source's indices begin, are the same in every call.
         """
         if step == 0:
             return np.zeros(len(offsets) - 1, dtype=np.int64)

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
-from pear_megatron.data.columns import NO_COLUMNS, Columns
+from pear_megatron.config import PearConfig
+from pear_megatron.data.columns import NO_COLUMNS, Columns, needs_behavior_logprobs
 from pear_megatron.data.config import DataConfig
 from pear_megatron.data.errors import DataError, Problems, RowProblem
 from pear_megatron.data.files import expand_files, read_rows
@@ -25,34 +26,40 @@ from pear_megatron.storage import remove
 logger = logging.getLogger(__name__)
 
 
-def prepare(
-    config: DataConfig,
-    *,
-    require_behavior_logprobs: bool = True,
-    columns: Columns = NO_COLUMNS,
-    vocab_size: int | None = None,
-    progress: bool = False,
-) -> Path:
+class Reading(TypedDict, total=False):
+    """What is asked of rows besides the recipe's ``data:`` section.
+
+    Attributes:
+        require_behavior_logprobs: False for plain SFT (``pear.variant: none``); True where it is not given.
+        columns: what else of the rows is read.
+        vocab_size: true (unpadded) size of the model's vocabulary, to check token ids against.
+    """
+
+    require_behavior_logprobs: bool
+    columns: Columns
+    vocab_size: int | None
+
+
+def reading_of(pear: PearConfig, vocab_size: int) -> Reading:
+    """What training with a loss asks for."""
+    return {
+        "require_behavior_logprobs": needs_behavior_logprobs(pear),
+        "columns": Columns.of(pear),
+        "vocab_size": vocab_size,
+    }
+
+
+def prepare(config: DataConfig, *, progress: bool = False, **reading: Unpack[Reading]) -> Path:
     """Make the cache of ``config.train``'s files, unless it is there already, and return its folder.
 
     For one process of a job; the others wait for it and pass the folder to ``TrajectoryDataset.open``.
-
-    Args:
-        require_behavior_logprobs: False for plain SFT (``pear.variant: none``).
-        columns: what else of the rows is read.
-        vocab_size: true (unpadded) size of the model's vocabulary, to check token ids against.
 
     Raises:
         DataError: listing what is wrong with the data, by file and line, up to 20 kinds of problems.
         ImportError: ``config.tokenizer`` is set and transformers is missing.
     """
-    reading: dict[str, Any] = {
-        "require_behavior_logprobs": require_behavior_logprobs,
-        "columns": columns,
-        "vocab_size": vocab_size,
-    }
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
-    validator = Validator(config, **reading, tokenizer=tokenizer)
+    validator = Validator(config, tokenizer=tokenizer, **reading)
     place = partial(cache_path, config, **reading, tokenizer_hash=validator.tokenizer_hash)
     folder = place()
     if folder.exists():
@@ -72,7 +79,7 @@ def prepare(
             "that every node sees"
         ) from error
     with writer:
-        _fill(writer, validator, files, columns, progress)
+        _fill(writer, validator, files, progress)
         if place() != folder:
             raise DataError("data.train: a file changed while it was read; start again when it is written")
         writer.commit(
@@ -90,10 +97,10 @@ def prepare(
 def cache_path(
     config: DataConfig,
     *,
-    require_behavior_logprobs: bool,
-    vocab_size: int | None,
     tokenizer_hash: str | None,
+    require_behavior_logprobs: bool = True,
     columns: Columns = NO_COLUMNS,
+    vocab_size: int | None = None,
 ) -> Path:
     """The folder of the cache: its name changes with the files and with all that shapes the content."""
     files = _files(config)
@@ -125,13 +132,11 @@ def _files(config: DataConfig) -> list[Path]:
     return files
 
 
-def _fill(
-    writer: TrajectoryWriter, validator: Validator, files: list[Path], columns: Columns, progress: bool
-) -> None:
+def _fill(writer: TrajectoryWriter, validator: Validator, files: list[Path], progress: bool) -> None:
     problems = Problems()
     with reading_progress(files, progress) as advance:
         for file in files:
-            for row in read_rows(file, problems, skip=columns.unread):
+            for row in read_rows(file, problems, skip=validator.columns.unread):
                 try:
                     trajectories = validator(row)
                 except RowProblem as problem:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 from pear_megatron.data.blend import AnyDataset, Blend, TrajectoryBlend
-from pear_megatron.data.columns import NO_COLUMNS, REFERENCE, TOPK_IDS, Columns
+from pear_megatron.data.columns import REFERENCE, TOPK_IDS
 from pear_megatron.data.config import DataConfig, DataSource
 from pear_megatron.data.errors import DataError
 from pear_megatron.data.packing import BatchPlan
-from pear_megatron.data.prepare import prepare
+from pear_megatron.data.prepare import Reading, prepare
 from pear_megatron.data.store import TrajectoryDataset
 from pear_megatron.errors import RecipeError
 from pear_megatron.ranks import from_main, patient_group, require_seen, together
@@ -20,24 +21,15 @@ def prepare_sources(
     config: DataConfig,
     sources: Sequence[DataSource],
     *,
-    require_behavior_logprobs: bool,
-    vocab_size: int | None,
-    columns: Columns = NO_COLUMNS,
     progress: bool = False,
+    **reading: Unpack[Reading],
 ) -> list[Path]:
     """``prepare`` for each source -> their folders; an error names the source, where there are several."""
     folders: list[Path] = []
     for source in sources:
         try:
-            folders.append(
-                prepare(
-                    config.model_copy(update={"train": source.path, "blend_by": "trajectories"}),
-                    require_behavior_logprobs=require_behavior_logprobs,
-                    columns=columns,
-                    vocab_size=vocab_size,
-                    progress=progress,
-                )
-            )
+            own = config.model_copy(update={"train": source.path, "blend_by": "trajectories"})
+            folders.append(prepare(own, progress=progress, **reading))
         except DataError as error:
             if len(sources) == 1:
                 raise
@@ -47,12 +39,7 @@ def prepare_sources(
 
 
 def prepare_everywhere(
-    config: DataConfig,
-    sources: Sequence[DataSource],
-    *,
-    require_behavior_logprobs: bool,
-    vocab_size: int | None,
-    columns: Columns = NO_COLUMNS,
+    config: DataConfig, sources: Sequence[DataSource], **reading: Unpack[Reading]
 ) -> AnyDataset:
     """Prepares the sources on rank 0 and opens them on every rank, which all call it; an error there is everyone's.
 
@@ -63,14 +50,7 @@ def prepare_everywhere(
 
     def work() -> list[Path]:
         try:
-            return prepare_sources(
-                config,
-                sources,
-                require_behavior_logprobs=require_behavior_logprobs,
-                columns=columns,
-                vocab_size=vocab_size,
-                progress=True,
-            )
+            return prepare_sources(config, sources, progress=True, **reading)
         except ImportError as error:
             raise DataError(str(error)) from error
         except OSError as error:

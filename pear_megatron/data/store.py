@@ -84,9 +84,7 @@ class TrajectoryDataset:
             names = [*_DTYPES, *(name for name in _OPTIONAL if name in meta["shapes"])]
             arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
             _check(meta, arrays)
-        except (
-            Exception
-        ) as error:  # numpy reads a header as Python's literals, and raises what their parser does
+        except Exception as error:  # numpy parses a header as Python's literals, and raises what that does
             raise DataError(
                 f"{folder}: not a whole data cache ({error}); delete the folder and prepare it again"
             ) from error

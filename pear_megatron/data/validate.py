@@ -50,6 +50,7 @@ class Validator:
         tokenizer: a fast Hugging Face tokenizer; text rows need it.
 
     Attributes:
+        columns: as given.
         counts: ``trajectories``, ``dropped_truncated``, ``dropped_overlong``, ``half_precision``, and of
             trajectories that have any ``token_weights``, ``behavior_topk`` and ``reference_logprobs``; of rows that
             are split into their turns ``split_rows``, ``split_trajectories``, ``split_tokens`` and
@@ -62,14 +63,14 @@ class Validator:
         self,
         config: DataConfig,
         *,
-        require_behavior_logprobs: bool | None,
+        require_behavior_logprobs: bool | None = True,
         columns: Columns = NO_COLUMNS,
         vocab_size: int | None = None,
         tokenizer: Any = None,
     ) -> None:
         self._config = config
         self._required = require_behavior_logprobs
-        self._columns = columns
+        self.columns = columns
         self._text = TextReader(config, tokenizer)
         self._vocab_size = len(tokenizer) if vocab_size is None and tokenizer is not None else vocab_size
         self._first_use: dict[str, str] = {}
@@ -95,13 +96,14 @@ class Validator:
     def __call__(self, row: Row) -> list[Trajectory]:
         """The row's trajectories, none if a policy drops them; RowProblem if the row is wrong."""
         fields = row.fields
-        self._unread.add(unread_names(fields))
+        unread = unread_names(fields)
+        self._unread.add(unread)
         identity = self._identity(row)
         required = self._required
         if required is None:
             required = self._has(row, "behavior_logprobs", "if_there")
         self._check_origin(fields, required)
-        form = form_of(fields)
+        form = form_of(fields, unread)
         if get_flag(fields, "truncated") and self._drops_truncated():
             self.counts["dropped_truncated"] += 1
             return []
@@ -254,7 +256,7 @@ class Validator:
         """What policies gave the tokens of each part."""
         fields = row.fields
         read = (TOPK_IDS, TOPK_LOGPROBS, REFERENCE)
-        names = [name for name in read if name not in self._columns.unread]
+        names = [name for name in read if name not in self.columns.unread]
         given = [name for name in ("behavior_logprobs", *names, "policy_logprobs") if name in fields]
         whole = parts[0]
         if given and conversation is not None and parts[0].turn is not None:
@@ -263,7 +265,7 @@ class Validator:
         behavior = read_logprobs(fields, whole.loss_mask, source, required=required)
         topk = self._topk(row, whole, behavior if "behavior_logprobs" in fields else None, source)
         reference = None
-        need = self._columns.reference_logprobs
+        need = self.columns.reference_logprobs
         if self._has(row, REFERENCE, need) or need == "required":
             reference = read_logprobs(fields, whole.loss_mask, source, required=True, name=REFERENCE)
         if "policy_logprobs" in given:  # for `inspect`: training computes them itself
@@ -280,7 +282,7 @@ class Validator:
         return [_part(part.loss_mask, whole.loss_mask, behavior, topk, reference) for part in parts]
 
     def _topk(self, row: Row, whole: Tokenized, behavior: np.ndarray | None, source: str) -> TopK | None:
-        fields, need = row.fields, self._columns.behavior_topk
+        fields, need = row.fields, self.columns.behavior_topk
         for name, other in ((TOPK_IDS, TOPK_LOGPROBS), (TOPK_LOGPROBS, TOPK_IDS)):
             if need != "no" and name in fields and other not in fields:
                 raise RowProblem(f"missing field {other!r}: {name!r} does not come without it; add it")

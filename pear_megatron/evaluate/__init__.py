@@ -1,5 +1,5 @@
 """pass@k of a Hugging Face checkpoint with intervals, and two checkpoints compared on the same problems.
 
-settings -> sampler (engines, samples) -> samples.jsonl -> results -> compare; statistics and figures are files
+settings -> sampling (engines, samples) -> samples.jsonl -> results -> paired; statistics and figures are files
 of their own.
 """

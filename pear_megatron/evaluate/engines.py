@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pear_megatron.errors import EvalError
 from pear_megatron.evaluate.sampling import Engine, Sampling
-
-ENGINES = ("transformers", "vllm")
 
 
 def load_engine(
     name: str, model: Path, end_ids: list[int], sampling: Sampling, dtype: str, batch_size: int
 ) -> Engine:
-    """Loads a Hugging Face folder; ``end_ids`` end a response, ``batch_size`` prompts are answered at once."""
-    if name == "transformers":
-        from pear_megatron.evaluate.transformers_engine import TransformersEngine
+    """Loads a Hugging Face folder into the engine of EvalSettings' name.
 
-        return TransformersEngine(model, end_ids, sampling, dtype, batch_size)
+    ``end_ids`` end a response, ``batch_size`` prompts are answered at once.
+    """
     if name == "vllm":
         from pear_megatron.evaluate.vllm_engine import VllmEngine
 
         return VllmEngine(model, end_ids, sampling, dtype, batch_size)
-    raise EvalError(f"engine {name!r} is unknown; choose {' or '.join(ENGINES)}")
+    from pear_megatron.evaluate.transformers_engine import TransformersEngine
+
+    return TransformersEngine(model, end_ids, sampling, dtype, batch_size)

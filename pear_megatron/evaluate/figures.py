@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from rich.table import Table
 from pear_megatron.evaluate.paired import Comparison
 from pear_megatron.evaluate.results import SHARE, Results
 from pear_megatron.evaluate.statistics import Estimate, interval
-from pear_megatron.pages.figures import BLUE, line_style, literal, new_figure, tidy, write_png
+from pear_megatron.pages.figures import BLUE, line_style, literal, new_figure, tidy
 
 NAMES = {"score": "mean score", "response_tokens": "response tokens", "truncated": "share truncated"}
 _TEXT = 8
@@ -97,8 +96,3 @@ def _finish(figure: Figure, axes: Axes) -> Figure:
             *axes.get_legend_handles_labels(), loc="outside upper left", frameon=False, fontsize=_TEXT
         )
     return figure
-
-
-def draw_pass_at_k(path: Path, arms: dict[str, list[Results]]) -> None:
-    """pass@k over k as a file."""
-    write_png(pass_at_k(arms), path)

@@ -21,12 +21,7 @@ _MOVED = 8  # problems
 
 
 def page_of_one(results: Results, samples: Sequence[dict[str, Any]] = ()) -> str:
-    """The page of one evaluation.
-
-    Args:
-        results: its outcome.
-        samples: rows of samples.jsonl, of which a few are shown.
-    """
+    """The page of one evaluation, with a few of the rows of samples.jsonl."""
     name = Path(str(results.settings["model"])).name
     return render(
         "eval.html",
@@ -47,10 +42,11 @@ def page_of_two(names: tuple[str, str], arms: tuple[list[Results], list[Results]
     """The page of a comparison: the second arm against the first."""
     runs = len(arms[0])
     short = _short(names)
+    facts = [("first", names[0]), ("second", names[1]), ("runs", f"{runs} of each")]
     return render(
         "eval.html",
         heading=f"{short[1]} against {short[0]}",
-        facts=[("first", names[0]), ("second", names[1]), ("runs", f"{runs} of each"), *_facts(arms[0])[1:]],
+        facts=[*facts, *_facts([*arms[0], *arms[1]])[1:]],
         verdicts=about_two(short, arms, comparison),
         words=f" over {'problems' if runs == 1 else 'runs and problems'}. Differences: second minus first, paired by "
         f"problem{'' if runs == 1 else ' and run'}; an interval in bold does not contain 0",
@@ -73,9 +69,10 @@ def _short(names: tuple[str, str]) -> tuple[str, str]:
 
 def _facts(runs: Sequence[Results]) -> list[tuple[str, str]]:
     s = runs[0].settings
+    drawn = " or ".join(map(str, sorted({results.num_samples for results in runs})))
     return [
         ("model", str(s["model"])),
-        ("problems", f"{len(runs[0].problems):,}, {runs[0].num_samples} responses to each"),
+        ("problems", f"{len(runs[0].problems):,}, {drawn} responses to each"),
         ("sampling", ", ".join(
             f"{name} {s[key]:g}"
             for key, name in (("temperature", "temperature"), ("top_p", "top-p"), ("max_new_tokens", "at most"))

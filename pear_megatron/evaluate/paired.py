@@ -11,9 +11,9 @@ import numpy as np
 
 from pear_megatron.errors import EvalError
 from pear_megatron.evaluate.results import Results, read_results
-from pear_megatron.evaluate.settings import OF_THE_RUN, differences
+from pear_megatron.evaluate.settings import OF_THE_RUN
 from pear_megatron.evaluate.statistics import Estimate, interval
-from pear_megatron.storage import write_atomically
+from pear_megatron.storage import describe_changes, write_atomically
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def compare(first: list[Results], second: list[Results]) -> dict[str, Comparison
     everyone = [*first, *second]
     base = everyone[0]
     for other in everyone[1:]:
-        changed = differences(base.settings, other.settings, leave_out=OF_THE_RUN)
+        changed = describe_changes(base.settings, other.settings, but=OF_THE_RUN)
         if other.right_at != base.right_at:
             changed = f"{changed}, right_at {base.right_at} -> {other.right_at}".removeprefix(", ")
         if changed:

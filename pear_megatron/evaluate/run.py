@@ -16,10 +16,11 @@ from pear_megatron.evaluate.results import Results, summarize
 from pear_megatron.evaluate.samples import FILE, SampleFile, Slot, plan_batches, sample_seed
 from pear_megatron.evaluate.sampling import Engine
 from pear_megatron.evaluate.settings import EvalSettings, check_folder, write_settings
-from pear_megatron.megatron.checkpoint.model_folder import check_model_folder
+from pear_megatron.megatron.checkpoint.model_folder import check_model_folder, read_model_facts
 from pear_megatron.problems.problem import ProblemSet
 from pear_megatron.problems.prompts import encode_prompts, end_tokens
 from pear_megatron.progress import sampling_progress
+from pear_megatron.schema import describe
 from pear_megatron.storage import PATIENCE, lock
 
 
@@ -51,12 +52,15 @@ def evaluate(
     import torch
     from transformers import AutoConfig, GenerationConfig
 
-    from pear_megatron.megatron.checkpoint.model_folder import read_model_facts
-
     folder, output = check_model_folder(model), Path(output)
-    facts = read_model_facts(folder)
     settings.setdefault("dtype", "bf16" if torch.cuda.is_available() else "fp32")
-    chosen = _settings(model=str(folder), weights=facts.digest, **_digests(problems), **settings)
+    chosen = _settings(
+        model=str(folder),
+        weights=read_model_facts(folder).digest,
+        problems=problems.prompts_digest,
+        grading=problems.grading_digest,
+        **settings,
+    )
     ks = _check_ks(ks, chosen.num_samples)
     tokenizer = load_tokenizer(str(folder))
     try:
@@ -136,18 +140,11 @@ def _draw(
     return rows
 
 
-def _digests(problems: ProblemSet) -> dict[str, str]:
-    return {"problems": problems.prompts_digest, "grading": problems.grading_digest}
-
-
 def _settings(**values: Any) -> EvalSettings:
     try:
         return EvalSettings(**values)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, p['loc']))} {p['msg'].removeprefix('Value error, ')}" for p in error.errors()
-        ]
-        raise EvalError(f"settings: {'; '.join(p.strip() for p in problems)}") from error
+        raise EvalError(describe(error, "settings")) from error
 
 
 def _check_ks(ks: Sequence[int], num_samples: int) -> list[int]:

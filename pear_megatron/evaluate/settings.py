@@ -11,7 +11,7 @@ from pear_megatron.errors import EvalError
 from pear_megatron.evaluate.samples import FILE
 from pear_megatron.evaluate.sampling import Sampling
 from pear_megatron.schema import StrictModel
-from pear_megatron.storage import read_settings, write_atomically
+from pear_megatron.storage import describe_changes, read_settings, write_atomically
 
 _FILE = "settings.json"
 # Two checkpoints compared may differ in these, and in nothing else.
@@ -67,8 +67,7 @@ def check_folder(output: Path, settings: EvalSettings) -> bool:
     if not path.exists() or not samples.exists() or not samples.stat().st_size:
         return False
     old = read_settings(path)
-    changed = differences(old, settings.model_dump(mode="json"), leave_out=("model", "grading"))
-    if changed:
+    if changed := describe_changes(old, settings.model_dump(mode="json"), but=("model", "grading")):
         raise EvalError(
             f"{output} holds an evaluation with other settings: {changed}; choose another --output, or delete "
             "that folder to begin anew"
@@ -79,9 +78,3 @@ def check_folder(output: Path, settings: EvalSettings) -> bool:
 def write_settings(output: Path, settings: EvalSettings) -> None:
     """Makes the folder this evaluation's own."""
     write_atomically(output / _FILE, settings.model_dump_json(indent=2) + "\n")
-
-
-def differences(old: dict[str, object], new: dict[str, object], leave_out: tuple[str, ...]) -> str:
-    """'key old -> new, ...' of two settings' differing keys."""
-    keys = [key for key in {**old, **new} if key not in leave_out and old.get(key) != new.get(key)]
-    return ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in keys)

@@ -10,18 +10,16 @@ import numpy as np
 from pear_megatron.errors import EvalError
 
 _RESAMPLES = 9999
+_TAIL = 0.025  # beyond each end of a 95 % interval
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its confidence interval."""
+    """A mean and its 95 % confidence interval."""
 
     mean: float
     low: float
     high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 
 def pass_at_k(num_samples: int, num_right: np.ndarray, k: int) -> np.ndarray:
@@ -29,14 +27,6 @@ def pass_at_k(num_samples: int, num_right: np.ndarray, k: int) -> np.ndarray:
 
     That is the chance that k of the n samples, drawn without replacement, hold a right one (Chen et al. 2021,
     arXiv 2107.03374). Its mean over problems is an unbiased estimate of pass@k for every k <= n.
-
-    Args:
-        num_samples: n.
-        num_right: c, integers [...].
-        k: 1 to n.
-
-    Returns:
-        float64 [...], in [0, 1].
 
     Raises:
         ValueError: k or a count is out of range.
@@ -52,10 +42,8 @@ def pass_at_k(num_samples: int, num_right: np.ndarray, k: int) -> np.ndarray:
     return 1.0 - all_wrong
 
 
-def interval(
-    values: np.ndarray, *, bounds: tuple[float, float], confidence: float = 0.95, seed: int = 0
-) -> Estimate:
-    """The mean of ``values`` and its confidence interval.
+def interval(values: np.ndarray, *, bounds: tuple[float, float]) -> Estimate:
+    """The mean of ``values`` and its 95 % confidence interval.
 
     One run: the bias-corrected and accelerated bootstrap over problems (samples of one problem are not
     independent of each other, problems are). Several runs: both runs and problems are drawn from a larger
@@ -68,8 +56,6 @@ def interval(
     Args:
         values: [P], one a problem, or [R, P], a row a run.
         bounds: what a value can be at least and at most.
-        confidence: of the interval.
-        seed: of the resampling.
 
     Raises:
         ValueError: there are no values.
@@ -78,49 +64,39 @@ def interval(
     values = np.atleast_2d(np.asarray(values, dtype=np.float64))
     if not values.size:
         raise ValueError("an interval needs at least one value")
-    mean, tail = float(values.mean()), (1.0 - confidence) / 2.0
+    mean = float(values.mean())
     if np.ptp(values.mean(axis=0)) == 0.0:
-        low, high = _all_agree(mean, values.shape[1], bounds, tail)
+        low, high = _all_agree(mean, values.shape[1], bounds)
         if len(values) > 1:
-            more = _over_runs_and_problems(values, tail)
+            more = _over_runs_and_problems(values)
             low, high = min(low, more[0]), max(high, more[1])
     elif len(values) == 1:
-        low, high = _over_problems(values[0], confidence, seed)
+        low, high = _over_problems(values[0])
     else:
-        low, high = _over_runs_and_problems(values, tail)
+        low, high = _over_runs_and_problems(values)
     return Estimate(mean, max(low, bounds[0]), min(high, bounds[1]))
 
 
-def over_runs(values: np.ndarray, *, bounds: tuple[float, float], confidence: float = 0.95) -> Estimate:
-    """The mean of one number a run and its Student's interval; of a single run the interval is all of ``bounds``.
+def over_runs(values: np.ndarray, *, bounds: tuple[float, float]) -> Estimate:
+    """The mean of one number a run [R] and its Student's interval, in the ``bounds`` of a value.
 
-    Args:
-        values: [R].
-        bounds: what a value can be at least and at most.
-        confidence: of the interval.
-
-    Raises:
-        EvalError: scipy is missing.
+    Of a single run the interval is all of ``bounds``.
     """
     values = np.asarray(values, dtype=np.float64)
     mean = float(values.mean())
     if len(values) < 2:
         return Estimate(mean, *bounds)
-    low, high = _over_runs_and_problems(values[:, None], (1.0 - confidence) / 2.0)
+    low, high = _over_runs_and_problems(values[:, None])
     return Estimate(mean, max(low, bounds[0]), min(high, bounds[1]))
 
 
 def p_value(values: np.ndarray) -> float:
     """Two-sided p-value of a mean of 0 over several runs, of the test that ``interval`` and ``over_runs`` invert.
 
+    Where all runs agree, so that their scatter is unknown, the sign test's: 2^(1 - R), or 1 where they agree on 0.
+
     Args:
         values: [R], one a run, or [R, P], a row a run and a column a problem; R >= 2.
-
-    Returns:
-        Where all runs agree, so that their scatter is unknown, the sign test's: 2^(1 - R), or 1 where they agree on 0.
-
-    Raises:
-        EvalError: scipy is missing.
     """
     values = np.asarray(values, dtype=np.float64)
     error, degrees = _standard_error(values if values.ndim == 2 else values[:, None])
@@ -137,32 +113,32 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted[np.argsort(order, kind="stable")].tolist()
 
 
-def _all_agree(mean: float, count: int, bounds: tuple[float, float], tail: float) -> tuple[float, float]:
+def _all_agree(mean: float, count: int, bounds: tuple[float, float]) -> tuple[float, float]:
     """Where all problems agree the bootstrap would claim certainty (0 of 300 solved: [0, 0]).
 
-    A share 1 - tail^(1/P) of all problems could have stayed unseen, with any value in the bounds: for values
+    A share 1 - 0.025^(1/P) of all problems could have stayed unseen, with any value in the bounds: for values
     of 0 and 1 this is Clopper and Pearson's interval.
     """
-    unseen = 1.0 - tail ** (1.0 / count)
+    unseen = 1.0 - _TAIL ** (1.0 / count)
     return tuple(mean + unseen * (bound - mean) for bound in bounds)  # type: ignore[return-value]
 
 
-def _over_problems(values: np.ndarray, confidence: float, seed: int) -> tuple[float, float]:
+def _over_problems(values: np.ndarray) -> tuple[float, float]:
     result = _scipy_stats().bootstrap(
         (values,),
         np.mean,
         n_resamples=_RESAMPLES,
         batch=max(1, 4_000_000 // len(values)),
-        confidence_level=confidence,
+        confidence_level=1.0 - 2.0 * _TAIL,
         method="BCa",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def _over_runs_and_problems(values: np.ndarray, tail: float) -> tuple[float, float]:
+def _over_runs_and_problems(values: np.ndarray) -> tuple[float, float]:
     error, degrees = _standard_error(values)
-    half = error * _scipy_stats().t.ppf(1.0 - tail, degrees) if error else 0.0
+    half = error * _scipy_stats().t.ppf(1.0 - _TAIL, degrees) if error else 0.0
     return float(values.mean() - half), float(values.mean() + half)
 
 

@@ -33,15 +33,8 @@ class Alternative:
     """
 
     COLUMNS: ClassVar = (
-        "mean weight",
-        "ESS",
-        "content",
-        "floor",
-        "ceiling",
-        "low clip",
-        "first 1/4",
-        "last 1/4",
-    )
+        "mean weight", "ESS", "content", "floor", "ceiling", "low clip", "first 1/4", "last 1/4"
+    )  # fmt: skip
 
     overrides: str
     statistics: dict[str, float]
@@ -130,8 +123,8 @@ def _level(pack: Pack, given: PearConfig) -> list[dict[str, Any]]:
     if given.variant not in ("token", "block"):
         return []
     low, high = min(given.log_ratio_clip[0], _LOW), max(given.log_ratio_clip[1], -_LOW)
-    mean = np.bincount(pack.segment, pack.log_ratio) / np.maximum(pack.num_decisions, 1)
-    drift = float(np.clip(pack.log_ratio - mean[pack.segment], low, high).mean())
+    centred = pack.log_ratio - pack.means(pack.log_ratio)[pack.segment]
+    drift = float(np.clip(centred, low, high).mean())
     if drift <= 0.0:  # gamma is at most 1
         return []
     gamma = round(float(np.exp(-drift)), 3)

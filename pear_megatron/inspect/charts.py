@@ -23,8 +23,7 @@ def clipped_quantity(pack: Pack, config: PearConfig) -> np.ndarray:
     """Float32 [decisions]: what ``log_ratio_clip`` is applied to, the log ratio or what the baseline leaves."""
     if config.baseline == "none":
         return pack.log_ratio
-    sums = np.bincount(pack.segment, pack.log_ratio.astype(np.float64), minlength=len(pack.reward))
-    return (pack.log_ratio - (sums / np.maximum(pack.num_decisions, 1))[pack.segment]).astype(np.float32)
+    return (pack.log_ratio - pack.means(pack.log_ratio)[pack.segment]).astype(np.float32)
 
 
 def log_ratios(pack: Pack, config: PearConfig) -> Figure:

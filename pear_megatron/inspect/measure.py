@@ -74,6 +74,11 @@ class Pack:
         start = self.lb if self.lr is None else self.lr
         return (start - self.lp)[self.reward[self.segment] < 0]
 
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """Float64 [N]: of the values [decisions] of each trajectory; 0 where it has no decision."""
+        sums = np.bincount(self.segment, values.astype(np.float64), minlength=len(self.reward))
+        return sums / np.maximum(self.num_decisions, 1)
+
     def alignment(self) -> Alignment:
         """Whether the two log-probs are about the same tokens."""
         return read_alignment(
@@ -115,12 +120,9 @@ class Weights:
 def make_pack(
     trajectories: Sequence[Trajectory], policy_logprobs: Sequence[np.ndarray] | None, ratio: str = "behavior"
 ) -> Pack:
-    """Collates trajectories and the policy's log-probs alike.
+    """Collates trajectories, at least one, and the policy's log-probs alike.
 
-    Args:
-        trajectories: at least one.
-        policy_logprobs: a float32 [n] each, aligned with ``input_ids``; None = those of the behaviour policy.
-        ratio: PearConfig.ratio.
+    ``policy_logprobs`` are a float32 [n] each, aligned with ``input_ids``; None = those of the behaviour policy.
     """
     parts = []
     for start in range(0, len(trajectories), _PACK):
@@ -153,16 +155,14 @@ def weigh(pack: Pack, config: PearConfig) -> Weights:
     weights, statistics = _weigh(pack, pack.mask, config)
     negative = torch.from_numpy(pack.reward < 0).repeat_interleave(pack.cu_seqlens.diff().long())
     weight = weights[pack.mask].numpy()
-    count = np.maximum(pack.num_decisions, 1)
-    total = np.bincount(pack.segment, weight.astype(np.float64), minlength=len(count))
-    squares = np.bincount(pack.segment, weight.astype(np.float64) ** 2, minlength=len(count))
+    squares = pack.means(weight.astype(np.float64) ** 2)
     return Weights(
         config=config,
         weight=weight,
         statistics=statistics,
         positive=_weigh(pack, pack.mask & ~negative, config)[1] if (pack.reward >= 0).any() else None,
         negative=_weigh(pack, pack.mask & negative, config)[1] if (pack.reward < 0).any() else None,
-        effective_sample_size=(total**2 / np.maximum(count * squares, 1e-300)).astype(np.float32),
+        effective_sample_size=(pack.means(weight) ** 2 / np.maximum(squares, 1e-300)).astype(np.float32),
         content=_content(pack, weight, config),
     )
 

@@ -34,10 +34,8 @@ class Pick:
 
 def pick(pack: Pack, measured: Weights) -> list[Pick]:
     """The trajectories that count most and least per decision; equal ones by their mean log ratio."""
-    count = np.maximum(pack.num_decisions, 1)
-    mean = np.bincount(pack.segment, measured.weight.astype(np.float64), minlength=len(count)) / count
-    ratio = np.bincount(pack.segment, pack.log_ratio.astype(np.float64), minlength=len(count)) / count
-    order = [int(i) for i in np.lexsort((ratio, mean)) if pack.num_decisions[i]]
+    ranked = np.lexsort((pack.means(pack.log_ratio), pack.means(measured.weight)))
+    order = [int(i) for i in ranked if pack.num_decisions[i]]
     best = order[::-1][:_BEST]
     worst = [i for i in order[:_WORST] if i not in best]
     return [Pick(i, "counts most") for i in best] + [Pick(i, "counts least") for i in worst]
@@ -145,7 +143,7 @@ def shade(weight: float, config_floor: float) -> int:
     """0 (at the floor) to 10 (weight 1) in equal steps of the log weight; 11 to 13 above 1."""
     log_weight = math.log(max(weight, 1e-300))
     if log_weight > 0.01:
-        return min(_SHADES + 1 + int(log_weight / 1.0), _SHADES + 3)
+        return min(_SHADES + 1 + int(log_weight), _SHADES + 3)
     depth = min(-config_floor, math.log(1e4))  # what is 10000 times lighter than SFT's looks alike
     return max(0, round(_SHADES * (1 + log_weight / depth)))
 

@@ -17,7 +17,6 @@ from pear_megatron.data.fields import get_nullable_floats
 from pear_megatron.data.files import read_rows
 
 _FIELD = "policy_logprobs"
-_ARRAYS = ("input_ids", "loss_mask", "behavior_logprobs", "token_weights", "reference_logprobs")
 # The top k of a KL is not looked at here: no weight comes from it.
 _COLUMNS = Columns(reference_logprobs="if_there")
 _SCORED_AT_A_TIME = 32  # trajectories between two moves of the progress bar
@@ -83,8 +82,8 @@ def draw(
 
 def _in_memory(trajectory: Trajectory) -> Trajectory:
     """Free of the files that are mapped behind it."""
-    arrays = {name: getattr(trajectory, name) for name in _ARRAYS}
-    copies: dict[str, Any] = {name: np.array(x) for name, x in arrays.items() if x is not None}
+    arrays = {name: value for name, value in vars(trajectory).items() if isinstance(value, np.ndarray)}
+    copies: dict[str, Any] = {name: np.array(array) for name, array in arrays.items()}
     return replace(trajectory, **copies)
 
 
@@ -106,6 +105,13 @@ def read_policy_logprobs(sample: Sample) -> list[np.ndarray]:
                 found[i] = _policy_logprobs(row.fields, sample.trajectories[i].loss_mask)
             except RowProblem as problem:
                 problems.add(row.where, problem)
+    for name, i in place.items() if not problems.total else ():
+        if i not in found:
+            problems.add(
+                name,
+                f"its row is split into turns, and --scored needs {_FIELD} for each of them: write them with "
+                "`pear-megatron score --as policy`, or give the policy itself: --model DIR",
+            )
     problems.raise_if_any()
     return [found[i] for i in range(len(place))]
 

@@ -17,12 +17,7 @@ _CONTENT = 0.35  # docs/study.md, How to tell beforehand
 
 
 def about_data(sample: Sample, ends: float | None) -> Iterator[Verdict]:
-    """Findings that need no policy.
-
-    Args:
-        sample: the trajectories.
-        ends: share of them that end with a special token (an end of turn); None = not known.
-    """
+    """Findings that need no policy; ``ends``: share of responses that end with a special token, None = not known."""
     kept, dropped = sample.counts["trajectories"], sample.counts["dropped_truncated"]
     if dropped:
         share = dropped / (kept + dropped)

@@ -49,12 +49,7 @@ class RunDisk:
 
 
 def run_disk(recipe: Recipe, steps: int | None) -> RunDisk:
-    """What a run of the recipe writes.
-
-    Args:
-        recipe: what is to be trained.
-        steps: of the run; None = not known.
-    """
+    """What a run of the recipe writes in so many steps; None = not known."""
     model, bf16 = recipe.model, recipe.train.precision == "bf16"
     copies = 1 if model.share_embeddings_and_output_weights else 2
     padded = padded_vocab_size(model.vocab_size, recipe.parallel.tensor_model_parallel_size)

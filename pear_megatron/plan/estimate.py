@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from pear_megatron.plan.disk import RunDisk, run_disk
@@ -31,7 +32,6 @@ class Plan:
         step_seconds: expected duration of a step; None on CPU.
         mfu: the model-FLOPs utilisation that this assumes.
         disk: what its checkpoints take.
-        remedies: changes under which the recipe fits, where it does not.
     """
 
     recipe: Recipe
@@ -47,7 +47,6 @@ class Plan:
     step_seconds: float | None
     mfu: float
     disk: RunDisk
-    remedies: list[Remedy]
 
     @property
     def fullest(self) -> StageMemory:
@@ -58,6 +57,11 @@ class Plan:
     def fits(self) -> bool:
         """Whether every stage fits its GPU."""
         return self.memory is None or self.fullest.total <= self.memory
+
+    @cached_property
+    def remedies(self) -> list[Remedy]:
+        """Changes under which the recipe fits, where it does not."""
+        return [] if self.fits else remedies(self.recipe)
 
     @property
     def hours(self) -> float | None:
@@ -109,10 +113,8 @@ class Plan:
 def make_plan(recipe: Recipe, *, length: RunLength | None = None, mfu: float = 0.4) -> Plan:
     """Plans a run on the recipe's ``cluster``; needs no GPU, no weights and no data.
 
-    Args:
-        recipe: what is to be trained.
-        length: of its data, where known; steps are taken to be full rows otherwise.
-        mfu: model-FLOPs utilisation to expect, as training reports it.
+    Where the length of its data is not known, steps are taken to be full rows. ``mfu`` is the model-FLOPs utilisation
+    to expect, as training reports it.
 
     Raises:
         RecipeError: its sizes do not fit together or not the cluster; names what would fit.
@@ -132,8 +134,6 @@ def make_plan(recipe: Recipe, *, length: RunLength | None = None, mfu: float = 0
     num_microbatches = train.global_batch_size // (train.micro_batch_size * dp_size)
     idle = parallel.pipeline_model_parallel_size - 1
     busy = num_microbatches * (parallel.virtual_pipeline_model_parallel_size or 1)
-    stages = stage_memory(recipe, dp_size)
-    too_much = gpu is not None and max(stage.total for stage in stages) > gpu.memory
     return Plan(
         recipe=recipe,
         gpus=gpus,
@@ -142,13 +142,12 @@ def make_plan(recipe: Recipe, *, length: RunLength | None = None, mfu: float = 0
         dp_size=dp_size,
         num_microbatches=num_microbatches,
         bubble=idle / (busy + idle),
-        stages=stages,
+        stages=stage_memory(recipe, dp_size),
         memory=gpu.memory if gpu else None,
         length=length,
         step_seconds=step_flops / (mfu * gpu.bf16_flops * gpus) if gpu else None,
         mfu=mfu,
         disk=run_disk(recipe, length.steps if length else train.max_steps),
-        remedies=remedies(recipe) if too_much else [],
     )
 
 

@@ -41,23 +41,21 @@ def data_is_there(files: Iterable[str]) -> bool:
 
 def length_from_data(recipe: Recipe, *, progress: bool = False) -> RunLength:
     """Counts the data as training will: prepares them into training's own cache, or finds them there."""
-    from pear_megatron.data import open_sources, plan_batches, prepare_sources
-    from pear_megatron.data.columns import Columns, needs_behavior_logprobs
+    from pear_megatron.data import open_sources, padding_multiple, plan_batches, prepare_sources
+    from pear_megatron.data.prepare import reading_of
 
-    data = recipe.data
-    if data.cache_dir is None:
-        data = data.model_copy(update={"cache_dir": str(Path(recipe.output_dir) / "data_cache")})
-    folders = prepare_sources(
-        data,
-        data.train_sources,
-        require_behavior_logprobs=needs_behavior_logprobs(recipe.pear),
-        columns=Columns.of(recipe.pear),
-        vocab_size=recipe.model.vocab_size,
-        progress=progress,
-    )
+    data = recipe.data.in_run(recipe.output_dir)
+    reading = reading_of(recipe.pear, recipe.model.vocab_size)
+    folders = prepare_sources(data, data.train_sources, progress=progress, **reading)
     dataset = open_sources(folders, data.train_sources)
     train = recipe.train
-    batches = plan_batches(data, dataset, global_batch_size=train.global_batch_size, seed=recipe.seed)
+    batches = plan_batches(
+        data,
+        dataset,
+        global_batch_size=train.global_batch_size,
+        seed=recipe.seed,
+        multiple=padding_multiple(recipe.parallel.context_parallel_size),
+    )
     per_epoch = batches.steps_per_epoch()
     steps = train.max_steps or batches.first_step(train.num_epochs)
     epoch = [i for step in range(per_epoch) for row in batches.rows(step)[1] for i in row]

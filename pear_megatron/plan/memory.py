@@ -73,12 +73,7 @@ class StageMemory:
 
 
 def stage_memory(recipe: Recipe, dp_size: int) -> list[StageMemory]:
-    """The memory of every pipeline stage's ranks.
-
-    Args:
-        recipe: what is to be trained.
-        dp_size: data-parallel size, as ``check_layout`` gives it.
-    """
+    """The memory of every pipeline stage's ranks, with the data-parallel size that ``check_layout`` gives."""
     return [_stage(recipe, dp_size, stage) for stage in range(recipe.parallel.pipeline_model_parallel_size)]
 
 

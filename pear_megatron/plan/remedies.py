@@ -74,15 +74,9 @@ def layout(recipe: Recipe) -> int:
 
 def remedies(recipe: Recipe) -> list[Remedy]:
     """Up to two ways out: other settings on the same GPUs, and the same settings on more GPUs."""
-    found = [_cheapest(recipe, _same_gpus(recipe)), _first(recipe, _more_gpus(recipe))]
+    cheapest_first = sorted(_same_gpus(recipe), key=lambda pair: pair[0])
+    found = [_first(recipe, (change for _, change in cheapest_first)), _first(recipe, _more_gpus(recipe))]
     return [remedy for remedy in found if remedy is not None]
-
-
-def _cheapest(recipe: Recipe, changes: Iterator[tuple[float, dict[str, Any]]]) -> Remedy | None:
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        if (remedy := _try(recipe, change)) is not None:
-            return remedy
-    return None
 
 
 def _first(recipe: Recipe, changes: Iterator[dict[str, Any]]) -> Remedy | None:

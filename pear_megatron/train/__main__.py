@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import threading
-import warnings
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from pear_megatron.ranks import (
 )
 from pear_megatron.recipe import RecipeError, check_layout, load_recipe
 from pear_megatron.storage import PATIENCE, lock
-from pear_megatron.streams import steady
+from pear_megatron.streams import log_lines, steady
 from pear_megatron.train.stop import EXIT_REQUEUE, StopRequest, remove_requeue_file
 from pear_megatron.train.weights_and_biases import check_wandb
 from pear_megatron.watch import working
@@ -100,11 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     stop = StopRequest()
     stop.install()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("pear_megatron").setLevel(logging.INFO if is_main() else logging.ERROR)
-    for category in (UserWarning, FutureWarning, DeprecationWarning):  # of libraries, on every rank
-        warnings.filterwarnings("ignore", category=category)
-
+    log_lines(logging.INFO if is_main() else logging.ERROR)
     try:
         with working("training: starting"):
             finished = _run(args, stop)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,17 +17,17 @@ from pear_megatron.alignment import (
     read_alignment,
 )
 from pear_megatron.alignment_watch import compared_column, warn_if_unrelated
-from pear_megatron.data import AnyDataset, DataError, PackedBatch
+from pear_megatron.data import DataError, PackedBatch
 from pear_megatron.megatron.forward_step import LossOutput, PearForwardStep
 from pear_megatron.megatron.layout import Layout
-from pear_megatron.megatron.schedule import run_schedule
 from pear_megatron.ops.statistics import TokenStatistics, vocab_parallel_logprob
 from pear_megatron.recipe import Recipe
+from pear_megatron.train.passes import Passes, evaluating
 
 log = logging.getLogger("pear_megatron")
 
 
-class _AlignmentStep(PearForwardStep):
+class AlignmentStep(PearForwardStep):
     """A forward step whose report is the micro-batch's ``alignment_sums``."""
 
     def loss(self, logits: Tensor, batch: PackedBatch) -> LossOutput:
@@ -55,28 +54,13 @@ class _AlignmentStep(PearForwardStep):
         return logprobs.sum(), mask.sum(dtype=torch.int32), {"alignment": sums, "apart": apart}
 
 
-def check_alignment(
-    recipe: Recipe,
-    layout: Layout,
-    chunks: list[Any],
-    forward_step: PearForwardStep,
-    batches: Iterable[PackedBatch],
-    dataset: AnyDataset,
-) -> None:
-    """Compares the model's log-probs of the first step with those in the data, by forward passes alone.
+def check_alignment(recipe: Recipe, layout: Layout, chunks: list[Any], passes: Passes) -> None:
+    """Compares the model's log-probs of the first step with those in the data, by forward passes with an AlignmentStep.
 
     Changes nothing: no gradients, no random numbers. A reference that is another model than this is warned of. Does
     nothing where the loss reads no log-probs of the data, as plain SFT, where
     train.check_alignment is false, for fresh weights, which know nothing of the data, and under context
     parallelism, where a rank's neighbouring tokens are not neighbours. Every rank calls it.
-
-    Args:
-        recipe: of the run.
-        layout: where this rank stands.
-        chunks: this rank's model chunks, in DDP.
-        forward_step: the run's.
-        batches: this rank's micro-batches of the first step.
-        dataset: what their indices point into.
 
     Raises:
         DataError: on every rank, if the log-probs in the data conclusively fit better when moved by a token
@@ -86,18 +70,19 @@ def check_alignment(
     name = compared_column(recipe.pear)
     if starts_from is None or name is None or not recipe.train.check_alignment or layout.cp_size > 1:
         return
-    held = list(batches)
     sums, apart = no_sums(layout.device), torch.zeros(2, dtype=torch.float64, device=layout.device)
-    for report in _forward(chunks, forward_step, held, layout):
+    with evaluating(chunks):
+        reports = passes.run(chunks, 0, forward_only=True)
+    for report in reports if layout.reports else ():
         sums += report["alignment"]
         apart += report["apart"]
     torch.distributed.all_reduce(sums)
     torch.distributed.all_reduce(apart)
     alignment = read_alignment(sums)
     if alignment.shift:
-        indices = [int(i) for i in held[0].trajectory_index if i >= 0][:3]
-        ids = ", ".join(dataset[i].id for i in indices)
-        raise DataError([f"{dataset.meta['files'][0]} ({ids}, ...): {alignment.refusal(name)}"])
+        first = [i for row in passes.plan.rows(0)[1] for i in row][:3]
+        ids = ", ".join(passes.dataset[i].id for i in first)
+        raise DataError(f"{passes.dataset.meta['files'][0]} ({ids}, ...): {alignment.refusal(name)}")
     if layout.is_main:
         _say(alignment, starts_from, name)
         if float(apart[0]) > REFERENCE_APART * float(apart[1]):
@@ -107,37 +92,6 @@ def check_alignment(
                 starts_from,
                 apart[0] / apart[1],
             )
-
-
-def _forward(
-    chunks: list[Any], forward_step: PearForwardStep, batches: list[PackedBatch], layout: Layout
-) -> list[dict[str, Tensor]]:
-    """Reports of the micro-batches, on the ranks that count them; none elsewhere."""
-    step = _AlignmentStep(
-        forward_step.config,
-        vocab_size=forward_step.vocab_size,
-        tp_group=forward_step.tp_group,
-        packed_attention=forward_step.packed_attention,
-        use_output_processor=forward_step.use_output_processor,
-        output_chunk_tokens=forward_step.output_chunk_tokens,
-    )
-    rows, positions = batches[0].tokens.shape
-    modes = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()  # or activations would be recomputed
-    with torch.no_grad():
-        reports = run_schedule(
-            step,
-            (batch.to(layout.device, non_blocking=True) for batch in batches),
-            chunks,
-            count=len(batches),
-            shape=(rows, positions),
-            flat=step.packed_attention == "thd",
-            forward_only=True,
-        )
-    for chunk, mode in zip(chunks, modes, strict=True):
-        chunk.train(mode)
-    return reports if layout.reports else []
 
 
 def _say(alignment: Alignment, starts_from: str, name: str) -> None:

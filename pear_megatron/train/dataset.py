@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from pear_megatron.data import AnyDataset, DataSource, as_sources, prepare_everywhere
-from pear_megatron.data.columns import REFERENCE, Columns, needs_behavior_logprobs
+from pear_megatron.data.columns import REFERENCE
 from pear_megatron.data.errors import DataError
 from pear_megatron.data.options import in_options
-from pear_megatron.ranks import from_main, is_main
-from pear_megatron.recipe import Recipe, RecipeError
+from pear_megatron.data.prepare import reading_of
+from pear_megatron.ranks import is_main
+from pear_megatron.recipe import Recipe
 
 log = logging.getLogger("pear_megatron")
 
-_LOOKED_AT, _MOST_CANDIDATES = (
-    100,
-    200,
-)  # of held-out trajectories, and of trained ones as long as one of them
+_LOOKED_AT = 100  # of the held-out trajectories
+_MOST_CANDIDATES = 200  # of the trained ones that are as long as one of them
 
 
 def open_dataset(recipe: Recipe) -> AnyDataset:
@@ -33,10 +31,8 @@ def open_dataset(recipe: Recipe) -> AnyDataset:
     dataset = _open(recipe, recipe.data.train_sources)
     if not dataset.rewards.any():
         raise DataError(
-            [
-                f"{', '.join(dataset.meta['files'][:3])}: every trajectory has reward 0, so that nothing would be "
-                "trained; leave `reward` out (1 is the default), or grade the rows"
-            ]
+            f"{', '.join(dataset.meta['files'][:3])}: every trajectory has reward 0, so that nothing would be "
+            "trained; leave `reward` out (1 is the default), or grade the rows"
         )
     return dataset
 
@@ -55,10 +51,8 @@ def open_validation(recipe: Recipe, train: AnyDataset) -> AnyDataset | None:
     if train.has(REFERENCE) != held_out.has(REFERENCE):
         has, lacks = ("train", "validation") if train.has(REFERENCE) else ("validation", "train")
         raise DataError(
-            [
-                f"data.{lacks}: the rows have no {REFERENCE} and those of data.{has} have it, so pear.negative_floor "
-                "would mean two things; write it with `pear-megatron score --as reference`, or take it out of both"
-            ]
+            f"data.{lacks}: the rows have no {REFERENCE} and those of data.{has} have it, so pear.negative_floor "
+            "would mean two things; write it with `pear-megatron score --as reference`, or take it out of both"
         )
     trained = {Path(file).resolve() for file in train.meta["files"]}
     shared = [file for file in held_out.meta["files"] if Path(file).resolve() in trained]
@@ -90,21 +84,5 @@ def _warn_of_shared(train: AnyDataset, held_out: AnyDataset) -> None:
 
 
 def _open(recipe: Recipe, sources: Sequence[DataSource]) -> AnyDataset:
-    data = recipe.data
-    from_main(partial(_make_output_dir, recipe))
-    if data.cache_dir is None:
-        data = data.model_copy(update={"cache_dir": str(Path(recipe.output_dir) / "data_cache")})
-    return prepare_everywhere(
-        data,
-        sources,
-        require_behavior_logprobs=needs_behavior_logprobs(recipe.pear),
-        columns=Columns.of(recipe.pear),
-        vocab_size=recipe.model.vocab_size,
-    )
-
-
-def _make_output_dir(recipe: Recipe) -> None:
-    try:
-        Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"output_dir {recipe.output_dir} cannot be made: {error}") from error
+    reading = reading_of(recipe.pear, recipe.model.vocab_size)
+    return prepare_everywhere(recipe.data.in_run(recipe.output_dir), sources, **reading)

@@ -5,29 +5,21 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-
 from pear_megatron.data import AnyDataset, BatchPlan
 from pear_megatron.data.blend import source_names
 from pear_megatron.megatron.forward_step import PearForwardStep
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.model import sync_parameters
 from pear_megatron.recipe import Recipe
-from pear_megatron.train.passes import Passes
+from pear_megatron.train.passes import Passes, evaluating
 from pear_megatron.train.reports import ReportSums
 
 
 class Evaluation:
     """Forward passes over every held-out trajectory, once each; every rank calls it.
 
-    Nothing that training depends on is touched: no gradient, no random number, no state of the optimizer.
-
-    Args:
-        recipe: of the run.
-        layout: where this rank stands.
-        dataset: the held-out trajectories.
-        forward_step: counts as training's does, and tells the sources of ``dataset`` apart.
-        multiple: see BatchPlan.
+    Nothing that training depends on is touched: no gradient, no random number, no state of the optimizer. The forward
+    step counts as training's does, and tells the sources of these trajectories apart.
     """
 
     def __init__(
@@ -58,7 +50,7 @@ class Evaluation:
         unit = layout.dp_size * rows * stages
         needed = -(-plan(1).steps_per_epoch() // unit) * unit
         self.plan = plan(min(recipe.train.global_batch_size, needed))
-        self._passes = Passes(dataset, self.plan, forward_step, layout, micro_batch_size=rows)
+        self._passes = Passes(dataset, self.plan, forward_step, layout, rows)
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether the run is looked at after that many steps."""
@@ -73,14 +65,9 @@ class Evaluation:
         started = time.perf_counter()
         sums = ReportSums(self.layout, self._config, source_names(self.dataset))
         sync_parameters(chunks)
-        modes = [chunk.training for chunk in chunks]
-        for chunk in chunks:
-            chunk.eval()  # or activations would be recomputed
-        with torch.no_grad():
+        with evaluating(chunks):
             for step in range(self.plan.steps_per_epoch()):
                 sums.add(self._passes.run(chunks, step, forward_only=True))
-        for chunk, mode in zip(chunks, modes, strict=True):
-            chunk.train(mode)
         reduced = sums.reduce()
         found = {**reduced.means, "decisions": reduced.decisions, "trajectories": len(self.dataset)}
         metrics = {f"validation/{key}": value for key, value in found.items()}

@@ -25,10 +25,6 @@ class Exports:
 
     A folder appears whole or not at all. Every rank makes every call; all write.
 
-    Args:
-        recipe: of the run.
-        layout: where this rank stands.
-
     Raises:
         RecipeError: no Hugging Face architecture fits the model; before anything is trained.
     """

@@ -24,19 +24,7 @@ def raise_not_finite(
     dataset: AnyDataset,
     layout: Layout,
 ) -> NoReturn:
-    """Names the trajectories behind a loss that is not finite; called by every rank.
-
-    Args:
-        loss: the global batch's.
-        step: counted from 1.
-        reports: of this rank's micro-batches, where it has the loss.
-        batches: this rank's micro-batches.
-        dataset: what their indices point into.
-        layout: where this rank stands.
-
-    Raises:
-        TrainingError: always.
-    """
+    """Names the trajectories behind a loss that is not finite at a step, counted from 1; every rank calls it."""
     found = []
     if layout.reports:
         for batch, report in zip(batches, reports, strict=True):
@@ -53,17 +41,7 @@ def raise_not_finite(
 
 
 def raise_bad_gradient(norm: float, step: int, rows: list[list[int]], dataset: AnyDataset) -> NoReturn:
-    """Stops a run whose loss is finite and whose gradient is not, before the weights that it made are saved.
-
-    Args:
-        norm: of the gradient, alike on every rank.
-        step: counted from 1.
-        rows: the trajectories of the step.
-        dataset: what their indices point into.
-
-    Raises:
-        TrainingError: always.
-    """
+    """Stops a run whose loss is finite and whose gradient is not, before the weights that it made are saved."""
     ids = [dataset[i].id for row in rows for i in row]
     raise TrainingError(
         f"the gradient's norm is {norm} at step {step} and the loss is finite; nothing was saved since the last "

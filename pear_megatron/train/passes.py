@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pear_megatron.data import AnyDataset, BatchPlan, PackedBatch, micro_batches, num_micro_batches
@@ -13,10 +16,11 @@ from pear_megatron.megatron.layout import Layout
 from pear_megatron.megatron.schedule import run_schedule
 
 
+@dataclass(frozen=True)
 class Passes:
     """The global batches of a plan on this rank.
 
-    Args:
+    Attributes:
         dataset: the trajectories.
         plan: which of them a step sees.
         forward_step: Megatron's forward step function.
@@ -24,18 +28,11 @@ class Passes:
         micro_batch_size: rows in a micro-batch.
     """
 
-    def __init__(
-        self,
-        dataset: AnyDataset,
-        plan: BatchPlan,
-        forward_step: PearForwardStep,
-        layout: Layout,
-        *,
-        micro_batch_size: int,
-    ) -> None:
-        self.dataset, self.plan, self.forward_step, self.layout = dataset, plan, forward_step, layout
-        self.micro_batch_size = micro_batch_size
-        self._count = num_micro_batches(plan.global_batch_size, layout.dp_size, micro_batch_size)
+    dataset: AnyDataset
+    plan: BatchPlan
+    forward_step: PearForwardStep
+    layout: Layout
+    micro_batch_size: int
 
     def micro_batches(self, step: int) -> Iterator[PackedBatch]:
         """This rank's part of a step's global batch, on the CPU."""
@@ -56,8 +53,20 @@ class Passes:
             self.forward_step,
             (batch.to(self.layout.device, non_blocking=True) for batch in self.micro_batches(step)),
             chunks,
-            count=self._count,
+            count=num_micro_batches(self.plan.global_batch_size, self.layout.dp_size, self.micro_batch_size),
             shape=(self.micro_batch_size, self.plan.seq_length),
             flat=self.forward_step.packed_attention == "thd",
             forward_only=forward_only,
         )
+
+
+@contextmanager
+def evaluating(chunks: list[Any]) -> Iterator[None]:
+    """Within it forward passes keep nothing, and nothing is recomputed; training mode comes back after it."""
+    modes = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        yield
+    for chunk, mode in zip(chunks, modes, strict=True):
+        chunk.train(mode)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pear_megatron.data import AnyDataset, DataConfig, TrajectoryBlend
+from pear_megatron.data import AnyDataset, DataConfig, TrajectoryBlend, padding_multiple
 from pear_megatron.errors import CheckpointError
 from pear_megatron.megatron.layout import Layout
 from pear_megatron.recipe import Recipe
@@ -53,7 +53,7 @@ class DataPosition:
             global_batch_size=recipe.train.global_batch_size,
             seq_length=recipe.data.seq_length,
             packing=recipe.data.packing,
-            multiple=2 * layout.cp_size if layout.cp_size > 1 else 1,
+            multiple=padding_multiple(layout.cp_size),
             blend=_weights(recipe.data, dataset),
         )
 

@@ -24,11 +24,6 @@ class StepProfile:
     Under ``nsys profile --capture-range=cudaProfilerApi`` the steps are marked for that instead, with NVTX ranges:
     a GPU has one profiler at a time.
 
-    Args:
-        recipe: of the run.
-        layout: where this rank stands.
-        total_steps: of the run.
-
     Raises:
         RecipeError: there is no such rank or step.
     """
@@ -57,22 +52,17 @@ class StepProfile:
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Around the step of a number, counted from 1."""
-        if self.settings is None or not self._wanted or number > self.settings.stop:
-            yield
-            return
-        if number < self.settings.start:
+        settings = self.settings
+        if settings is None or not self._wanted or not settings.start <= number <= settings.stop:
             yield
             return
         if not self._first:
             self._start(number)
         self._last = number
-        if self._nsys:
-            with torch.cuda.nvtx.range(f"step {number}"):
-                yield
-        else:
-            with torch.profiler.record_function(f"step {number}"):
-                yield
-        if number == self.settings.stop:
+        mark = torch.cuda.nvtx.range if self._nsys else torch.profiler.record_function
+        with mark(f"step {number}"):
+            yield
+        if number == settings.stop:
             self.close()
 
     def _start(self, number: int) -> None:

@@ -32,10 +32,7 @@ class Reduced:
 class ReportSums:
     """Adds up reports on the device; nothing waits for it before ``reduce``, which is one collective.
 
-    Args:
-        layout: where this rank stands.
-        config: the run's.
-        sources: names of a blend's sources; empty = they are not told apart.
+    ``sources`` are the names of a blend's; none = they are not told apart.
     """
 
     def __init__(self, layout: Layout, config: PearConfig, sources: Sequence[str] = ()) -> None:

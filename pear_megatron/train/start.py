@@ -35,11 +35,6 @@ def start_model(recipe: Recipe, layout: Layout, model: Any) -> None:
 
     Then writes model.yaml and hf/ into output_dir; of a LoRA run, whose frozen weights these are, lora.yaml too.
 
-    Args:
-        recipe: of the run.
-        layout: where this rank stands.
-        model: a GPTModel, wrapped or not, or a list of chunks.
-
     Raises:
         RecipeError, CheckpointError, DataError: on every rank: the weights cannot be read, they are of another
             model (of a LoRA run that goes on: other weights), or output_dir cannot be written.

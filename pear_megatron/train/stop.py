@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from pear_megatron import interrupt
@@ -51,9 +52,7 @@ class StopRequest:
         self.requested = True
 
     def _on_interrupt(self, *_: object) -> None:
-        if (
-            os.getpid() != self._owner
-        ):  # a process that writes a checkpoint: its parent knows whether it is needed
+        if os.getpid() != self._owner:  # one that writes a checkpoint: its parent knows whether it is needed
             return
         if self._kept is None:
             interrupt.end("interrupted before training began; the same command starts again")
@@ -78,7 +77,5 @@ def leave_requeue_file(output_dir: str, message: str) -> None:
 
 def remove_requeue_file(output_dir: str) -> None:
     """Takes it back: a run that starts has nothing to be requeued for yet."""
-    try:
+    with suppress(OSError):  # a folder that cannot be written is said where it is written to
         (Path(output_dir) / REQUEUE_FILE).unlink(missing_ok=True)
-    except OSError:
-        return  # a folder that cannot be written is said where it is written to

@@ -17,12 +17,7 @@ log = logging.getLogger("pear_megatron")
 class Throughput:
     """Figures of a training step; call it on every rank.
 
-    Args:
-        model: for its FLOPs (see pear_megatron.plan.flops).
-        cluster: ``cluster.gpu`` names the peak that the MFU divides by.
-        world_size: GPUs that train.
-        frozen: the model's weights are (LoRA).
-        device: this rank's.
+    ``cluster.gpu`` names the peak that the MFU divides by; ``frozen`` weights (LoRA) take fewer FLOPs.
     """
 
     def __init__(
@@ -40,16 +35,11 @@ class Throughput:
             self.peak = peak_flops(cluster.gpu, torch.cuda.get_device_name(device))
 
     def __call__(self, lengths: Sequence[int], seconds: float) -> dict[str, float]:
-        """Metrics of one step.
+        """Metrics of one step on trajectories of these lengths in tokens.
 
-        Args:
-            lengths: tokens of each trajectory in the global batch.
-            seconds: what the step took.
-
-        Returns:
-            ``step_seconds`` and ``tokens_per_second``; on GPUs also ``tokens_per_second_per_gpu``,
-            ``tflops_per_gpu``, ``mfu`` (where the GPU is the one that ``cluster.gpu`` names), and the fullest
-            rank's ``memory_allocated_gib`` and ``memory_reserved_gib``, peaks since the start.
+        ``step_seconds`` and ``tokens_per_second``; on GPUs also ``tokens_per_second_per_gpu``,
+        ``tflops_per_gpu``, ``mfu`` (where the GPU is the one that ``cluster.gpu`` names), and the fullest
+        rank's ``memory_allocated_gib`` and ``memory_reserved_gib``, peaks since the start.
         """
         tokens = sum(lengths)
         figures = {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
@@ -68,12 +58,7 @@ class Throughput:
 
 
 def peak_flops(name: str, device_name: str) -> float | None:
-    """Peak bfloat16 FLOP/s of ``cluster.gpu``; None, with a warning, where the device is another one.
-
-    Args:
-        name: as in recipes, H100-80GB.
-        device_name: as CUDA gives it, NVIDIA H100 80GB HBM3.
-    """
+    """Peak bfloat16 FLOP/s of ``cluster.gpu``; None, with a warning, where CUDA's name is of another device."""
     gpu = GPUS.get(name)
     if gpu is not None and name.split("-")[0] in device_name:
         return gpu.bf16_flops

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from pear_megatron.recipe import Recipe
 from pear_megatron.report import watch_weights
 from pear_megatron.storage import digest
 from pear_megatron.train import resume
-from pear_megatron.train.alignment_check import check_alignment
+from pear_megatron.train.alignment_check import AlignmentStep, check_alignment
 from pear_megatron.train.announce import announce, say_goodbye
 from pear_megatron.train.best import Best
 from pear_megatron.train.dataset import open_dataset, open_validation
@@ -49,12 +49,7 @@ from pear_megatron.watch import now
 
 
 class Trainer:
-    """One run on this rank.
-
-    Args:
-        recipe: what to train.
-        layout: where this rank stands.
-        stop: tells this rank to stop early; one rank's is enough. None = nothing does.
+    """One run on this rank; it is enough that one rank's ``stop`` asks it to stop early.
 
     Raises:
         RecipeError, DataError, CheckpointError: before the first step, on every rank.
@@ -114,13 +109,8 @@ class Trainer:
             common = read_common(checkpoint_path(root, self.step))
             self.evaluated = common.get("evaluated", False)
             self.best.load(common.get("best"))
-        self.forward_step = self._forward_step(self.dataset)
         self.passes = Passes(
-            self.dataset,
-            self.plan,
-            self.forward_step,
-            layout,
-            micro_batch_size=recipe.train.micro_batch_size,
+            self.dataset, self.plan, self._forward_step(self.dataset), layout, recipe.train.micro_batch_size
         )
         self.evaluation = None
         if held_out is not None:
@@ -135,9 +125,11 @@ class Trainer:
             frozen=recipe.lora is not None,
         )
 
-    def _forward_step(self, dataset: AnyDataset) -> PearForwardStep:
+    def _forward_step(
+        self, dataset: AnyDataset, kind: type[PearForwardStep] = PearForwardStep
+    ) -> PearForwardStep:
         recipe = self.recipe
-        return PearForwardStep(
+        return kind(
             recipe.pear,
             vocab_size=recipe.model.vocab_size,
             tp_group=self.layout.tp_group,
@@ -151,8 +143,7 @@ class Trainer:
     def train(self) -> bool:
         """Trains to the last step, or to the step at which a rank is asked to stop; saves there.
 
-        Returns:
-            False if the run was asked to stop, and waits in output_dir for going on.
+        False if the run was asked to stop, and waits in output_dir for going on.
 
         Raises:
             DataError, TrainingError, CheckpointError: on every rank.
@@ -166,14 +157,8 @@ class Trainer:
             return True
         now("training: the first step")
         if self.step == 0:
-            check_alignment(
-                self.recipe,
-                self.layout,
-                self.model,
-                self.forward_step,
-                self.passes.micro_batches(self.step),
-                self.dataset,
-            )
+            passes = replace(self.passes, forward_step=self._forward_step(self.dataset, AlignmentStep))
+            check_alignment(self.recipe, self.layout, self.model, passes)
         self.stop.saves(self.saver.folder.root)
         run: RunFolder | None = None
 

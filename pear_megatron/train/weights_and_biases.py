@@ -38,11 +38,8 @@ def start_wandb(recipe: Recipe) -> WandbLog | None:
 class WandbLog:
     """The W&B run of an ``output_dir``; a continued run goes on under the same id.
 
-    W&B's own environment variables hold: WANDB_MODE=offline keeps everything in ``output_dir/wandb``.
-
-    Args:
-        folder: the run's ``output_dir``.
-        recipe: names the project; its resolved values become the W&B run's config.
+    W&B's own environment variables hold: WANDB_MODE=offline keeps everything in ``output_dir/wandb``. The recipe's
+    resolved values become the W&B run's config.
 
     Raises:
         RecipeError: W&B cannot be started: not logged in, not reachable, or not whole.

@@ -45,6 +45,7 @@ def refusal(config: Path, *overrides: str) -> str:
         ("+arms.sft=[]", "arm 'sft' would share the folder 'sft' with 'SFT'; rename one"),
         ("eval.k=[1,3]", "eval.k [1, 3]: each is from 1 to eval.num_samples 2"),
         ("eval.k=[]", "eval.k []"),
+        ("+eval.temperature=0", "temperature 0 gives one response 2 times; set num_samples to 1"),
         ("take_off=0", "take_off"),
     ],
 )

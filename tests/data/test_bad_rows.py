@@ -378,12 +378,18 @@ def test_plain_sft_needs_no_log_probs_and_no_temperature(tmp_path: Path, config:
 def test_log_probs_rounded_to_half_precision_are_warned_about(
     tmp_path: Path, config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
-    exact = [-float(x) for x in np.random.default_rng(0).random(40)]
-    rounded = [float(np.float16(x)) for x in exact]
-    for values, warned in ((exact, False), (rounded, True)):
-        row = a_row(n=41, prompt=1, behavior_logprobs=[None, *values])
-        prepare(config(write_jsonl(tmp_path / f"{warned}.jsonl", [row]), seq_length=64))
-        assert ("look rounded to float16 or bfloat16" in caplog.text) == warned
+    nats = 10.0 ** np.random.default_rng(0).uniform(-7, 0, 40)  # most tokens are nearly certain
+    exact = -nats.astype(np.float32)
+    kinds = {
+        "float32": exact,
+        "float16": exact.astype(np.float16),
+        "bfloat16": (exact.view(np.uint32) & 0xFFFF0000).view(np.float32),
+    }
+    for name, values in kinds.items():
+        row = a_row(n=41, prompt=1, behavior_logprobs=[None, *values.tolist()])
+        prepare(config(write_jsonl(tmp_path / f"{name}.jsonl", [row]), seq_length=64))
+        assert ("look rounded to float16 or bfloat16" in caplog.text) == (name != "float32")
+        caplog.clear()
 
 
 def test_zero_log_probs_are_plausible_on_a_short_answer(tmp_path: Path, config: Config) -> None:

@@ -72,13 +72,13 @@ def test_what_says_something_is_refused_with_what_to_write(row: dict[str, Any], 
 @pytest.mark.parametrize(("row", "names"), UNREAD, ids=lambda value: str(value)[-40:])
 def test_the_rest_is_named(row: dict[str, Any], names: list[str]) -> None:
     assert unread_names(row) == names
-    assert form_of(row)
+    assert form_of(row, names)
 
 
 @pytest.mark.parametrize(("row", "said"), NO_FORM, ids=lambda value: str(value)[:40])
 def test_rows_of_another_form_are_answered_with_ours(row: dict[str, Any], said: str) -> None:
     with pytest.raises(RowProblem, match=said):
-        form_of(row)
+        form_of(row, unread_names(row))
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:

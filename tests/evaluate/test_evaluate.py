@@ -144,7 +144,7 @@ def test_arguments_of_the_chat_template_reach_it(word_model: Path, tmp_path: Pat
     run(model, problems, tmp_path / "plain")
     run(model, problems, tmp_path / "loud", chat_template_kwargs={"loud": True})
     assert samples(tmp_path / "plain") != samples(tmp_path / "loud")
-    with pytest.raises(EvalError, match=r"chat_template_kwargs None -> \{'loud': True\}"):
+    with pytest.raises(EvalError, match=r'chat_template_kwargs null -> \{"loud": true\}'):
         run(model, problems, tmp_path / "plain", chat_template_kwargs={"loud": True})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 
@@ -79,6 +80,12 @@ def test_the_page_shows_a_response_of_each_kind_as_it_is() -> None:
     assert texts[2] == "x" * 1500 + " … 2,500 more characters"
     assert "not shown" not in page
     assert "<script" not in page
+
+
+def test_the_page_of_two_says_how_many_responses_each_arm_drew() -> None:
+    a, b = results([1, 0, 4] * 20), results([2, 0, 4] * 20)
+    fewer = replace(a, settings={**SETTINGS, "num_samples": 8})
+    assert "60, 4 or 8 responses to each" in page_of_two(("a", "b"), ([fewer], [b]), compare([fewer], [b]))
 
 
 def test_the_page_of_two_shows_what_moved_and_bold_differences() -> None:

@@ -218,6 +218,17 @@ def test_text_rows_take_the_template_and_turns_of_the_command_line(inspect: Insp
     assert "--chat-template-kwargs" in wrong.stderr
 
 
+def test_scored_says_what_to_do_with_a_conversation_that_is_split(inspect: Inspect, tmp_path: Path) -> None:
+    folder = save_byte_tokenizer(tmp_path / "tokenizer")
+    messages = [{"role": role, "content": "hi"} for role in ("user", "assistant")] * 2
+    data = write_rows(tmp_path / "data.jsonl", [{"id": "m", "messages": messages}])
+    options = (data, "--tokenizer", folder, "--multi-turn", "split", "--scored", "pear.variant=none")
+    found = inspect(*options)
+    assert found.exit_code == 1
+    assert "m#0: its row is split into turns" in found.stderr
+    assert "pear-megatron score --as policy" in found.stderr
+
+
 def test_the_table_of_settings_is_readable_in_a_narrow_terminal() -> None:
     statistics = {
         "weight": 1.5, "effective_sample_size": 0.5, "weight_at_floor": 0.25, "weight_at_ceiling": 0.0,

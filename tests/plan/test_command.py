@@ -82,6 +82,24 @@ def test_data_are_counted_as_training_counts_them(tmp_path: Path) -> None:
     assert run["steps"] == BatchPlan(dataset.lengths, 128, 8, seed=1234).steps_per_epoch()
 
 
+def test_rows_are_counted_as_context_parallelism_pads_them(tmp_path: Path) -> None:
+    """26 tokens are 25 positions, five times in a row of 128; padded to 28 for two ranks, four times."""
+    row = {"input_ids": [1] * 26, "loss_mask": [0] + [1] * 25, "behavior_logprobs": [-1.0] * 26}
+    data = tmp_path / "data.jsonl"
+    data.write_text(f"{json.dumps(row)}\n" * 20)
+    steps = {}
+    for cp in (1, 2):
+        sizes = [
+            f"parallel.context_parallel_size={cp}",
+            f"cluster.gpus_per_node={cp}",
+            "train.global_batch_size=2",
+        ]
+        done = plan("--config", TINY, f"data.train={data}", f"output_dir={tmp_path}/run", *sizes, "--json")
+        assert done.exit_code == 0, done.stderr
+        steps[cp] = json.loads(done.stdout)["run"]["steps_per_epoch"]
+    assert steps == {1: 2, 2: 3}
+
+
 def test_a_blend_is_counted_as_training_draws_it(tmp_path: Path) -> None:
     """20 short and 20 long trajectories: an epoch is 40 of them, or as many tokens as they have together."""
     parts, tokens = [], []
