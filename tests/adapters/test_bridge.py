@@ -119,15 +119,20 @@ def test_a_data_set_that_would_be_ignored_is_refused() -> None:
         bridge.plug_in(SimpleNamespace(dataset=SimpleNamespace()), data=data(), pear=PearConfig())
 
 
-def run(processes: int, output: Path, *arguments: str) -> str:
-    """bridge_program.py under torchrun -> what it said."""
-    torchrun = f"-W ignore -m torch.distributed.run --standalone --nproc-per-node={processes}".split()
+def environment() -> dict[str, str]:
+    """Of a process that finds these tests and Bridge's checkout."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     if checkout := os.environ.get("MEGATRON_BRIDGE_DIR"):
         paths.insert(1, f"{checkout}/src")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def run(processes: int, output: Path, *arguments: str) -> str:
+    """bridge_program.py under torchrun -> what it said."""
+    torchrun = f"-W ignore -m torch.distributed.run --standalone --nproc-per-node={processes}".split()
     done = subprocess.run(
         [sys.executable, *torchrun, "-m", "tests.adapters.bridge_program", "--output", str(output), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
