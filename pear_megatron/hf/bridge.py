@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from pear_megatron.errors import CheckpointError, PearError, RecipeError
 from pear_megatron.hf.assets import RUN_CONFIG
 from pear_megatron.ranks import ensure_ranks
 from pear_megatron.recipe.hf_config import read_config
-from pear_megatron.storage import abandon, begin, publish
+from pear_megatron.storage import abandon, begin, publish, read_settings
 
 
 def convert_with_bridge(folder: Path, output: Path, reason: RecipeError) -> None:
-    """AutoBridge.import_ckpt: a checkpoint in Megatron-Bridge's own format, for its own training loop.
+    """A checkpoint in Megatron-Bridge's own format, for its own training loop.
 
     It appears only if it holds the folder's weights. Bridge itself leaves out tensors that it has no place for,
     writes whatever is in memory where one is missing, and casts to config.json's dtype.
@@ -36,11 +37,17 @@ def convert_with_bridge(folder: Path, output: Path, reason: RecipeError) -> None
     from megatron.bridge.training.model_load_save import temporary_distributed_context
 
     def write(partial: Path) -> None:
-        # As import_ckpt would by itself, which insists on a GPU, and on one port for all that run on a machine.
-        with temporary_distributed_context("nccl" if torch.cuda.is_available() else "gloo"):
-            source.import_ckpt(str(folder.resolve()), str(partial))
+        # AutoBridge.import_ckpt's steps, but on gloo as export_ckpt's (it takes NCCL, and one port for a whole
+        # machine), without a fusion of gradients for which Megatron's output layer wants Apex, and with a look between.
         with temporary_distributed_context("gloo"):
-            _check_weights(source, folder, partial)
+            provider = source.to_megatron_provider()
+            provider.gradient_accumulation_fusion = False
+            provider.finalize()
+            model = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+            _check_weights(source, folder, model)
+            source.save_megatron_model(
+                model, str(partial), hf_tokenizer_path=str(folder.resolve()), low_memory_save=True
+            )
 
     _whole(output, write, f"convert {folder}")
 
@@ -54,12 +61,17 @@ def export_with_bridge(checkpoint: Path, folder: Path, output: Path) -> None:
         output: the new Hugging Face folder.
 
     Raises:
-        RecipeError, PearError: it is none of Megatron-Bridge's, or Bridge cannot write all tensors of the source.
+        RecipeError, PearError: it is none of Megatron-Bridge's, or Bridge cannot write all that the source has.
     """
     if not (checkpoint / RUN_CONFIG).is_file():
         raise RecipeError(
             f"{checkpoint} has no {RUN_CONFIG}, so Megatron-Bridge did not write it; --hf is for Bridge's checkpoints, "
             "those of this package are exported without it"
+        )
+    if read_settings(checkpoint / RUN_CONFIG).get("peft") is not None:
+        raise RecipeError(
+            f"{checkpoint} holds LoRA's adapters alone; AutoBridge.export_adapter_ckpt of Megatron-Bridge writes "
+            "them as PEFT's folder"
         )
     read_config(folder)
     source = _open(folder, RecipeError(f"{checkpoint} is a checkpoint of Megatron-Bridge, which exports it"))
@@ -98,15 +110,14 @@ def _open(folder: Path, reason: RecipeError) -> Any:
         raise RecipeError(f"{reason}; Megatron-Bridge refuses it: {said.strip('✗ ')}") from error
 
 
-def _check_weights(source: Any, folder: Path, checkpoint: Path) -> None:
-    """Compares what an export of the checkpoint would give with the tensors that it was converted from.
+def _check_weights(source: Any, folder: Path, model: Any) -> None:
+    """Compares what an export of Bridge's model would give with the tensors that it was made from.
 
     Raises:
         CheckpointError: names the tensors that differ, in either way.
     """
     given = source.hf_pretrained.state
     left, changed = set(given.keys()), []
-    model = source.load_megatron_model(str(checkpoint))
     for name, tensor in source.export_hf_weights(model, cpu=True, show_progress=False):
         same = name in left and torch.equal(tensor.to(given[name].dtype), given[name])
         left.discard(name)
@@ -128,7 +139,7 @@ def _whole(output: Path, write: Callable[[Path], None], what: str) -> None:
         publish(output)
     except PearError:
         raise
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's is none of the first
         raise PearError(f"Megatron-Bridge could not {what}: {error}") from error
     finally:
         abandon(output)

@@ -14,8 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.adapters.test_bridge import environment, needs_bridge
+from pear_megatron.config import PearConfig
+from tests.adapters.one_rank import expected
+from tests.adapters.test_bridge import compare, environment, needs_bridge, run
 from tests.hf.models import UNMAPPED, hf_logprobs, save_model, save_tokenizer, tokens_for
+from tests.megatron.runs import write_trajectories
 
 Q = "model.layers.1.self_attn.q_proj"
 pytestmark = needs_bridge
@@ -75,13 +78,30 @@ def said(work: Path) -> dict[str, Any]:
         "ours": ["convert", "--hf", save_tokenizer(save_model("qwen2", work / "qwen2")), "--output", work / "ours"],
         "ours with --hf": ["export", "--checkpoint", work / "ours", "--hf", work / "qwen2", *back],
     }  # fmt: skip
+    return dict(zip(commands, run_commands(work, *commands.values()), strict=True))
+
+
+def run_commands(work: Path, *commands: list[object]) -> list[dict[str, Any]]:
+    """Of each command, in one process on CPU: exit code, standard output and error."""
+    given = [json.dumps([str(word) for word in command]) for command in commands]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.adapters.bridge_cli", str(work / "results.json"),
-         *(json.dumps([str(word) for word in command]) for command in commands.values())],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "tests.adapters.bridge_cli",
+            str(work / "results.json"),
+            *given,
+        ],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stdout[-3000:]
-    return dict(zip(commands, json.loads((work / "results.json").read_text()), strict=True))
+    return json.loads((work / "results.json").read_text())
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -146,3 +166,36 @@ def test_what_would_go_wrong_is_an_error_and_leaves_nothing(
     for name in (f"{command}-bridge", "nothing"):
         assert not (work / name).exists()
     assert not list(work.glob(".*"))
+
+
+def test_a_converted_model_trains_in_bridge_and_comes_back_as_trained(tmp_path: Path) -> None:
+    source = save_tokenizer(save_model("mistral", tmp_path / "model", vocab_size=1000, dtype=torch.float32))
+    data, bridge, saved = (
+        write_trajectories(tmp_path / "data.jsonl", 60),
+        tmp_path / "bridge",
+        tmp_path / "saved",
+    )
+    [converted] = run_commands(tmp_path, ["convert", "--hf", source, "--output", bridge])
+    assert converted["code"] == 0, converted
+    given = ["--hf", str(source), "--weights", str(bridge), "--data", str(data), "--save", str(saved)]
+    run(1, tmp_path, *given)
+    wanted, model = expected(
+        tmp_path, PearConfig(), seq_length=128, learning_rate=1e-3, batch=8, steps=10, seed=1234
+    )
+    compare(tmp_path, wanted, rel=1e-4)
+    cut = Path(shutil.copytree(saved, tmp_path / "cut"))
+    next(cut.rglob("*.distcp")).write_bytes(b"")
+    exported, refused = run_commands(
+        tmp_path,
+        ["export", "--checkpoint", saved, "--hf", source, "--output", tmp_path / "back"],
+        ["export", "--checkpoint", cut, "--hf", source, "--output", tmp_path / "nothing"],
+    )
+    assert exported["code"] == 0, exported
+    assert "iter_0000010\n" in exported["out"]
+    trained, start = tensors(tmp_path / "back"), tensors(source)
+    for name, weights in model.state_dict().items():
+        torch.testing.assert_close(trained[name], weights, atol=3e-4, rtol=0, msg=name)
+        assert (trained[name] - start[name]).abs().max() > 3e-3, name
+    assert refused["code"] == 1
+    assert "could not export" in refused["err"]
+    assert not (tmp_path / "nothing").exists()
