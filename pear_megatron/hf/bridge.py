@@ -1,6 +1,7 @@
 """Architectures without a mapping here, through Megatron-Bridge where it is installed, in one process.
 
-Run with Bridge 0.6.2's own code on CPU, in place of Transformer Engine's layers Megatron's own; on no GPU.
+Run with Bridge 0.6.2's own code on CPU, with Megatron's layers in the place of Transformer Engine's; not on a GPU
+(tests/adapters/test_bridge_cli.py).
 """
 
 from __future__ import annotations
@@ -75,7 +76,6 @@ def export_with_bridge(checkpoint: Path, folder: Path, output: Path) -> None:
         )
     read_config(folder)
     source = _open(folder, RecipeError(f"{checkpoint} is a checkpoint of Megatron-Bridge, which exports it"))
-
     _whole(
         output,
         lambda partial: source.export_ckpt(str(checkpoint), str(partial), strict=True),
@@ -106,7 +106,7 @@ def _open(folder: Path, reason: RecipeError) -> Any:
     try:
         return AutoBridge.from_hf_pretrained(str(folder.resolve()))
     except Exception as error:  # whose first line says what it is; a guide to writing a mapping follows
-        said = next(line for line in str(error).splitlines() if line.strip())
+        said = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise RecipeError(f"{reason}; Megatron-Bridge refuses it: {said.strip('✗ ')}") from error
 
 
@@ -127,7 +127,7 @@ def _check_weights(source: Any, folder: Path, model: Any) -> None:
         raise CheckpointError(
             f"Megatron-Bridge would lose or change {len(wrong)} tensor(s) of {folder}: {', '.join(wrong[:4])}; is "
             "every tensor there, of config.json's dtype and not quantised? AutoBridge.import_ckpt would convert it "
-            "without a word"
+            "with a warning at most"
         )
 
 
