@@ -155,8 +155,14 @@ def check_output(path: Path, *, source: Path, overwrite: bool) -> None:
         )
 
 
+# What convert leaves through Megatron-Bridge, whose runs have other iterations.
+_OF_BRIDGE = {"iter_0000000", "latest_checkpointed_iteration.txt", "latest_train_state.pt"}
+
+
 def _is_output(path: Path, names: Sequence[str]) -> bool:
     """Whether a folder is what export or convert wrote: no run, and no folders of others."""
+    if set(names) == _OF_BRIDGE:
+        return True
     if "model.yaml" in names:
         return "config.yaml" not in names and "iter_0000000" in names
     exported = "config.json" in names or "adapter_config.json" in names

@@ -37,9 +37,20 @@ def convert(
     try:
         model_keys(hf)
     except UnsupportedArchitecture as reason:
-        from pear_megatron.hf.bridge import convert_with_bridge
+        from pear_megatron.hf.bridge import convert_with_bridge, refuse_options
 
+        refuse_options(
+            tensor_parallel=tensor_parallel > 1,
+            pipeline_parallel=pipeline_parallel > 1,
+            expert_parallel=expert_parallel > 1,
+            dtype=dtype is not None,
+        )
         convert_with_bridge(hf, output, reason)
+        print(
+            f"{output}: for Megatron-Bridge's own loop (config.checkpoint.pretrained_checkpoint; PEAR's loss there: "
+            "pear_megatron.adapters.bridge.finetune), not for pear_megatron.train. Back to Hugging Face: "
+            f"pear-megatron export --checkpoint {output} --hf {hf} --output NEW"
+        )
         return
     ensure_ranks(max(tensor_parallel, expert_parallel) * pipeline_parallel)
     warnings.simplefilter("ignore")  # of libraries, on every rank

@@ -43,9 +43,21 @@ def export(
 
     check_output(output, source=checkpoint, overwrite=overwrite)
     if hf is not None:
-        from pear_megatron.hf.bridge import export_with_bridge
+        from pear_megatron.hf.bridge import export_with_bridge, refuse_options
+        from pear_megatron.megatron.checkpoint.paths import resolve
 
-        export_with_bridge(checkpoint, hf, output)
+        refuse_options(
+            tensor_parallel=tensor_parallel > 1,
+            pipeline_parallel=pipeline_parallel > 1,
+            dtype=dtype is not None,
+            max_shard_size=max_shard_size != "5GB",
+            adapter=adapter,
+        )
+        check_output(output, source=hf, overwrite=overwrite)
+        exported = resolve(checkpoint)
+        export_with_bridge(exported, hf, output)
+        print(f"exported {exported.resolve()}")
+        print(f"{output}: open it with AutoModelForCausalLM.from_pretrained")
         return
     if adapter:
         from pear_megatron.megatron.checkpoint.export import export_adapters

@@ -25,6 +25,7 @@ from pear_megatron.storage import differing_keys, read_settings, remove, write_a
 MODEL_FILE = "model.yaml"
 LORA_FILE = "lora.yaml"
 ASSETS = "hf"
+RUN_CONFIG = "run_config.yaml"  # what Megatron-Bridge's checkpoints have instead
 
 _WEIGHTS = (
     ".safetensors",
@@ -51,6 +52,12 @@ def find_root(path: str | Path) -> Path:
     for root in (path, path.parent, path.parent.parent):
         if (root / MODEL_FILE).is_file():
             return root
+    if any(path.glob(RUN_CONFIG)) or any(path.glob(f"iter_*/{RUN_CONFIG}")):
+        raise RecipeError(
+            f"{path} is a checkpoint of Megatron-Bridge, for its own training loop; export it with `pear-megatron "
+            f"export --checkpoint {path} --hf SOURCE --output NEW`, SOURCE being the Hugging Face folder that it was "
+            "converted from"
+        )
     raise RecipeError(
         f"no checkpoint at {path}: neither it nor the two folders above have a {MODEL_FILE}; name a run's "
         "output_dir, one of its checkpoints, or the output of `pear-megatron convert`"

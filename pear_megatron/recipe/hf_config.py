@@ -222,8 +222,9 @@ class _Reader:
         known = ", ".join(family.architecture for family in FAMILIES)
         found = f"architectures is {named!r}" if named else f"model_type is {self.config.get('model_type')!r}"
         raise UnsupportedArchitecture(
-            f"{self.path}: {found}; supported are {known}. `pear-megatron convert` takes others through "
-            "Megatron-Bridge where it is installed (pip install 'pear-megatron[bridge]', needs a GPU)"
+            f"{self.path}: {found}; supported are {known}. `pear-megatron convert` turns others into "
+            "checkpoints for Megatron-Bridge's loop, where Bridge is installed (pip install 'pear-megatron[bridge]', "
+            "needs a GPU)"
         )
 
     def _integer(self, key: str, *, default: int | None = None, null: int | None = None) -> int:

@@ -1,7 +1,7 @@
 """Megatron-Bridge's own files without a GPU: what they import and cannot have there is replaced at the edge.
 
 Transformer Engine, ModelOpt and NVIDIA's resiliency extension become modules whose names can be imported, inherited
-from and written into annotations, and which raise when called. Two functions of ModelOpt that Bridge calls on every
+from and written into annotations, and which raise when called. Four functions of ModelOpt that Bridge calls on every
 model do what they do for one that ModelOpt has not touched: nothing.
 """
 
@@ -12,12 +12,14 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 EDGE = {"transformer_engine", "modelopt", "nvidia_resiliency_ext"}
 UNTOUCHED = {
     "modelopt.torch.distill.plugins.megatron": ["get_tensor_shapes_adjust_fn_for_distillation"],
-    "modelopt.torch.opt.plugins": ["save_sharded_modelopt_state"],
+    "modelopt.torch.opt.plugins": ["save_sharded_modelopt_state", "restore_modelopt_state"],
+    "modelopt.torch.quantization.utils": ["is_quantized"],
 }
 
 
@@ -57,8 +59,12 @@ class _Edge(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__path__ = []
 
 
-def install() -> None:
-    """Call it before anything imports megatron."""
+def install(layers: Callable[[], object] = lambda: None) -> None:
+    """Call it before anything imports megatron.
+
+    Args:
+        layers: what to put in the place of Transformer Engine's layers, before Bridge looks at them.
+    """
     edge = _Edge()
     sys.meta_path.insert(0, edge)
     from pear_megatron.megatron import cpu
@@ -68,6 +74,7 @@ def install() -> None:
         "core.models.gpt.gpt_layer_specs", "core.extensions.transformer_engine", "core.datasets.utils", "training",
     ):  # fmt: skip
         importlib.import_module(f"megatron.{name}")
+    layers()
     sys.modules["megatron.core.datasets.utils"].compile_helpers = lambda: None  # type: ignore[attr-defined]
     edge.hidden = False
     for name, functions in UNTOUCHED.items():

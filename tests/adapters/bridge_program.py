@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import torch
 
-from tests.adapters import bridge_edge
+from tests.adapters import bridge_edge, swift_edge
 
-bridge_edge.install()
+bridge_edge.install(swift_edge.put_layers if "--hf" in sys.argv else lambda: None)
 
+from megatron.bridge import AutoBridge  # noqa: E402
 from megatron.bridge.models.gpt_provider import GPTModelProvider  # noqa: E402
 from megatron.bridge.peft.lora import LoRA  # noqa: E402
 from megatron.bridge.training import config as bridge  # noqa: E402
@@ -41,8 +43,15 @@ def initialize_on_cpu(*args: Any, **kwargs: Any) -> Any:
 initialize, setup.initialize_megatron = setup.initialize_megatron, initialize_on_cpu
 
 
-def configuration(options: argparse.Namespace) -> Any:
-    model = GPTModelProvider(
+def provider(options: argparse.Namespace) -> Any:
+    """The tiny recipe's model, or that of a Hugging Face folder in Transformer Engine's layers."""
+    if options.hf:
+        model = AutoBridge.from_hf_pretrained(options.hf).to_megatron_provider(load_weights=False)
+        model.seq_length, model.calculate_per_token_loss, model.use_cpu_initialization = 128, True, True
+        for name in PLAIN & vars(model).keys():
+            setattr(model, name, False)
+        return model
+    return GPTModelProvider(
         num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=2, vocab_size=1000,
         make_vocab_size_divisible_by=128, normalization="RMSNorm", layernorm_epsilon=1e-6, gated_linear_unit=True,
         activation_func=torch.nn.functional.silu, position_embedding_type="rope", rotary_base=10000, seq_length=128,
@@ -51,17 +60,24 @@ def configuration(options: argparse.Namespace) -> Any:
         transformer_layer_spec=lambda config: get_gpt_layer_local_spec(normalization="RMSNorm"),
         transformer_impl="local", calculate_per_token_loss=True, **dict.fromkeys(PLAIN, False),
     )  # fmt: skip
+
+
+def configuration(options: argparse.Namespace) -> Any:
+    decay = 0.0 if options.hf else 0.1
     return bridge.ConfigContainer(
-        model=model,
+        model=provider(options),
         train=bridge.TrainingConfig(
-            train_iters=10, exit_interval=options.stop, global_batch_size=8, micro_batch_size=2
+            train_iters=10,
+            exit_interval=options.stop,
+            global_batch_size=8,
+            micro_batch_size=1 if options.hf else 2,  # a packed row is alone
         ),
         validation=bridge.ValidationConfig(eval_iters=2 if options.validate else 0, eval_interval=5),
         optimizer=bridge.OptimizerConfig(
             optimizer="adam",
             lr=1e-3,
             min_lr=0.0,
-            weight_decay=0.1,
+            weight_decay=decay,
             adam_beta1=0.9,
             adam_beta2=0.95,
             adam_eps=1e-8,
@@ -72,8 +88,8 @@ def configuration(options: argparse.Namespace) -> Any:
         scheduler=bridge.SchedulerConfig(
             lr_decay_style="constant",
             lr_warmup_iters=0,
-            start_weight_decay=0.1,
-            end_weight_decay=0.1,
+            start_weight_decay=decay,
+            end_weight_decay=decay,
             weight_decay_incr_style="constant",
         ),
         ddp=bridge.DistributedDataParallelConfig(
@@ -99,7 +115,7 @@ def configuration(options: argparse.Namespace) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("--data", "--weights", "--output", "--save", "--validate"):
+    for name in ("--data", "--weights", "--output", "--save", "--validate", "--hf"):
         parser.add_argument(name)
     for name, default in (("--tp", 1), ("--pp", 1), ("--lora", 0), ("--stop", None)):
         parser.add_argument(name, type=int, default=default)

@@ -32,6 +32,13 @@ def install() -> None:
     from pear_megatron.megatron import cpu
 
     cpu.enable()
+    put_layers()
+    edge.hidden = False
+    _move_within_the_host()
+
+
+def put_layers() -> None:
+    """Megatron's own layers in the place of Transformer Engine's."""
     engine: Any = importlib.import_module("megatron.core.extensions.transformer_engine")
     stand_ins = _layers()
     vars(engine).update(stand_ins)
@@ -40,9 +47,9 @@ def install() -> None:
     for module in (provider, specs):
         vars(module).update({name: layer for name, layer in stand_ins.items() if hasattr(module, name)})
     specs.HAVE_TE, specs.TESpecProvider = True, provider.TESpecProvider
+    block: Any = importlib.import_module("megatron.core.transformer.transformer_block")
+    block.LayerNormImpl = stand_ins["TENorm"]
     importlib.import_module("megatron.core.utils")._te_version = Version("2.0")  # type: ignore[attr-defined]
-    edge.hidden = False
-    _move_within_the_host()
 
 
 def _move_within_the_host() -> None:
@@ -61,10 +68,18 @@ def _layers() -> dict[str, Any]:
 
     from pear_megatron.megatron.core_attention import VarlenAttention
 
+    class RMSNorm(torch.nn.RMSNorm):
+        """Zero-centred, as Gemma's: Transformer Engine's name, by which Bridge knows it."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.rms_norm(x, x.shape[-1:], 1 + self.weight, self.eps)
+
     class TENorm:
         """A factory, as the original is."""
 
         def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:  # type: ignore[misc]
+            if config.layernorm_zero_centered_gamma:
+                return RMSNorm(hidden_size, eps)
             return WrappedTorchNorm(config, hidden_size, eps)
 
     class TELinear(torch.nn.Module):
@@ -99,12 +114,13 @@ def _layers() -> dict[str, Any]:
 
         def __init__(self, input_size: int, *args: Any, config: Any, **kwargs: Any) -> None:
             super().__init__(input_size, *args, config=config, **kwargs)
-            norm = WrappedTorchNorm(config, input_size, config.layernorm_epsilon)
+            norm = TENorm(config, input_size, config.layernorm_epsilon)
             self.layer_norm_weight = norm.weight
+            self._shift = int(config.layernorm_zero_centered_gamma)
             self._eps = config.layernorm_epsilon
 
         def forward(self, x: torch.Tensor) -> Any:
-            x = torch.nn.functional.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self._eps)
+            x = torch.nn.functional.rms_norm(x, x.shape[-1:], self._shift + self.layer_norm_weight, self._eps)
             output, bias = super().forward(x)
             return ((output, x) if self.return_layernorm_output else output), bias
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from pear_megatron.adapters import bridge
 from pear_megatron.adapters.bridge import checks
+from pear_megatron.cli import app
 from pear_megatron.config import PearConfig
 from pear_megatron.data import DataConfig
 from pear_megatron.errors import RecipeError
@@ -119,15 +121,20 @@ def test_a_data_set_that_would_be_ignored_is_refused() -> None:
         bridge.plug_in(SimpleNamespace(dataset=SimpleNamespace()), data=data(), pear=PearConfig())
 
 
-def run(processes: int, output: Path, *arguments: str) -> str:
-    """bridge_program.py under torchrun -> what it said."""
-    torchrun = f"-W ignore -m torch.distributed.run --standalone --nproc-per-node={processes}".split()
+def environment() -> dict[str, str]:
+    """Of a process that finds these tests and Bridge's checkout."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     if checkout := os.environ.get("MEGATRON_BRIDGE_DIR"):
         paths.insert(1, f"{checkout}/src")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def run(processes: int, output: Path, *arguments: str) -> str:
+    """bridge_program.py under torchrun -> what it said."""
+    torchrun = f"-W ignore -m torch.distributed.run --standalone --nproc-per-node={processes}".split()
     done = subprocess.run(
         [sys.executable, *torchrun, "-m", "tests.adapters.bridge_program", "--output", str(output), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -148,13 +155,13 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"data": path, "start": start, "rows": rows}
 
 
-def compare(output: Path, rows: list[dict[str, Any]]) -> None:
+def compare(output: Path, rows: list[dict[str, Any]], rel: float = 1e-5) -> None:
     from tests.adapters.test_megatron_lm import scalars
 
     for name, key in (
         ("loss", "loss"), ("nll", "nll"), ("pear/weight", "pear/weight"), ("grad-norm", "grad_norm")
     ):  # fmt: skip
-        assert scalars(output, name) == pytest.approx([row[key] for row in rows], rel=1e-5), name
+        assert scalars(output, name) == pytest.approx([row[key] for row in rows], rel=rel), name
 
 
 def warnings(rows: list[dict[str, Any]], caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -216,3 +223,6 @@ def test_lora_starts_from_the_base_model_trains_and_saves_adapters_alone(
     outer = [weight.any() for name, weight in weights.items() if ".linear_out." in name]
     assert outer
     assert all(outer)
+    command = ["export", "--checkpoint", str(saved), "--hf", str(tmp_path), "--output", str(tmp_path / "out")]
+    refused = CliRunner().invoke(app, command)
+    assert (refused.exit_code, "holds LoRA's adapters alone" in refused.stderr) == (1, True), refused.stderr

@@ -63,13 +63,18 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
     ),
 }
+# Without a mapping of ours: for Megatron-Bridge.
+UNMAPPED: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("Mistral", {"vocab_size": 259, "sliding_window": None, "dtype": torch.bfloat16}),
+    "gemma2": ("Gemma2", {"vocab_size": 259, "head_dim": 16, "tie_word_embeddings": True}),
+}
 
 
 def save_model(name: str, folder: Path, **changes: Any) -> Path:
     """The random model of that name, saved by transformers; biases and norms are random too."""
     import transformers
 
-    architecture, options = (MODELS | MIXTURES)[name]
+    architecture, options = (MODELS | MIXTURES | UNMAPPED)[name]
     config = getattr(transformers, f"{architecture}Config")(**SIZES | options | changes)
     torch.manual_seed(0)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config)
@@ -99,7 +104,7 @@ def save_tokenizer(folder: Path, end: str = "<|im_end|>") -> Path:
 
 def tokens_for(name: str, length: int = 40) -> torch.Tensor:
     """[1, length] random tokens of the model's vocabulary, its last one among them."""
-    vocab_size = (MODELS | MIXTURES)[name][1]["vocab_size"]
+    vocab_size = (MODELS | MIXTURES | UNMAPPED)[name][1]["vocab_size"]
     tokens = torch.randint(0, vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
     tokens[0, 3] = vocab_size - 1
     return tokens

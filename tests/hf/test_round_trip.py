@@ -111,7 +111,15 @@ def test_export_refuses_a_folder_in_use_and_replaces_it_when_told(
         (["convert", "--hf", "{}/nothing", "--output", "{}/out"], "no Hugging Face checkpoint at"),
         (["convert", "--hf", "{}/olmoe", "--output", "{}/out"], "Megatron-Bridge.*not installed here"),
         (["export", "--checkpoint", "{}/nothing", "--output", "{}/out"], "no checkpoint at"),
-        (["export", "--checkpoint", "{}", "--output", "{}/out", "--hf", "{}"], "not installed here"),
+        (["export", "--checkpoint", "{}", "--output", "{}/out", "--hf", "{}"], "no checkpoint at"),
+        (
+            ["export", "--checkpoint", "{}/bridge", "--output", "{}/out"],
+            "checkpoint of Megatron-Bridge.*--hf SOURCE",
+        ),
+        (
+            ["export", "--checkpoint", "{}/bridge", "--output", "{}/out", "--hf", "{}/olmoe"],
+            "bridge is a checkpoint of Megatron-Bridge.*not installed here",
+        ),
         (
             ["export", "--checkpoint", "{}", "--output", "{}/out", "--max-shard-size", "5 apples"],
             "is no size",
@@ -121,6 +129,9 @@ def test_export_refuses_a_folder_in_use_and_replaces_it_when_told(
 def test_commands_say_what_is_wrong(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "olmoe").mkdir()
     (tmp_path / "olmoe" / "config.json").write_text('{"architectures": ["OlmoeForCausalLM"]}')
+    (tmp_path / "bridge").mkdir()
+    for name in ("metadata.json", ".metadata", "run_config.yaml"):
+        (tmp_path / "bridge" / name).write_text("{}")
     result = CliRunner().invoke(app, [argument.format(tmp_path) for argument in arguments])
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
