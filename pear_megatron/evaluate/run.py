@@ -104,7 +104,7 @@ def _samples(
         samples.grade_again(lambda problem_id, response: by_id[problem_id].grade(response))
     write_settings(output, chosen)
     if samples.missing:
-        engine = load_engine(chosen.engine, folder, end_ids, chosen.sampling, chosen.dtype, batch_size)
+        engine = load_engine(chosen.engine, folder, end_ids, chosen.sampling, chosen.dtype)
         with sampling_progress(len(samples.rows), sum(map(len, batches))) as advance:
             for batch in samples.missing:
                 rows = _draw(engine, tokenizer, problems, prompts, batch, chosen.seed)

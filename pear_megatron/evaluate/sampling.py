@@ -31,13 +31,7 @@ class Completion:
 
 
 class Engine(Protocol):
-    """A loaded model.
-
-    Attributes:
-        batch_size: how many prompts it likes at once.
-    """
-
-    batch_size: int
+    """A loaded model."""
 
     def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion]:
         """A response to each prompt, drawn with its own seed: what stands beside it in a batch is no matter."""

@@ -27,10 +27,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class TransformersEngine:
     """An Engine on one GPU, or on the CPU where there is none: see ``engines.load_engine``."""
 
-    def __init__(
-        self, model: Path, end_ids: list[int], sampling: Sampling, dtype: str, batch_size: int
-    ) -> None:
-        self.batch_size = batch_size
+    def __init__(self, model: Path, end_ids: list[int], sampling: Sampling, dtype: str) -> None:
         self._end_ids, self._sampling = end_ids, sampling
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         logging.disable_progress_bar()

@@ -15,9 +15,7 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 class VllmEngine:
     """An Engine on vLLM, tensor-parallel over as many GPUs as divide the heads: see ``engines.load_engine``."""
 
-    def __init__(
-        self, model: Path, end_ids: list[int], sampling: Sampling, dtype: str, batch_size: int
-    ) -> None:
+    def __init__(self, model: Path, end_ids: list[int], sampling: Sampling, dtype: str) -> None:
         try:
             import torch
             from transformers import AutoConfig
@@ -26,7 +24,6 @@ class VllmEngine:
             raise EvalError(
                 f"the vllm engine cannot be imported ({error}); use --engine transformers"
             ) from error
-        self.batch_size = batch_size
         self._end_ids, self._sampling = end_ids, sampling
         heads = AutoConfig.from_pretrained(model).get_text_config().num_attention_heads
         try:

@@ -50,7 +50,7 @@ def test_samples_follow_the_model_s_own_distribution(word_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(word_model)
     with torch.no_grad():
         p = (model(torch.tensor([prompt])).logits[0, -1] / 0.8).softmax(-1)
-    engine = TransformersEngine(word_model, [END], Sampling(0.8, 1.0, 1), "fp32", count)
+    engine = TransformersEngine(word_model, [END], Sampling(0.8, 1.0, 1), "fp32")
     drawn = [c.tokens[0] for c in engine.generate([prompt] * count, list(range(count)))]
     seen = np.bincount(drawn, minlength=len(WORDS))
     expected = p.double().numpy() * count
@@ -65,7 +65,7 @@ def test_top_p_draws_from_the_nucleus_only(word_model: Path) -> None:
         p = AutoModelForCausalLM.from_pretrained(word_model)(torch.tensor([prompt])).logits[0, -1].softmax(-1)
     order = p.argsort(descending=True)
     nucleus = set(order[: int((p[order].cumsum(0) < 0.6).sum()) + 1].tolist())
-    engine = TransformersEngine(word_model, [END], Sampling(1.0, 0.6, 1), "fp32", 300)
+    engine = TransformersEngine(word_model, [END], Sampling(1.0, 0.6, 1), "fp32")
     assert {c.tokens[0] for c in engine.generate([prompt] * 300, list(range(300)))} == nucleus
     assert len(nucleus) < len(WORDS)
 

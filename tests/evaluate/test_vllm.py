@@ -46,15 +46,15 @@ def prompts(model: Path) -> list[list[int]]:
 
 def test_greedy_responses_are_those_of_transformers(model: Path, prompts: list[list[int]]) -> None:
     greedy = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=24)
-    ours = load_engine("transformers", model, [END], greedy, "fp32", 4).generate(prompts, [1, 2, 3])
-    theirs = load_engine("vllm", model, [END], greedy, "fp32", 4).generate(prompts, [1, 2, 3])
+    ours = load_engine("transformers", model, [END], greedy, "fp32").generate(prompts, [1, 2, 3])
+    theirs = load_engine("vllm", model, [END], greedy, "fp32").generate(prompts, [1, 2, 3])
     assert theirs == ours
     assert {completion.truncated for completion in ours} == {True, False}
     assert all(c.truncated == (c.tokens[-1] != END) for c in ours)
 
 
 def test_samples_are_their_seeds_and_end_at_the_end_tokens(model: Path, prompts: list[list[int]]) -> None:
-    engine = load_engine("vllm", model, [END, 30], Sampling(1.0, 0.95, 24), "fp32", 4)  # 30: "."
+    engine = load_engine("vllm", model, [END, 30], Sampling(1.0, 0.95, 24), "fp32")  # 30: "."
     found = engine.generate(prompts, [1, 2, 3])
     assert engine.generate(prompts[::-1], [3, 2, 1])[::-1] == found
     assert engine.generate(prompts, [4, 5, 6]) != found
@@ -68,4 +68,4 @@ def test_a_model_that_cannot_be_loaded_is_named(model: Path, tmp_path: Path) -> 
     broken = shutil.copytree(model, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"")
     with pytest.raises(EvalError, match=f"vLLM cannot load {broken}.*--engine transformers"):
-        load_engine("vllm", broken, [END], Sampling(0.0, 1.0, 4), "fp32", 4)
+        load_engine("vllm", broken, [END], Sampling(0.0, 1.0, 4), "fp32")
